@@ -1,0 +1,20 @@
+"""Generated. Do not edit."""
+
+from .kasmina_service_pb2 import (
+    AdvanceAlphaRequest as AdvanceAlphaRequest,
+    AdvanceAlphaResponse as AdvanceAlphaResponse,
+    ApplyCommandRequest as ApplyCommandRequest,
+    ApplyCommandResponse as ApplyCommandResponse,
+    ExportSeedStatesRequest as ExportSeedStatesRequest,
+    ExportSeedStatesResponse as ExportSeedStatesResponse,
+    FinalizeStepRequest as FinalizeStepRequest,
+    FinalizeStepResponse as FinalizeStepResponse,
+    GetStatusRequest as GetStatusRequest,
+    GetStatusResponse as GetStatusResponse,
+    IssuerFence as IssuerFence,
+    SeedEvent as SeedEvent,
+    UpdateEpochRequest as UpdateEpochRequest,
+    UpdateEpochResponse as UpdateEpochResponse,
+    WatchSeedEventsRequest as WatchSeedEventsRequest,
+    WatchSeedEventsResponse as WatchSeedEventsResponse,
+)

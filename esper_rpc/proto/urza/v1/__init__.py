@@ -1,0 +1,26 @@
+"""Generated. Do not edit."""
+
+from .urza_service_pb2 import (
+    BatchGetExtrasRequest as BatchGetExtrasRequest,
+    BatchGetExtrasResponse as BatchGetExtrasResponse,
+    Blueprint as Blueprint,
+    BlueprintExtras as BlueprintExtras,
+    FetchKernelRequest as FetchKernelRequest,
+    FetchKernelResponse as FetchKernelResponse,
+    GetBlueprintRequest as GetBlueprintRequest,
+    GetBlueprintResponse as GetBlueprintResponse,
+    GetExtrasRequest as GetExtrasRequest,
+    GetExtrasResponse as GetExtrasResponse,
+    KernelHeader as KernelHeader,
+    KernelManifest as KernelManifest,
+    ListBlueprintsRequest as ListBlueprintsRequest,
+    ListBlueprintsResponse as ListBlueprintsResponse,
+    PrefetchRequest as PrefetchRequest,
+    PrefetchResponse as PrefetchResponse,
+    SaveBlueprintRequest as SaveBlueprintRequest,
+    SaveBlueprintResponse as SaveBlueprintResponse,
+    UploadKernelRequest as UploadKernelRequest,
+    UploadKernelResponse as UploadKernelResponse,
+    WatchCatalogRequest as WatchCatalogRequest,
+    WatchCatalogResponse as WatchCatalogResponse,
+)

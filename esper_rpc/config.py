@@ -1,0 +1,73 @@
+"""Settings from one TOML file and the environment, checked against declared ranges."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Range:
+    """The inclusive bounds of a number."""
+
+    least: float
+    most: float
+
+
+def load(config_class: type[Config], section: str, *, path: Path | None, environ: Mapping[str, str]) -> Config:
+    """Read `[section]` of a TOML file, then `ESPER_<SECTION>_<KEY>`, which wins.
+
+    Raises:
+        ConfigError: Naming the key, its value and what is allowed.
+    """
+    hints = typing.get_type_hints(config_class)
+    settings = _from_toml(section, path)
+    for key in hints:
+        name = f"ESPER_{section}_{key}".upper()
+        if name in environ:
+            settings[key] = environ[name]
+    unknown = sorted(set(settings) - set(hints))
+    if unknown:
+        raise ConfigError(f"[{section}] has no setting {unknown[0]!r}; it has {', '.join(sorted(hints))}.")
+    return config_class(**{key: _convert(section, key, value, hints[key]) for key, value in settings.items()})
+
+
+def validate(config: Any) -> None:
+    """Check every `Annotated[..., Range]` field of a dataclass; for use in __post_init__."""
+    for key, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        for bounds in getattr(hint, "__metadata__", ()):
+            value = getattr(config, key)
+            if isinstance(bounds, Range) and not bounds.least <= value <= bounds.most:
+                raise ConfigError(f"{key} = {value} is out of range; allowed is {bounds.least:g} to {bounds.most:g}.")
+
+
+def _from_toml(section: str, path: Path | None) -> dict[str, Any]:
+    if path is None or not path.exists():
+        return {}
+    try:
+        return dict(tomllib.loads(path.read_text()).get(section, {}))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+
+
+def _convert(section: str, key: str, value: Any, hint: Any) -> Any:
+    kind = next((k for k in (bool, int, float, Path, str) if k is hint or k in typing.get_args(hint)), None)
+    if kind is None:
+        return value
+    if kind is bool and isinstance(value, str):
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value)
+    accepted = isinstance(value, bool) if kind is bool else not isinstance(value, bool)
+    try:
+        if accepted:
+            return kind(value)
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(f"[{section}] {key} = {value!r} is not a {kind.__name__}.")

@@ -1,0 +1,70 @@
+"""Who may call what. A method without a row is denied to everyone."""
+
+from __future__ import annotations
+
+from esper_rpc.errors import PermissionDenied
+
+from .spiffe import SpiffeId
+
+ROLES = frozenset({"trainer", "tamiyo", "urza", "operator", "simic", "nissa", "oona", "weatherlight"})
+
+_TRAINING = frozenset({"trainer", "operator"})
+_OPERATOR = frozenset({"operator"})
+_WATCHING = frozenset({"operator", "nissa"})
+_LIBRARY = frozenset({"tamiyo", "trainer", "simic", "operator"})
+
+_TAMIYO = "/esper.tamiyo.v1.TamiyoService/"
+_KASMINA = "/esper.kasmina.v1.KasminaService/"
+_URZA = "/esper.urza.v1.UrzaService/"
+_IDENTITY = "/esper.identity.v1.IdentityService/"
+
+TABLE: dict[str, frozenset[str]] = {
+    _TAMIYO + "OpenRun": _TRAINING,
+    _TAMIYO + "CloseRun": _TRAINING,
+    _TAMIYO + "EvaluateSteps": _TRAINING,
+    _TAMIYO + "EvaluateStep": _TRAINING,
+    _TAMIYO + "EvaluateEpoch": _TRAINING,
+    _TAMIYO + "RequestPause": _TRAINING,
+    _TAMIYO + "IngestPolicyUpdate": frozenset({"simic", "operator"}),
+    _TAMIYO + "GetPolicy": frozenset({"trainer", "operator", "simic", "nissa"}),
+    _TAMIYO + "RollbackPolicy": _OPERATOR,
+    _TAMIYO + "ListPauseGrants": _OPERATOR,
+    _TAMIYO + "SetConservativeMode": _OPERATOR,
+    _TAMIYO + "GetStatus": frozenset({"operator", "nissa", "weatherlight"}),
+    _TAMIYO + "AckFieldReport": frozenset({"simic", "operator"}),
+    _TAMIYO + "ListFieldReports": frozenset({"simic", "operator"}),
+    _TAMIYO + "PublishHistory": frozenset({"weatherlight", "operator"}),
+    _TAMIYO + "ExplainDecision": _OPERATOR,
+    _TAMIYO + "ReplayDecision": _OPERATOR,
+    _KASMINA + "ApplyCommand": _TRAINING,
+    _KASMINA + "ExportSeedStates": frozenset({"trainer", "operator", "nissa"}),
+    _KASMINA + "AdvanceAlpha": _TRAINING,
+    _KASMINA + "FinalizeStep": _TRAINING,
+    _KASMINA + "UpdateEpoch": _TRAINING,
+    _KASMINA + "WatchSeedEvents": _WATCHING,
+    _KASMINA + "GetStatus": frozenset({"trainer", "operator", "nissa"}),
+    _URZA + "GetBlueprint": _LIBRARY,
+    _URZA + "GetExtras": _LIBRARY,
+    _URZA + "BatchGetExtras": _LIBRARY,
+    _URZA + "ListBlueprints": _LIBRARY,
+    _URZA + "FetchKernel": _LIBRARY,
+    _URZA + "Prefetch": _LIBRARY,
+    _URZA + "WatchCatalog": _LIBRARY,
+    _URZA + "SaveBlueprint": _OPERATOR,
+    _URZA + "UploadKernel": _OPERATOR,
+    _IDENTITY + "RenewCertificate": ROLES,
+    _IDENTITY + "Enroll": ROLES,
+    "/grpc.health.v1.Health/Check": ROLES,
+    "/grpc.health.v1.Health/Watch": ROLES,
+    "/grpc.health.v1.Health/List": ROLES,
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": _OPERATOR,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _OPERATOR,
+}
+
+
+def authorise(peer: SpiffeId, method: str) -> None:
+    """Raise PermissionDenied unless the peer's role may call the method, given as `/package.Service/Method`."""
+    if peer.role not in TABLE.get(method, frozenset()):
+        raise PermissionDenied(
+            f"{peer} may not call {method}.", metadata={"role": peer.role, "method": method}
+        )

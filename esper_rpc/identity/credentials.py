@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import grpc
+from cryptography import x509
+
+from esper_rpc.errors import ConfigError
+
+from .authority import IssuedLeaf, utc_now
+from .secret_files import read_secret, write_secret
+from .spiffe import SpiffeId
+
+_FILES = {"chain_pem": "cert.pem", "key_pem": "key.pem", "root_pem": "ca.pem"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """A certificate with its key: who a process is."""
+
+    spiffe_id: SpiffeId
+    chain_pem: bytes
+    key_pem: bytes = field(repr=False)
+    root_pem: bytes
+    directory: Path | None = None
+    """Where it was read from, and is read from again after a renewal."""
+
+    @classmethod
+    def of(cls, leaf: IssuedLeaf) -> Identity:
+        """Hold a leaf that was issued with its key."""
+        return cls(
+            spiffe_id=_spiffe_id_of(leaf.chain_pem),
+            chain_pem=leaf.chain_pem,
+            key_pem=leaf.key_pem,
+            root_pem=leaf.root_pem,
+        )
+
+    @classmethod
+    def load(cls, directory: Path) -> Identity:
+        """Read an identity; raises ConfigError when a file is missing, readable by others, or the leaf has ended."""
+        parts = {part: read_secret(directory / name) for part, name in _FILES.items()}
+        identity = cls(spiffe_id=_spiffe_id_of(parts["chain_pem"]), directory=directory, **parts)
+        if identity.not_after <= utc_now():
+            raise ConfigError(
+                f"The certificate of {identity.spiffe_id} ended at {identity.not_after:%F %T} UTC;"
+                f" run `esper pki issue {identity.spiffe_id.role} {identity.spiffe_id.instance}`."
+            )
+        return identity
+
+    def save(self, directory: Path) -> Identity:
+        """Write the files, mode 0600, and return the identity that lives there."""
+        for part, name in _FILES.items():
+            write_secret(directory / name, getattr(self, part))
+        return Identity.load(directory)
+
+    @property
+    def not_after(self) -> datetime:
+        """When the leaf ends."""
+        return x509.load_pem_x509_certificate(self.chain_pem).not_valid_after_utc
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        """Credentials for calling a peer."""
+        return grpc.ssl_channel_credentials(self.root_pem, self.key_pem, self.chain_pem)
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """Credentials for serving: peers must show a certificate, and a renewed leaf on disk is taken up."""
+        return grpc.dynamic_ssl_server_credentials(
+            self._configuration(), _Fetcher(self), require_client_authentication=True
+        )
+
+    def _configuration(self) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration(
+            [(self.key_pem, self.chain_pem)], root_certificates=self.root_pem
+        )
+
+
+class _Fetcher:
+    """Called by gRPC at each handshake. None means that nothing changed."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+        self._stamp = self._read_stamp()
+
+    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
+        stamp = self._read_stamp()
+        if stamp == self._stamp or self._identity.directory is None:
+            return None
+        try:
+            renewed = Identity.load(self._identity.directory)
+        except ConfigError:
+            return None  # A half-written renewal: the old leaf serves until the new one is whole.
+        self._stamp = stamp
+        return renewed._configuration()
+
+    def _read_stamp(self) -> int:
+        directory = self._identity.directory
+        try:
+            return (directory / _FILES["chain_pem"]).stat().st_mtime_ns if directory else 0
+        except FileNotFoundError:
+            return 0
+
+
+def _spiffe_id_of(chain_pem: bytes) -> SpiffeId:
+    try:
+        leaf = x509.load_pem_x509_certificate(chain_pem)
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, x509.ExtensionNotFound) as error:
+        raise ConfigError(f"The certificate chain cannot be read: {error}.") from error
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    if len(uris) != 1:
+        raise ConfigError(f"A leaf has exactly one SPIFFE id, this one has {len(uris)}.")
+    return SpiffeId.parse(uris[0])

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from .config import Range, validate
+from .proto.leyline.v1 import CircuitState
+
+Transition = Callable[[CircuitState.ValueType, CircuitState.ValueType], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BreakerConfig:
+    """When a breaker opens and closes (C-30)."""
+
+    failures: Annotated[int, Range(1, 1000)] = 5
+    cool_down_seconds: Annotated[float, Range(0, 3600)] = 60.0
+    successes: Annotated[int, Range(1, 1000)] = 3
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+class CircuitBreaker:
+    """Stops calling what fails. While half-open it lets one real call through at a time."""
+
+    def __init__(
+        self,
+        *,
+        config: BreakerConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        on_transition: Transition = lambda _before, _after: None,
+    ) -> None:
+        self._config = config or BreakerConfig()
+        self._clock = clock
+        self._on_transition = on_transition
+        self._lock = threading.Lock()
+        self._state: CircuitState.ValueType = CircuitState.CIRCUIT_STATE_CLOSED
+        self._opened_at = 0.0
+        self._successes = 0
+        self._probing = False
+        self.consecutive_failures = 0
+
+    @property
+    def state(self) -> CircuitState.ValueType:
+        """The state, after the passing of time."""
+        with self._lock:
+            self._cool_down()
+            return self._state
+
+    def allow(self) -> bool:
+        """Whether a call may be made; each True must be followed by a recorded success or failure."""
+        with self._lock:
+            self._cool_down()
+            if self._state == CircuitState.CIRCUIT_STATE_HALF_OPEN:
+                allowed, self._probing = not self._probing, True
+                return allowed
+            return self._state == CircuitState.CIRCUIT_STATE_CLOSED
+
+    def record_success(self) -> None:
+        """Note that an allowed call succeeded."""
+        with self._lock:
+            self.consecutive_failures = 0
+            self._probing = False
+            if self._state == CircuitState.CIRCUIT_STATE_HALF_OPEN:
+                self._successes += 1
+                if self._successes >= self._config.successes:
+                    self._move(CircuitState.CIRCUIT_STATE_CLOSED)
+
+    def record_failure(self) -> None:
+        """Note that an allowed call failed."""
+        with self._lock:
+            self.consecutive_failures += 1
+            self._probing = False
+            half_open = self._state == CircuitState.CIRCUIT_STATE_HALF_OPEN
+            if half_open or self.consecutive_failures >= self._config.failures:
+                self._opened_at = self._clock()
+                self._move(CircuitState.CIRCUIT_STATE_OPEN)
+
+    def _cool_down(self) -> None:
+        is_open = self._state == CircuitState.CIRCUIT_STATE_OPEN
+        if is_open and self._clock() - self._opened_at >= self._config.cool_down_seconds:
+            self._successes = 0
+            self._probing = False
+            self._move(CircuitState.CIRCUIT_STATE_HALF_OPEN)
+
+    def _move(self, state: CircuitState.ValueType) -> None:
+        before, self._state = self._state, state
+        if before != state:
+            self._on_transition(before, state)

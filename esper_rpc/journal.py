@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import queue
+import sqlite3
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import structlog
+
+from .config import Range, validate
+from .errors import ConfigError
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalConfig:
+    """Bounds of a journal."""
+
+    max_bytes: Annotated[int, Range(65_536, 2**40)] = 2 * 1024**3
+    queue_records: Annotated[int, Range(1, 10_000_000)] = 65_536
+    commit_records: Annotated[int, Range(1, 65_536)] = 512
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One entry, found by its kind and key."""
+
+    kind: str
+    key: str
+    body: bytes
+
+
+@dataclass(slots=True)
+class _Flush:
+    done: threading.Event
+
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS record (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, key TEXT NOT NULL, body BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS record_key ON record (kind, key);
+"""
+
+
+class Journal:
+    """Keeps records across crashes: SQLite in WAL mode, every commit synced, one writer thread.
+
+    `append` returns at once and never waits for the disk. A full queue drops the record and counts it.
+    """
+
+    def __init__(self, path: Path, *, config: JournalConfig | None = None) -> None:
+        self._path = path
+        self._config = config or JournalConfig()
+        self._queue: queue.Queue[Record | _Flush | None] = queue.Queue(self._config.queue_records)
+        self.dropped = 0
+        self._writer_connection = _open(path)
+        self._writer = threading.Thread(target=self._write, name="journal", daemon=True)
+        self._writer.start()
+
+    def append(self, kind: str, key: str, body: bytes) -> None:
+        """Queue a record."""
+        try:
+            self._queue.put_nowait(Record(kind, key, body))
+        except queue.Full:
+            self.dropped += 1
+
+    def flush(self) -> None:
+        """Wait until everything queued so far is on the disk."""
+        request = _Flush(threading.Event())
+        self._queue.put(request)
+        request.done.wait()
+
+    def find(self, kind: str, key: str) -> Record | None:
+        """Return the newest record of a kind and key that is on the disk."""
+        with _reading(self._path) as connection:
+            row = connection.execute(
+                "SELECT kind, key, body FROM record WHERE kind = ? AND key = ? ORDER BY id DESC LIMIT 1", (kind, key)
+            ).fetchone()
+        return Record(*row) if row else None
+
+    def read(self, kind: str) -> Iterator[Record]:
+        """Yield the records of a kind that are on the disk, oldest first."""
+        with _reading(self._path) as connection:
+            for row in connection.execute("SELECT kind, key, body FROM record WHERE kind = ? ORDER BY id", (kind,)):
+                yield Record(*row)
+
+    def close(self) -> None:
+        """Write what is queued and end."""
+        if self._writer.is_alive():
+            self._queue.put(None)
+            self._writer.join()
+            self._writer_connection.close()
+
+    def _write(self) -> None:
+        while True:
+            batch = self._drain()
+            records = [item for item in batch if isinstance(item, Record)]
+            if records:
+                self._commit(records)
+            for item in batch:
+                if isinstance(item, _Flush):
+                    item.done.set()
+            if None in batch:
+                return
+
+    def _drain(self) -> list[Record | _Flush | None]:
+        batch = [self._queue.get()]
+        while len(batch) < self._config.commit_records:
+            try:
+                batch.append(self._queue.get_nowait())
+            except queue.Empty:
+                break
+        return batch
+
+    def _commit(self, records: list[Record]) -> None:
+        rows = [(r.kind, r.key, r.body) for r in records]
+        try:
+            with self._writer_connection as connection:
+                connection.executemany("INSERT INTO record (kind, key, body) VALUES (?, ?, ?)", rows)
+                self._trim(connection)
+        except sqlite3.Error as error:
+            self.dropped += len(records)
+            log.error("journal_write_failed", path=str(self._path), records=len(records), error=str(error))
+
+    def _trim(self, connection: sqlite3.Connection) -> None:
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        (free,) = connection.execute("PRAGMA freelist_count").fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+        if (pages - free) * size > self._config.max_bytes:
+            connection.execute(
+                "DELETE FROM record WHERE id <= (SELECT MIN(id) + (MAX(id) - MIN(id)) / 10 FROM record)"
+            )
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        connection = sqlite3.connect(path, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.executescript(_SCHEMA)
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(
+            f"The journal {path} cannot be written ({error}); free space or permit writing, or name another directory."
+        ) from error
+    return connection
+
+
+class _reading:  # noqa: N801  # Used like contextlib.closing.
+    """A connection for one read, closed afterwards."""
+
+    def __init__(self, path: Path) -> None:
+        self._connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+
+    def __enter__(self) -> sqlite3.Connection:
+        return self._connection
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()

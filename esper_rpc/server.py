@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from . import channel, config, rules
+from .errors import ConfigError, Unimplemented
+from .identity import Identity, SpiffeId
+
+import grpc  # isort: skip  # After channel, which sets how grpc behaves around forks.
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from .interceptors import peer_of, server_interceptors
+from .status import abort
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """How a service is run."""
+
+    address: str = "127.0.0.1:0"
+    drain_seconds: Annotated[float, config.Range(0, 300)] = 5.0
+
+    def __post_init__(self) -> None:
+        config.validate(self)
+
+
+class Call:
+    """What a servicer knows of a call, besides its request."""
+
+    def __init__(self, method: str, peer: SpiffeId, context: Any = None) -> None:
+        self.method = method
+        self.peer = peer
+        self._context = context
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the caller gives up, None without a deadline."""
+        return self._context.time_remaining() if self._context is not None else None
+
+    @property
+    def traceparent(self) -> str:
+        """The caller's W3C trace context, empty when the call is not traced."""
+        metadata = dict(self._context.invocation_metadata() or ()) if self._context is not None else {}
+        return str(metadata.get("traceparent", ""))
+
+
+class MeshServer:
+    """Runs services under mutual TLS with authorisation, field rules, health and reflection."""
+
+    def __init__(self, *, config: ServerConfig, identity: Identity) -> None:
+        self.config = config
+        self.identity = identity
+        self.address = ""
+        self._names: list[str] = []
+        self._draining: list[Callable[[], None]] = []
+        self._health = HealthServicer()
+        self._server = grpc.aio.server(
+            interceptors=server_interceptors(),
+            options=[("grpc.so_reuseport", 0), *channel.KEEPALIVE_OPTIONS, *channel.MESSAGE_OPTIONS],
+        )
+
+    def add_service(
+        self, descriptor: ServiceDescriptor, servicer: object, *, raw_methods: frozenset[str] = frozenset()
+    ) -> None:
+        """Offer a service: each RPC goes to the servicer's method of the same name as `(request, call)`.
+
+        Methods in `raw_methods` get and return bytes, and check them by themselves.
+        """
+        handlers = {m.name: _handler(m, servicer, raw=m.name in raw_methods) for m in descriptor.methods}
+        generic = grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
+        self._server.add_generic_rpc_handlers((generic,))
+        self._names.append(descriptor.full_name)
+        if hasattr(servicer, "begin_drain"):
+            self._draining.append(servicer.begin_drain)
+
+    async def start(self) -> str:
+        """Bind and serve; returns `host:port`. Raises ConfigError when the address cannot be bound."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            [*self._names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME],
+            self._server,
+        )
+        try:
+            port = self._server.add_secure_port(self.config.address, self.identity.server_credentials())
+        except RuntimeError as error:
+            raise ConfigError(f"Cannot listen on {self.config.address}: is the port taken?") from error
+        await self._server.start()
+        self.address = f"{self.config.address.rpartition(':')[0]}:{port}"
+        for name in ("", *self._names):
+            await self.set_serving(name, True)
+        return self.address
+
+    async def set_serving(self, service: str, is_serving: bool) -> None:
+        """Tell health checks whether a service can do its job."""
+        states = health_pb2.HealthCheckResponse
+        await self._health.set(service, states.SERVING if is_serving else states.NOT_SERVING)
+
+    async def drain(self) -> None:
+        """Stop in order: say NOT_SERVING, tell the streams, finish what is in flight, end."""
+        await self._health.enter_graceful_shutdown()
+        for begin in self._draining:
+            begin()
+        await self._server.stop(self.config.drain_seconds)
+
+    async def run_until_signal(self) -> None:
+        """Serve until SIGTERM or SIGINT, then drain."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await stop.wait()
+        await self.drain()
+
+
+def _handler(method: MethodDescriptor, servicer: object, *, raw: bool) -> Any:
+    behaviour = getattr(servicer, method.name, None) or _not_offered(method)
+    path = f"/{method.containing_service.full_name}/{method.name}"
+    kind = ("stream" if method.client_streaming else "unary") + "_" + (
+        "stream" if method.server_streaming else "unary"
+    )
+    adapt = _adapt_stream if method.server_streaming else _adapt_unary
+    make = getattr(grpc, f"{kind}_rpc_method_handler")
+    checked = not raw and getattr(servicer, method.name, None) is not None
+    request = None if raw else GetMessageClass(method.input_type).FromString
+    response = None if raw else GetMessageClass(method.output_type).SerializeToString
+    return make(adapt(behaviour, path, checked, method.client_streaming), request, response)
+
+
+def _not_offered(method: MethodDescriptor) -> Callable[..., Any]:
+    error = Unimplemented(f"{method.name} is not offered yet by {method.containing_service.name} in this version.")
+
+    async def refuse(_request: Any, _call: Call) -> Any:
+        raise error
+
+    async def refuse_stream(_request: Any, _call: Call) -> AsyncIterator[Any]:
+        raise error
+        yield
+
+    return refuse_stream if method.server_streaming else refuse
+
+
+def _adapt_unary(behaviour: Any, path: str, checked: bool, streaming: bool) -> Any:
+    async def handle(request: Any, context: Any) -> Any:
+        try:
+            return await behaviour(_admitted(request, checked, streaming), Call(path, peer_of(context), context))
+        except Exception as error:  # noqa: BLE001  # The edge: whatever it is becomes a status.
+            await abort(context, error)
+
+    return handle
+
+
+def _adapt_stream(behaviour: Any, path: str, checked: bool, streaming: bool) -> Any:
+    async def handle(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            responses = behaviour(_admitted(request, checked, streaming), Call(path, peer_of(context), context))
+            async for response in responses:
+                yield response
+        except Exception as error:  # noqa: BLE001  # The edge: whatever it is becomes a status.
+            await abort(context, error)
+
+    return handle
+
+
+def _admitted(request: Any, checked: bool, streaming: bool) -> Any:
+    if not checked:
+        return request
+    if streaming:
+        return _checked_stream(request)
+    rules.check(request)
+    return request
+
+
+async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        rules.check(request)
+        yield request
+
+
+def require_writable(directory: os.PathLike[str] | str) -> None:
+    """Raise ConfigError unless a file can be written and synced in the directory, which is made if it is missing."""
+    probe = os.path.join(directory, f".probe-{os.getpid()}")
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        with open(probe, "wb") as file:
+            file.write(bytes(4096))
+            os.fsync(file.fileno())
+        os.unlink(probe)
+    except OSError as error:
+        raise ConfigError(
+            f"The state directory {os.fspath(directory)} cannot be written ({error.strerror});"
+            " free space or permit writing, or name another one."
+        ) from error

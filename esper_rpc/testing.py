@@ -1,0 +1,163 @@
+"""Tools for testing a training loop or a service: a mesh's certificates and keys in one call, a server, a fake Tamiyo."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from .envelope import Keyring, RootKeys, sign
+from .envelope.trust import keyring_for
+from .envelope.verification import COMMAND_TYPE
+from .identity import Authority, Identity, SpiffeId
+from .proto.leyline.v1 import AdaptationCommand, SignedEnvelope
+from .proto.tamiyo.v1 import (
+    CloseRunRequest,
+    CloseRunResponse,
+    EvaluateStepsRequest,
+    EvaluateStepsResponse,
+    NoAction,
+    OpenRunRequest,
+    OpenRunResponse,
+    Step,
+    StepDecision,
+    tamiyo_service_pb2,
+)
+from .server import Call, MeshServer, ServerConfig
+
+TAMIYO = tamiyo_service_pb2.DESCRIPTOR.services_by_name["TamiyoService"]
+
+
+class FakeClock:
+    """A monotonic clock that moves when told to."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        """Move on."""
+        self.now += seconds
+
+
+class TemporaryMesh:
+    """An authority and signing roots in a directory, with members on demand."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._authority = Authority.create(directory / "pki")
+        self._root_keys = RootKeys.create(directory / "keys" / "root.json")
+
+    def identity(self, role: str, instance: str = "local") -> Identity:
+        """Issue, or return, the identity of a member; its keyring lies beside it."""
+        directory = self.identity_dir(role, instance)
+        if not (directory / "cert.pem").exists():
+            spiffe_id = SpiffeId(role, instance)
+            Identity.of(self._authority.issue(spiffe_id)).save(directory)
+            keyring_for(self._root_keys, spiffe_id).save(directory / "keyring.json")
+        return Identity.load(directory)
+
+    def identity_dir(self, role: str, instance: str = "local") -> Path:
+        """Where a member's files lie."""
+        return self.directory / "identities" / f"{role}-{instance}"
+
+    def keyring(self, role: str, instance: str = "local") -> Keyring:
+        """Return the keyring of a member."""
+        self.identity(role, instance)
+        return Keyring.load(self.identity_dir(role, instance) / "keyring.json")
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    identity: Identity,
+    *services: tuple[ServiceDescriptor, object],
+    raw_methods: frozenset[str] = frozenset(),
+    address: str = "127.0.0.1:0",
+) -> AsyncIterator[MeshServer]:
+    """Run services on a real server under mutual TLS for the length of a block."""
+    server = MeshServer(config=ServerConfig(address=address, drain_seconds=0.2), identity=identity)
+    for descriptor, servicer in services:
+        server.add_service(descriptor, servicer, raw_methods=raw_methods)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.drain()
+
+
+Decide = Callable[[Step], AdaptationCommand | None]
+
+
+@dataclass
+class FakeTamiyo:
+    """A controller whose decisions you write: return a command, or None for no action.
+
+    Serve it with `raw_methods=FakeTamiyo.RAW_METHODS`. `before_answer` may await to make it slow.
+    """
+
+    RAW_METHODS = frozenset({"EvaluateStep", "EvaluateSteps"})
+
+    keyring: Keyring
+    decide: Decide = lambda _step: None
+    before_answer: Callable[[Step], object] | None = None
+    steps: list[Step] = field(default_factory=list)
+    runs: dict[str, OpenRunRequest] = field(default_factory=dict)
+
+    async def OpenRun(self, request: OpenRunRequest, call: Call) -> OpenRunResponse:
+        """Remember the run."""
+        created = request.run_id not in self.runs
+        self.runs[request.run_id] = request
+        return OpenRunResponse(
+            protocol_version=1, policy_version="fake", server_time_ns=time.time_ns(), created=created
+        )
+
+    async def CloseRun(self, request: CloseRunRequest, call: Call) -> CloseRunResponse:
+        """Forget the run."""
+        return CloseRunResponse(closed=self.runs.pop(request.run_id, None) is not None)
+
+    async def EvaluateSteps(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
+        """Answer every step as `decide` says."""
+        async for raw in requests:
+            step = EvaluateStepsRequest.FromString(raw).step
+            self.steps.append(step)
+            if self.before_answer is not None:
+                waiting = self.before_answer(step)
+                if hasattr(waiting, "__await__"):
+                    await waiting
+            decision = self._decision(step, hashlib.sha256(raw).digest(), str(call.peer))
+            yield EvaluateStepsResponse(decision=decision).SerializeToString()
+
+    def _decision(self, step: Step, digest: bytes, audience: str) -> StepDecision:
+        command = self.decide(step)
+        if command is None:
+            return StepDecision(sequence=step.sequence, no_action=NoAction(reason="nominal"))
+        command.command_id = command.command_id or str(uuid.uuid4())
+        epoch = self.runs[step.run_id].receiver_epoch
+        return StepDecision(
+            sequence=step.sequence, command=self.sign(command, audience, step.sequence, epoch, digest, step.run_id)
+        )
+
+    def sign(
+        self, command: AdaptationCommand, audience: str, sequence: int, epoch: bytes, digest: bytes, run_id: str
+    ) -> SignedEnvelope:
+        """Sign a command as Tamiyo does."""
+        return sign(
+            command.SerializeToString(),
+            payload_type=COMMAND_TYPE,
+            keyring=self.keyring,
+            audience=audience,
+            issued_at_ns=time.time_ns(),
+            nonce=command.command_id,
+            run_id=run_id,
+            receiver_epoch=epoch,
+            sequence=sequence,
+            request_digest=digest,
+        )

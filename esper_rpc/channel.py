@@ -5,10 +5,10 @@ import os
 # Forked DataLoader workers crash a trainer whose gRPC supports forks; must be set before grpc loads.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-import grpc  # noqa: E402
+import grpc
 
-from .errors import FailedPrecondition  # noqa: E402
-from .identity import Identity  # noqa: E402
+from .errors import FailedPrecondition
+from .identity import Identity
 
 MAX_MESSAGE_BYTES = 18 * 1024 * 1024
 

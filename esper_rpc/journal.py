@@ -134,9 +134,7 @@ class Journal:
         (free,) = connection.execute("PRAGMA freelist_count").fetchone()
         (size,) = connection.execute("PRAGMA page_size").fetchone()
         if (pages - free) * size > self._config.max_bytes:
-            connection.execute(
-                "DELETE FROM record WHERE id <= (SELECT MIN(id) + (MAX(id) - MIN(id)) / 10 FROM record)"
-            )
+            connection.execute("DELETE FROM record WHERE id <= (SELECT MIN(id) + (MAX(id) - MIN(id)) / 10 FROM record)")
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -24,9 +24,7 @@ def check(message: Message) -> None:
     """Raise InvalidRequest naming every field that breaks a rule."""
     found = violations(message)
     if found:
-        raise InvalidRequest(
-            "; ".join(f"{v.field}: {v.description}" for v in found[:8]), violations=tuple(found[:64])
-        )
+        raise InvalidRequest("; ".join(f"{v.field}: {v.description}" for v in found[:8]), violations=tuple(found[:64]))
 
 
 def violations(message: Message) -> list[Violation]:

@@ -123,9 +123,7 @@ class MeshServer:
 def _handler(method: MethodDescriptor, servicer: object, *, raw: bool) -> Any:
     behaviour = getattr(servicer, method.name, None) or _not_offered(method)
     path = f"/{method.containing_service.full_name}/{method.name}"
-    kind = ("stream" if method.client_streaming else "unary") + "_" + (
-        "stream" if method.server_streaming else "unary"
-    )
+    kind = ("stream" if method.client_streaming else "unary") + "_" + ("stream" if method.server_streaming else "unary")
     adapt = _adapt_stream if method.server_streaming else _adapt_unary
     make = getattr(grpc, f"{kind}_rpc_method_handler")
     checked = not raw and getattr(servicer, method.name, None) is not None

@@ -39,9 +39,7 @@ def to_status(error: errors.EsperError) -> status_pb2.Status:
     """Describe an error for the wire."""
     code = next((_CODE_OF[cls] for cls in type(error).__mro__ if cls in _CODE_OF), grpc.StatusCode.INTERNAL)
     status = status_pb2.Status(code=code.value[0], message=error.message)
-    status.details.add().Pack(
-        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
-    )
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))
     if isinstance(error, errors.InvalidRequest) and error.violations:
         fields = [
             error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)

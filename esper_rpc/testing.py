@@ -1,4 +1,4 @@
-"""Tools for testing a training loop or a service: a mesh's certificates and keys in one call, a server, a fake Tamiyo."""
+"""Tools for testing a training loop or a service: certificates and keys in one call, a server, a fake Tamiyo."""
 
 from __future__ import annotations
 

@@ -1,0 +1,32 @@
+"""SDK of the Esper mesh: typed clients, TrainingSession and attach. Loads no torch."""
+
+from __future__ import annotations
+
+import os
+
+# Spinning OpenMP threads double the tail of every step; this must be set before torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from .attach import attach
+from .blocking import Blocking
+from .client import IdentityClient, KasminaClient, TamiyoClient, UrzaClient
+from .discovery import MeshAddress, find_mesh
+from .event_loop import LoopThread
+from .seed_host import RunDescription, SeedHost
+from .session import SessionConfig, TrainingSession
+
+__all__ = [
+    "Blocking",
+    "IdentityClient",
+    "KasminaClient",
+    "LoopThread",
+    "MeshAddress",
+    "RunDescription",
+    "SeedHost",
+    "SessionConfig",
+    "TamiyoClient",
+    "TrainingSession",
+    "UrzaClient",
+    "attach",
+    "find_mesh",
+]

@@ -96,9 +96,7 @@ class Keyring:
             for issuer in issuers
             for audience in (str(spiffe_id), *audiences)
         }
-        return cls(
-            role=spiffe_id.role, active_key_id=root_keys.active_key_id, issuer_keys=own, received=received
-        )
+        return cls(role=spiffe_id.role, active_key_id=root_keys.active_key_id, issuer_keys=own, received=received)
 
     def signing_key(self, audience: str) -> bytes:
         """The active key towards one audience; raises ConfigError without issuer keys."""

@@ -65,6 +65,4 @@ TABLE: dict[str, frozenset[str]] = {
 def authorise(peer: SpiffeId, method: str) -> None:
     """Raise PermissionDenied unless the peer's role may call the method, given as `/package.Service/Method`."""
     if peer.role not in TABLE.get(method, frozenset()):
-        raise PermissionDenied(
-            f"{peer} may not call {method}.", metadata={"role": peer.role, "method": method}
-        )
+        raise PermissionDenied(f"{peer} may not call {method}.", metadata={"role": peer.role, "method": method})

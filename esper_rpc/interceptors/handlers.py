@@ -12,8 +12,10 @@ def guarded(handler: Any, before: Before) -> Any:
     """Return a handler that awaits `before` first, once per call or stream; `before` aborts what it refuses."""
     if handler is None:
         return None
-    kind = ("stream" if handler.request_streaming else "unary") + "_" + (
-        "stream" if handler.response_streaming else "unary"
+    kind = (
+        ("stream" if handler.request_streaming else "unary")
+        + "_"
+        + ("stream" if handler.response_streaming else "unary")
     )
     make = getattr(grpc, f"{kind}_rpc_method_handler")
     wrap = _guard_stream if handler.response_streaming else _guard_unary

@@ -1,0 +1,362 @@
+"""Typed asyncio clients: one class per service, one method per RPC, errors of esper_rpc.errors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator
+from typing import Any, Protocol, Self, TypeVar
+
+from esper_rpc.channel import ForkGuard, open_channel
+
+import grpc  # isort: skip  # After channel, which sets how grpc behaves around forks.
+
+from esper_rpc.identity import Identity
+from esper_rpc.proto.identity.v1 import (
+    EnrollRequest,
+    EnrollResponse,
+    RenewCertificateRequest,
+    RenewCertificateResponse,
+)
+from esper_rpc.proto.kasmina.v1 import (
+    AdvanceAlphaRequest,
+    AdvanceAlphaResponse,
+    ApplyCommandRequest,
+    ApplyCommandResponse,
+    ExportSeedStatesRequest,
+    ExportSeedStatesResponse,
+    FinalizeStepRequest,
+    FinalizeStepResponse,
+    UpdateEpochRequest,
+    UpdateEpochResponse,
+    WatchSeedEventsRequest,
+    WatchSeedEventsResponse,
+)
+from esper_rpc.proto.kasmina.v1 import (
+    GetStatusRequest as KasminaStatusRequest,
+)
+from esper_rpc.proto.kasmina.v1 import (
+    GetStatusResponse as KasminaStatusResponse,
+)
+from esper_rpc.proto.tamiyo.v1 import (
+    AckFieldReportRequest,
+    AckFieldReportResponse,
+    CloseRunRequest,
+    CloseRunResponse,
+    EvaluateEpochRequest,
+    EvaluateEpochResponse,
+    EvaluateStepRequest,
+    EvaluateStepResponse,
+    EvaluateStepsRequest,
+    EvaluateStepsResponse,
+    ExplainDecisionRequest,
+    ExplainDecisionResponse,
+    GetPolicyRequest,
+    GetPolicyResponse,
+    IngestPolicyUpdateRequest,
+    IngestPolicyUpdateResponse,
+    ListFieldReportsRequest,
+    ListFieldReportsResponse,
+    ListPauseGrantsRequest,
+    ListPauseGrantsResponse,
+    OpenRunRequest,
+    OpenRunResponse,
+    PublishHistoryRequest,
+    PublishHistoryResponse,
+    ReplayDecisionRequest,
+    ReplayDecisionResponse,
+    RequestPauseRequest,
+    RequestPauseResponse,
+    RollbackPolicyRequest,
+    RollbackPolicyResponse,
+    SetConservativeModeRequest,
+    SetConservativeModeResponse,
+)
+from esper_rpc.proto.tamiyo.v1 import (
+    GetStatusRequest as TamiyoStatusRequest,
+)
+from esper_rpc.proto.tamiyo.v1 import (
+    GetStatusResponse as TamiyoStatusResponse,
+)
+from esper_rpc.proto.urza.v1 import (
+    BatchGetExtrasRequest,
+    BatchGetExtrasResponse,
+    FetchKernelRequest,
+    FetchKernelResponse,
+    GetBlueprintRequest,
+    GetBlueprintResponse,
+    GetExtrasRequest,
+    GetExtrasResponse,
+    ListBlueprintsRequest,
+    ListBlueprintsResponse,
+    PrefetchRequest,
+    PrefetchResponse,
+    SaveBlueprintRequest,
+    SaveBlueprintResponse,
+    UploadKernelRequest,
+    UploadKernelResponse,
+    WatchCatalogRequest,
+    WatchCatalogResponse,
+)
+from esper_rpc.status import from_rpc_error
+
+
+class Parsed(Protocol):
+    """A generated message class, as far as a client needs it."""
+
+    @classmethod
+    def FromString(cls, s: bytes) -> Self:
+        """Parse."""
+        ...
+
+
+Response = TypeVar("Response", bound=Parsed)
+
+
+class MeshClient:
+    """A channel to one service. Make it on the event loop that uses it; close it there."""
+
+    role = ""
+    service = ""
+
+    def __init__(self, address: str, *, identity: Identity) -> None:
+        self._fork = ForkGuard()
+        self._channel = open_channel(address, identity=identity, role=self.role)
+
+    async def close(self) -> None:
+        """Close the channel; calls in flight are cancelled."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def _path(self, method: str) -> str:
+        self._fork.check()
+        return f"/{self.service}/{method}"
+
+    async def _unary(self, method: str, request: Any, response: type[Response], timeout: float) -> Response:
+        call: Any = self._channel.unary_unary(self._path(method), type(request).SerializeToString, response.FromString)
+        try:
+            return await call(request, timeout=timeout)  # type: ignore[no-any-return]  # response.FromString made it.
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def _upload(
+        self, method: str, requests: AsyncIterable[Any], request: Any, response: type[Response], timeout: float
+    ) -> Response:
+        call: Any = self._channel.stream_unary(self._path(method), request.SerializeToString, response.FromString)
+        try:
+            return await call(requests, timeout=timeout)  # type: ignore[no-any-return]  # response.FromString made it.
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def _download(
+        self, method: str, request: Any, response: type[Response], timeout: float | None
+    ) -> AsyncIterator[Response]:
+        call: Any = self._channel.unary_stream(self._path(method), type(request).SerializeToString, response.FromString)
+        try:
+            async for message in call(request, timeout=timeout):
+                yield message
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def _bidi(
+        self, method: str, requests: AsyncIterable[Any], request: Any, response: type[Response]
+    ) -> AsyncIterator[Response]:
+        call: Any = self._channel.stream_stream(self._path(method), request.SerializeToString, response.FromString)
+        try:
+            async for message in call(requests):
+                yield message
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+
+class IdentityClient(MeshClient):
+    """IdentityService issues certificates to members of the mesh."""
+
+    role = "identity"
+    service = "esper.identity.v1.IdentityService"
+
+    async def renew_certificate(
+        self, request: RenewCertificateRequest, *, timeout: float = 2.0
+    ) -> RenewCertificateResponse:
+        """Issues a new leaf to the holder of a valid one, with the same names."""
+        return await self._unary("RenewCertificate", request, RenewCertificateResponse, timeout)
+
+    async def enroll(self, request: EnrollRequest, *, timeout: float = 2.0) -> EnrollResponse:
+        """Issues a first leaf for a one-time token."""
+        return await self._unary("Enroll", request, EnrollResponse, timeout)
+
+
+class KasminaClient(MeshClient):
+    """KasminaService is the seed host: it carries out signed commands on a live model."""
+
+    role = "kasmina"
+    service = "esper.kasmina.v1.KasminaService"
+
+    async def apply_command(self, request: ApplyCommandRequest, *, timeout: float = 2.0) -> ApplyCommandResponse:
+        """Verifies a command and queues it for the next safe point of the training loop."""
+        return await self._unary("ApplyCommand", request, ApplyCommandResponse, timeout)
+
+    async def export_seed_states(
+        self, request: ExportSeedStatesRequest, *, timeout: float = 2.0
+    ) -> ExportSeedStatesResponse:
+        """Returns the state of every seed."""
+        return await self._unary("ExportSeedStates", request, ExportSeedStatesResponse, timeout)
+
+    async def advance_alpha(self, request: AdvanceAlphaRequest, *, timeout: float = 2.0) -> AdvanceAlphaResponse:
+        """Moves the alpha of a blending seed one step on."""
+        return await self._unary("AdvanceAlpha", request, AdvanceAlphaResponse, timeout)
+
+    async def finalize_step(self, request: FinalizeStepRequest, *, timeout: float = 2.0) -> FinalizeStepResponse:
+        """Ends one training step: steps the optimizers of the seeds and flushes one packet per active seed and a global one."""
+        return await self._unary("FinalizeStep", request, FinalizeStepResponse, timeout)
+
+    async def update_epoch(self, request: UpdateEpochRequest, *, timeout: float = 2.0) -> UpdateEpochResponse:
+        """Tells the host that an epoch ended."""
+        return await self._unary("UpdateEpoch", request, UpdateEpochResponse, timeout)
+
+    def watch_seed_events(
+        self, request: WatchSeedEventsRequest, *, timeout: float | None = None
+    ) -> AsyncIterator[WatchSeedEventsResponse]:
+        """Streams what happens to seeds."""
+        return self._download("WatchSeedEvents", request, WatchSeedEventsResponse, timeout)
+
+    async def get_status(self, request: KasminaStatusRequest, *, timeout: float = 2.0) -> KasminaStatusResponse:
+        """Reports what the host does at present, with what an operator needs to sign a command for it."""
+        return await self._unary("GetStatus", request, KasminaStatusResponse, timeout)
+
+
+class TamiyoClient(MeshClient):
+    """TamiyoService decides what a training run does next."""
+
+    role = "tamiyo"
+    service = "esper.tamiyo.v1.TamiyoService"
+
+    async def open_run(self, request: OpenRunRequest, *, timeout: float = 2.0) -> OpenRunResponse:
+        """Opens a run, or opens it again after a reconnect."""
+        return await self._unary("OpenRun", request, OpenRunResponse, timeout)
+
+    async def close_run(self, request: CloseRunRequest, *, timeout: float = 2.0) -> CloseRunResponse:
+        """Forgets a run."""
+        return await self._unary("CloseRun", request, CloseRunResponse, timeout)
+
+    def evaluate_steps(self, requests: AsyncIterable[EvaluateStepsRequest]) -> AsyncIterator[EvaluateStepsResponse]:
+        """Answers steps on one long-lived stream."""
+        return self._bidi("EvaluateSteps", requests, EvaluateStepsRequest, EvaluateStepsResponse)
+
+    async def evaluate_step(self, request: EvaluateStepRequest, *, timeout: float = 2.0) -> EvaluateStepResponse:
+        """Answers one step: the same decision as on the stream."""
+        return await self._unary("EvaluateStep", request, EvaluateStepResponse, timeout)
+
+    async def evaluate_epoch(self, request: EvaluateEpochRequest, *, timeout: float = 2.0) -> EvaluateEpochResponse:
+        """Decides at the end of an epoch, with seconds instead of milliseconds to think."""
+        return await self._unary("EvaluateEpoch", request, EvaluateEpochResponse, timeout)
+
+    async def ingest_policy_update(
+        self, request: IngestPolicyUpdateRequest, *, timeout: float = 2.0
+    ) -> IngestPolicyUpdateResponse:
+        """Verifies a signed PolicyUpdate and makes it the live policy, or rejects it with a reason and changes nothing."""
+        return await self._unary("IngestPolicyUpdate", request, IngestPolicyUpdateResponse, timeout)
+
+    async def get_policy(self, request: GetPolicyRequest, *, timeout: float = 2.0) -> GetPolicyResponse:
+        """Describes the policy in force."""
+        return await self._unary("GetPolicy", request, GetPolicyResponse, timeout)
+
+    async def rollback_policy(self, request: RollbackPolicyRequest, *, timeout: float = 2.0) -> RollbackPolicyResponse:
+        """Returns to the policy that was live before."""
+        return await self._unary("RollbackPolicy", request, RollbackPolicyResponse, timeout)
+
+    async def request_pause(self, request: RequestPauseRequest, *, timeout: float = 2.0) -> RequestPauseResponse:
+        """Asks for pause units from the caller's quota."""
+        return await self._unary("RequestPause", request, RequestPauseResponse, timeout)
+
+    async def list_pause_grants(
+        self, request: ListPauseGrantsRequest, *, timeout: float = 2.0
+    ) -> ListPauseGrantsResponse:
+        """Lists what RequestPause granted and refused, oldest first."""
+        return await self._unary("ListPauseGrants", request, ListPauseGrantsResponse, timeout)
+
+    async def set_conservative_mode(
+        self, request: SetConservativeModeRequest, *, timeout: float = 2.0
+    ) -> SetConservativeModeResponse:
+        """Turns conservative mode on or off by hand."""
+        return await self._unary("SetConservativeMode", request, SetConservativeModeResponse, timeout)
+
+    async def get_status(self, request: TamiyoStatusRequest, *, timeout: float = 2.0) -> TamiyoStatusResponse:
+        """Reports what the service does at present."""
+        return await self._unary("GetStatus", request, TamiyoStatusResponse, timeout)
+
+    async def ack_field_report(self, request: AckFieldReportRequest, *, timeout: float = 2.0) -> AckFieldReportResponse:
+        """Marks a field report as received."""
+        return await self._unary("AckFieldReport", request, AckFieldReportResponse, timeout)
+
+    async def list_field_reports(
+        self, request: ListFieldReportsRequest, *, timeout: float = 2.0
+    ) -> ListFieldReportsResponse:
+        """Lists field reports, oldest first."""
+        return await self._unary("ListFieldReports", request, ListFieldReportsResponse, timeout)
+
+    async def publish_history(self, request: PublishHistoryRequest, *, timeout: float = 2.0) -> PublishHistoryResponse:
+        """Flushes telemetry and field reports to the message fabric."""
+        return await self._unary("PublishHistory", request, PublishHistoryResponse, timeout)
+
+    async def explain_decision(
+        self, request: ExplainDecisionRequest, *, timeout: float = 2.0
+    ) -> ExplainDecisionResponse:
+        """Returns the record of one decision."""
+        return await self._unary("ExplainDecision", request, ExplainDecisionResponse, timeout)
+
+    async def replay_decision(self, request: ReplayDecisionRequest, *, timeout: float = 2.0) -> ReplayDecisionResponse:
+        """Computes one decision again from its record and compares."""
+        return await self._unary("ReplayDecision", request, ReplayDecisionResponse, timeout)
+
+
+class UrzaClient(MeshClient):
+    """UrzaService is the library of blueprints and their kernels."""
+
+    role = "urza"
+    service = "esper.urza.v1.UrzaService"
+
+    async def get_blueprint(self, request: GetBlueprintRequest, *, timeout: float = 2.0) -> GetBlueprintResponse:
+        """Returns one blueprint."""
+        return await self._unary("GetBlueprint", request, GetBlueprintResponse, timeout)
+
+    async def get_extras(self, request: GetExtrasRequest, *, timeout: float = 2.0) -> GetExtrasResponse:
+        """Returns the extras of one blueprint."""
+        return await self._unary("GetExtras", request, GetExtrasResponse, timeout)
+
+    async def batch_get_extras(self, request: BatchGetExtrasRequest, *, timeout: float = 2.0) -> BatchGetExtrasResponse:
+        """Returns the extras of several blueprints; unknown ones are named, not refused."""
+        return await self._unary("BatchGetExtras", request, BatchGetExtrasResponse, timeout)
+
+    async def list_blueprints(self, request: ListBlueprintsRequest, *, timeout: float = 2.0) -> ListBlueprintsResponse:
+        """Lists blueprints by identifier."""
+        return await self._unary("ListBlueprints", request, ListBlueprintsResponse, timeout)
+
+    async def save_blueprint(self, request: SaveBlueprintRequest, *, timeout: float = 2.0) -> SaveBlueprintResponse:
+        """Saves a blueprint with its extras."""
+        return await self._unary("SaveBlueprint", request, SaveBlueprintResponse, timeout)
+
+    async def upload_kernel(
+        self, requests: AsyncIterable[UploadKernelRequest], *, timeout: float = 60.0
+    ) -> UploadKernelResponse:
+        """Uploads the kernel of a saved blueprint."""
+        return await self._upload("UploadKernel", requests, UploadKernelRequest, UploadKernelResponse, timeout)
+
+    def fetch_kernel(
+        self, request: FetchKernelRequest, *, timeout: float | None = None
+    ) -> AsyncIterator[FetchKernelResponse]:
+        """Downloads a kernel: one header, then chunks in order."""
+        return self._download("FetchKernel", request, FetchKernelResponse, timeout)
+
+    async def prefetch(self, request: PrefetchRequest, *, timeout: float = 2.0) -> PrefetchResponse:
+        """Makes a kernel ready to be fetched fast and tells its reference, or why it cannot."""
+        return await self._unary("Prefetch", request, PrefetchResponse, timeout)
+
+    def watch_catalog(
+        self, request: WatchCatalogRequest, *, timeout: float | None = None
+    ) -> AsyncIterator[WatchCatalogResponse]:
+        """Streams changes of the catalogue."""
+        return self._download("WatchCatalog", request, WatchCatalogResponse, timeout)

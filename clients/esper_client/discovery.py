@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from esper_rpc.errors import ConfigError
+
+MESH_FILE = "mesh.toml"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeshAddress:
+    """Where the mesh is, and who we are in it."""
+
+    tamiyo: str
+    urza: str
+    identity_dir: Path
+    """Holds cert.pem, key.pem, ca.pem and keyring.json."""
+
+
+def find_mesh(environ: Mapping[str, str]) -> MeshAddress | None:
+    """Look in the environment (ESPER_TAMIYO, ESPER_URZA, ESPER_IDENTITY), then in $ESPER_HOME/mesh.toml.
+
+    Raises:
+        ConfigError: When something is there, but not whole.
+    """
+    if "ESPER_TAMIYO" in environ:
+        return _whole({k: environ.get(f"ESPER_{k.upper()}") for k in ("tamiyo", "urza", "identity")}, "the environment")
+    home = Path(environ.get("ESPER_HOME", Path.home() / ".esper"))
+    path = home / MESH_FILE
+    if not path.exists():
+        return None
+    try:
+        return _whole(tomllib.loads(path.read_text()).get("mesh", {}), str(path))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+
+
+def _whole(settings: Mapping[str, str | None], source: str) -> MeshAddress:
+    tamiyo, urza, identity = (settings.get(key) for key in ("tamiyo", "urza", "identity"))
+    if not (tamiyo and urza and identity):
+        raise ConfigError(f"{source} must name tamiyo, urza and identity; `esper up` writes all three.")
+    return MeshAddress(tamiyo=tamiyo, urza=urza, identity_dir=Path(identity))

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedState, SignedEnvelope, TelemetryPacket
+from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
+
+
+@dataclass(frozen=True, slots=True)
+class RunDescription:
+    """What OpenRun says of a model."""
+
+    sites: tuple[RunSite, ...]
+    seeds: tuple[RunSeed, ...]
+    host_topology: bytes
+    """JSON in the extras schema."""
+
+
+class SeedHost(Protocol):
+    """Carries out commands on a live model. Only `submit` may be called from any thread; the rest from the trainer's."""
+
+    @property
+    def receiver_epoch(self) -> bytes:
+        """The 16 random bytes that every command must carry."""
+        ...
+
+    def describe(self) -> RunDescription:
+        """Describe the model as it is at present."""
+        ...
+
+    def submit(
+        self,
+        envelope: SignedEnvelope,
+        *,
+        expected_sequence: int | None = None,
+        request_digest: bytes | None = None,
+    ) -> CommandOutcome:
+        """Verify a command and queue it for the next safe point; a refusal is an outcome."""
+        ...
+
+    def observe(self, loss: float, global_step: int) -> None:
+        """Note the loss of the step that just ended."""
+        ...
+
+    def apply_pending(self) -> list[CommandOutcome]:
+        """Carry out what is queued. This is the safe point: call it after optimizer.step()."""
+        ...
+
+    def advance_alphas(self) -> None:
+        """Move every blending seed one step on."""
+        ...
+
+    def finalize_step(self, step_index: int) -> list[TelemetryPacket]:
+        """Step the seeds' optimizers and flush one packet per active seed and a global one."""
+        ...
+
+    def export_seed_states(self) -> list[SeedState]:
+        """Return the state of every seed."""
+        ...
+
+    def update_epoch(self, epoch: int) -> None:
+        """Note that an epoch begins."""
+        ...
+
+    def set_clock_offset(self, offset_ns: int) -> None:
+        """Set the issuer's wall clock minus the local monotonic clock."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return seeds, stages, alphas and optimizers."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        ...
+
+    def export(self) -> Any:
+        """Return the model without the mesh: fossilised seeds kept, the rest gone."""
+        ...
+
+    def close(self) -> None:
+        """End what the host runs beside the loop."""
+        ...

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -196,3 +198,9 @@ def require_writable(directory: os.PathLike[str] | str) -> None:
             f"The state directory {os.fspath(directory)} cannot be written ({error.strerror});"
             " free space or permit writing, or name another one."
         ) from error
+
+
+def announce(service: str, address: str) -> None:
+    """Tell whoever started this process, on its standard output, that it serves and where."""
+    sys.stdout.write(json.dumps({"event": "serving", "service": service, "address": address}) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,3 @@
+"""Blueprints: module factories, manifests, extras and kernels."""
+
+from __future__ import annotations

@@ -1,0 +1,94 @@
+"""From a manifest and safetensors to a module. Nothing that arrives is unpickled or executed."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+
+import orjson
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from esper_rpc.proto.urza.v1 import KernelManifest
+
+from .binding import ShapeMismatch
+from .catalogue import BlueprintFactory
+
+UNKNOWN_FACTORY = "unknown_factory"
+BAD_CONFIG = "bad_config"
+SHAPE_MISMATCH = "shape_mismatch"
+DTYPE_MISMATCH = "dtype_mismatch"
+CHECKSUM_MISMATCH = "checksum_mismatch"
+NON_FINITE_WEIGHTS = "non_finite_weights"
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class KernelRejected(Exception):  # noqa: N818  # It names a verdict.
+    """A kernel cannot be used here; `reason` is stable."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Spell a dtype as safetensors does, empty when it has no floating kernel."""
+    return _DTYPE_NAMES.get(dtype, "")
+
+
+def instantiate(
+    manifest: KernelManifest,
+    factories: Mapping[str, BlueprintFactory],
+    *,
+    feature_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    weights: bytes | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Build the module of a manifest for a site; raises KernelRejected.
+
+    Without weights the initialisation is drawn from `seed`, leaving the global generator untouched.
+    """
+    factory = factories.get(manifest.factory)
+    if factory is None:
+        raise KernelRejected(UNKNOWN_FACTORY, manifest.factory)
+    if manifest.dtypes and dtype_name(dtype) not in manifest.dtypes:
+        raise KernelRejected(DTYPE_MISMATCH, f"{dtype} is not one of {list(manifest.dtypes)}")
+    tensors = _read_weights(manifest, weights)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed % 2**63)
+            module = factory.build(orjson.loads(manifest.config_json or "{}"), feature_shape)
+    except ShapeMismatch as error:
+        raise KernelRejected(SHAPE_MISMATCH, str(error)) from error
+    except (orjson.JSONDecodeError, TypeError, ValueError) as error:
+        raise KernelRejected(BAD_CONFIG, str(error)) from error
+    if tensors is not None:
+        _load_weights(module, tensors)
+    return module.to(device=device, dtype=dtype)
+
+
+def _read_weights(manifest: KernelManifest, weights: bytes | None) -> dict[str, Tensor] | None:
+    if not manifest.weights_sha256:
+        return None
+    if weights is None or not hmac.compare_digest(hashlib.sha256(weights).digest(), manifest.weights_sha256):
+        raise KernelRejected(CHECKSUM_MISMATCH)
+    try:
+        tensors = safetensors.torch.load(weights)
+    except SafetensorError as error:
+        raise KernelRejected(CHECKSUM_MISMATCH, "not a safetensors file") from error
+    if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+        raise KernelRejected(NON_FINITE_WEIGHTS)
+    return tensors
+
+
+def _load_weights(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise KernelRejected(SHAPE_MISMATCH, str(error).splitlines()[0]) from error

@@ -1,0 +1,36 @@
+"""The `esper` command."""
+
+from __future__ import annotations
+
+import os
+
+import typer
+
+from . import bench, demo, keys, pki, serve, sign, status, up, urza
+from .console import Commands
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Steer neural-network training while it runs.",
+    epilog="Exit codes: 0 done, 1 failure, 2 wrong usage, 3 a peer cannot be reached.",
+)
+app.command(epilog="Example: esper up --home ~/.esper")(up.up)
+app.command(epilog="Example: esper demo --home var/demo")(demo.demo)
+app.command(epilog="Example: esper status --json")(status.status)
+app.command(epilog="Example: esper sign --address 127.0.0.1:40123 --seed hidden1 --operation cull --apply")(sign.sign)
+for name, group in (
+    ("bench", bench.app),
+    ("keys", keys.app),
+    ("pki", pki.app),
+    ("serve", serve.app),
+    ("urza", urza.app),
+):
+    app.add_typer(group, name=name)
+
+
+def main() -> None:
+    """Run the command line; the one place that reads the environment."""
+    app(obj=dict(os.environ))

@@ -1,0 +1,187 @@
+"""Services as child processes: started in order, watched, restarted, drained."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import IO, Self
+
+from esper_rpc.errors import ConfigError, Unavailable
+
+from .home import Home
+
+START_SECONDS = 60.0
+DRAIN_SECONDS = 8.0
+FREE_PORT = "127.0.0.1:0"
+_LOG_LINES_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServicePlan:
+    """A service to run, and the address it wants."""
+
+    name: str
+    address: str = FREE_PORT
+    needs: tuple[str, ...] = ()
+    """Services whose address it is told."""
+
+
+SERVICES = (ServicePlan(name="urza"), ServicePlan(name="tamiyo", needs=("urza",)))
+
+
+@dataclass(slots=True)
+class ServiceProcess:
+    """One running service."""
+
+    plan: ServicePlan
+    process: subprocess.Popen[bytes]
+    address: str = ""
+    started_at: float = field(default_factory=time.monotonic)
+
+
+class Supervisor:
+    """Runs the services of a mesh on this machine; a context manager that drains them."""
+
+    def __init__(self, home: Home, environ: Mapping[str, str], plans: Sequence[ServicePlan] = SERVICES) -> None:
+        self._home = home
+        self._environ = child_environ(home, environ)
+        self._plans = plans
+        self.services: dict[str, ServiceProcess] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Where each service listens."""
+        return {name: service.address for name, service in self.services.items()}
+
+    def start(self) -> None:
+        """Start every service in order, wait until it serves, and write mesh.toml."""
+        for plan in self._plans:
+            self.services[plan.name] = self._start(plan)
+        self._home.write_mesh(self.addresses)
+
+    def restart(self, name: str) -> None:
+        """Start a service that ended again, at the address it had: its peers know no other."""
+        plan = self.services[name].plan
+        address = self.services[name].address or plan.address
+        self.services[name] = self._start(ServicePlan(name=plan.name, address=address, needs=plan.needs))
+
+    def ended(self) -> list[str]:
+        """Name the services whose process is gone."""
+        return [name for name, service in self.services.items() if service.process.poll() is not None]
+
+    def stop(self) -> None:
+        """Drain every service, the last started first; what does not end in time is killed."""
+        for service in reversed(self.services.values()):
+            end(service.process)
+
+    def _start(self, plan: ServicePlan) -> ServiceProcess:
+        command = [*cli_command(), "serve", plan.name, "--home", str(self._home.directory), "--address", plan.address]
+        for need in plan.needs:
+            command += [f"--{need}", self.services[need].address]
+        log_file = self._home.log_file(plan.name)
+        log_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with log_file.open("ab") as log:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, env=dict(self._environ), start_new_session=True
+            )
+        service = ServiceProcess(plan=plan, process=process)
+        try:
+            service.address = self._wait_until_serving(service)
+        except BaseException:
+            end(process)
+            raise
+        return service
+
+    def _wait_until_serving(self, service: ServiceProcess) -> str:
+        assert service.process.stdout is not None
+        for line in lines_until(service.process.stdout, START_SECONDS):
+            event = parse_event(line)
+            if event.get("event") == "serving":
+                return str(event["address"])
+        name = service.plan.name
+        if service.process.poll() is None and not _exits_soon(service.process):
+            raise Unavailable(f"{name} does not serve after {START_SECONDS:g} s; see {self._home.log_file(name)}.")
+        raise ConfigError(f"{name} ended before it served. Its last words:\n{self._last_words(name)}")
+
+    def _last_words(self, name: str) -> str:
+        lines = self._home.log_file(name).read_text(errors="replace").splitlines()
+        return "\n".join(lines[-_LOG_LINES_SHOWN:])
+
+
+def cli_command() -> list[str]:
+    """The command that runs `esper` with this interpreter."""
+    return [sys.executable, "-m", "esper_servers.cli"]
+
+
+def child_environ(home: Home, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a process of the mesh: threads that do not spin, gRPC that survives forks."""
+    defaults = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+    return {**defaults, **environ, "ESPER_HOME": str(home.directory)}
+
+
+def lines_until(stream: IO[bytes], seconds: float, clock: Callable[[], float] = time.monotonic) -> Iterable[bytes]:
+    """Yield the lines of a pipe until it ends or the time is up."""
+    deadline = clock() + seconds
+    buffer = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(stream, selectors.EVENT_READ)
+        while (left := deadline - clock()) > 0:
+            if not selector.select(left):
+                return
+            chunk = os.read(stream.fileno(), 65536)
+            if not chunk:
+                return
+            *lines, buffer = (buffer + chunk).split(b"\n")
+            yield from lines
+
+
+def parse_event(line: bytes) -> dict[str, object]:
+    """Read one JSON line; anything else is an empty event."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) else {}
+
+
+def end(process: subprocess.Popen[bytes], seconds: float = DRAIN_SECONDS) -> None:
+    """Ask a process to drain, and kill it when it does not."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def _exits_soon(process: subprocess.Popen[bytes]) -> bool:
+    try:
+        process.wait(1.0)
+    except subprocess.TimeoutExpired:
+        return False
+    return True

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from esper_rpc.logging import log_json_lines
+
+from .console import Commands, HomeOption, home_of, run
+from .home import INSTANCE
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, help="Run one service in the foreground.")
+
+BindOption = Annotated[str, typer.Option("--address", help="host:port to listen on; port 0 takes a free one.")]
+InstanceOption = Annotated[str, typer.Option(help="Which identity of the role to use.")]
+
+
+@app.command(epilog="Example: esper serve urza --address 127.0.0.1:7402")
+def urza(
+    context: typer.Context,
+    address: BindOption = "127.0.0.1:0",
+    instance: InstanceOption = INSTANCE,
+    home: HomeOption = None,
+) -> None:
+    """Serve the blueprint library."""
+    from esper_servers.urza.server import UrzaServerConfig, serve
+
+    log_json_lines()
+    place = home_of(context, home)
+    config = UrzaServerConfig(
+        identity_dir=place.identity_dir("urza", instance), state_dir=place.state_dir("urza"), address=address
+    )
+    run(serve(config))
+
+
+@app.command(epilog="Example: esper serve tamiyo --address 127.0.0.1:7401 --urza 127.0.0.1:7402")
+def tamiyo(
+    context: typer.Context,
+    address: BindOption = "127.0.0.1:0",
+    urza: Annotated[str | None, typer.Option("--urza", help="host:port of Urza. Default: as in mesh.toml.")] = None,
+    instance: InstanceOption = INSTANCE,
+    home: HomeOption = None,
+) -> None:
+    """Serve the controller that decides what a training run does next."""
+    from esper_servers.tamiyo.server import TamiyoServerConfig, serve
+
+    log_json_lines()
+    place = home_of(context, home)
+    config = TamiyoServerConfig(
+        identity_dir=place.identity_dir("tamiyo", instance),
+        state_dir=place.state_dir("tamiyo"),
+        address=address,
+        urza_address=place.address("urza", urza),
+    )
+    run(serve(config))

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .console import HomeOption, environ_of, home_of
+from .processes import ServicePlan, Supervisor
+
+_WATCH_SECONDS = 0.5
+_BACKOFF_SECONDS = 2.0
+
+
+def up(
+    context: typer.Context,
+    tamiyo_address: Annotated[str, typer.Option(help="Where Tamiyo listens.")] = "127.0.0.1:0",
+    urza_address: Annotated[str, typer.Option(help="Where Urza listens.")] = "127.0.0.1:0",
+    home: HomeOption = None,
+) -> None:
+    """Start the mesh on this machine, watch it, and drain it on Ctrl-C."""
+    place = home_of(context, home)
+    place.prepare()
+    plans = (
+        ServicePlan(name="urza", address=urza_address),
+        ServicePlan(name="tamiyo", address=tamiyo_address, needs=("urza",)),
+    )
+    stop = _stop_on_signals()
+    console = Console(stderr=True)
+    with Supervisor(place, environ_of(context), plans) as supervisor:
+        for name, address in supervisor.addresses.items():
+            console.print(f"[green]serving[/] {name} at {address}")
+        console.print(f"wrote {place.mesh_file}; training finds it with ESPER_HOME={place.directory}. Ctrl-C drains.")
+        _watch(supervisor, stop, console)
+
+
+def _watch(supervisor: Supervisor, stop: threading.Event, console: Console) -> None:
+    while not stop.wait(_WATCH_SECONDS):
+        for name in supervisor.ended():
+            console.print(
+                f"[red]{name} ended[/] with {supervisor.services[name].process.returncode}; starting it again"
+            )
+            if not stop.wait(_BACKOFF_SECONDS):
+                supervisor.restart(name)
+
+
+def _stop_on_signals() -> threading.Event:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop

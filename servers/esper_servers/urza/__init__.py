@@ -1,0 +1,3 @@
+"""Urza, the library of blueprints."""
+
+from __future__ import annotations

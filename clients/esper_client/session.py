@@ -76,6 +76,8 @@ class TrainingSession:
         """Steps without a command by reason, commands as `command`."""
         self.outcomes: deque[CommandOutcome] = deque(maxlen=1024)
         self.policy_version = ""
+        self.kasmina_address = ""
+        """Where KasminaService of this process listens, when it is served."""
         self.epoch = 0
         self.global_step = 0
         self._guard: StepGuard[StepDecision] = StepGuard()

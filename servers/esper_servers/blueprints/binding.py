@@ -5,7 +5,7 @@ from collections.abc import Sequence
 ANY = "*"
 
 
-class ShapeMismatch(ValueError):  # noqa: N818  # It names a verdict.
+class ShapeMismatch(ValueError):  # It names a verdict.
     """A shape does not fit a symbolic one."""
 
 

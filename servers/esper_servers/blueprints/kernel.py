@@ -27,7 +27,7 @@ NON_FINITE_WEIGHTS = "non_finite_weights"
 _DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-class KernelRejected(Exception):  # noqa: N818  # It names a verdict.
+class KernelRejected(Exception):  # It names a verdict.
     """A kernel cannot be used here; `reason` is stable."""
 
     def __init__(self, reason: str, detail: str = "") -> None:

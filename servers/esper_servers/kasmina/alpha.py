@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# The order is the schedule index that commands carry.
+SCHEDULES: tuple[str, ...] = ("linear", "cosine", "warmup_hold", "sigmoid")
+DEFAULT_STEPS = 20
+DEFAULT_TEMPERATURE = 2.0
+
+
+def _sigmoid(x: float, temperature: float) -> float:
+    """A logistic ramp rescaled to reach 0 and 1 exactly (requirements 3.5)."""
+    low, high, value = (1 / (1 + math.exp(-(p - 0.5) * temperature * 2 * math.pi)) for p in (0.0, 1.0, x))
+    return (value - low) / (high - low)
+
+
+_CURVES: dict[str, Callable[[float, float], float]] = {
+    "linear": lambda x, _: x,
+    "cosine": lambda x, _: (1 - math.cos(math.pi * x)) / 2,
+    "warmup_hold": lambda x, _: min(1.0, 2 * x),
+    "sigmoid": _sigmoid,
+}
+
+
+@dataclass(slots=True)
+class AlphaSchedule:
+    """Raises alpha from 0 to 1 between two fractions of a window of steps; monotonic, and 1 at the end."""
+
+    method: str = "linear"
+    total_steps: int = DEFAULT_STEPS
+    start: float = 0.0
+    end: float = 1.0
+    temperature: float = DEFAULT_TEMPERATURE
+    step: int = 0
+
+    def advance(self) -> float:
+        """Move one step on and return alpha."""
+        self.step = min(self.step + 1, self.total_steps)
+        return self.value()
+
+    def value(self) -> float:
+        """Return alpha at the present step."""
+        if self.step >= self.total_steps:
+            return 1.0
+        fraction = self.step / self.total_steps
+        if fraction >= self.end:
+            return 1.0
+        progress = max(0.0, (fraction - self.start) / max(1e-9, self.end - self.start))
+        return min(1.0, max(0.0, _CURVES[self.method](progress, self.temperature)))

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from esper_rpc.config import Range, validate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalLimits:
+    """What the host refuses whoever signed it: protection against a mesh that is lying."""
+
+    live_seeds: Annotated[int, Range(0, 10_000)] = 8
+    added_parameters: Annotated[int, Range(0, 10**12)] = 10_000_000
+    learning_rate_multiplier: tuple[float, float] = (0.1, 2.0)
+    pauses_per_minute: Annotated[int, Range(0, 10_000)] = 10
+    max_pause_ms: Annotated[int, Range(0, 600_000)] = 10_000
+
+    def __post_init__(self) -> None:
+        validate(self)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from esper_rpc.errors import ResourceExhausted
+from esper_rpc.proto.kasmina.v1 import (
+    AdvanceAlphaRequest,
+    AdvanceAlphaResponse,
+    ApplyCommandRequest,
+    ApplyCommandResponse,
+    ExportSeedStatesRequest,
+    ExportSeedStatesResponse,
+    FinalizeStepRequest,
+    FinalizeStepResponse,
+    GetStatusRequest,
+    GetStatusResponse,
+    IssuerFence,
+    SeedEvent,
+    UpdateEpochRequest,
+    UpdateEpochResponse,
+    WatchSeedEventsRequest,
+    WatchSeedEventsResponse,
+)
+from esper_rpc.proto.leyline.v1 import HealthStatus
+from esper_rpc.server import Call
+
+from .host import InProcessSeedHost
+
+BACKLOG = 1024
+
+
+class KasminaServicer:
+    """Serves the seed host of this process to operators, tools and remote loops."""
+
+    def __init__(self, host: InProcessSeedHost, run_id: str) -> None:
+        self._host = host
+        self._run_id = run_id
+
+    async def ApplyCommand(self, request: ApplyCommandRequest, call: Call) -> ApplyCommandResponse:
+        """Verify a command and queue it."""
+        outcome, duplicate = self._host.receive(request.command)
+        return ApplyCommandResponse(outcome=outcome, duplicate=duplicate)
+
+    async def ExportSeedStates(self, request: ExportSeedStatesRequest, call: Call) -> ExportSeedStatesResponse:
+        """Return every seed."""
+        return ExportSeedStatesResponse(seeds=self._host.export_seed_states())
+
+    async def AdvanceAlpha(self, request: AdvanceAlphaRequest, call: Call) -> AdvanceAlphaResponse:
+        """Move one alpha on."""
+        return AdvanceAlphaResponse(alpha=self._host.advance_alpha(request.seed_id))
+
+    async def FinalizeStep(self, request: FinalizeStepRequest, call: Call) -> FinalizeStepResponse:
+        """End a step."""
+        return FinalizeStepResponse(packets=self._host.finalize_step(request.step_index))
+
+    async def UpdateEpoch(self, request: UpdateEpochRequest, call: Call) -> UpdateEpochResponse:
+        """Begin an epoch."""
+        self._host.update_epoch(request.epoch)
+        return UpdateEpochResponse()
+
+    async def WatchSeedEvents(
+        self, request: WatchSeedEventsRequest, call: Call
+    ) -> AsyncIterator[WatchSeedEventsResponse]:
+        """Stream the present stages, then every event."""
+        loop, wanted = asyncio.get_running_loop(), frozenset(request.seed_ids)
+        queue: asyncio.Queue[SeedEvent | None] = asyncio.Queue()
+        stop = self._host.listen(lambda event: loop.call_soon_threadsafe(queue.put_nowait, event))
+        try:
+            for slot in list(self._host.seeds.values()):
+                if not wanted or slot.seed_id in wanted:
+                    present = SeedEvent(
+                        seed_id=slot.seed_id, from_stage=slot.stage, to_stage=slot.stage, reason="present"
+                    )
+                    yield WatchSeedEventsResponse(event=present)
+            while (event := await queue.get()) is not None:
+                if queue.qsize() > BACKLOG:
+                    raise ResourceExhausted(f"The reader is more than {BACKLOG} events behind; watch again.")
+                if not wanted or event.seed_id in wanted:
+                    yield WatchSeedEventsResponse(event=event)
+        finally:
+            stop()
+
+    async def GetStatus(self, request: GetStatusRequest, call: Call) -> GetStatusResponse:
+        """Return a snapshot, with the challenge that a command must carry."""
+        host = self._host
+        return GetStatusResponse(
+            status=HealthStatus.HEALTH_STATUS_HEALTHY,
+            run_id=self._run_id,
+            receiver_epoch=host.receiver_epoch,
+            audience=host.verifier.audience,
+            global_step=host.global_step,
+            queued_commands=host.queued_commands,
+            fences=[IssuerFence(issuer=i, sequence=s) for i, s in sorted(host.verifier.fences().items())],
+            outcomes=host.recent_outcomes,
+            rejections=host.verifier.rejections,
+            seeds=host.export_seed_states(),
+        )

@@ -192,7 +192,7 @@ class IdentityClient(MeshClient):
 class KasminaClient(MeshClient):
     """KasminaService is the seed host: it carries out signed commands on a live model."""
 
-    role = "kasmina"
+    role = "trainer"  # It lives where the tensors are, under the trainer's certificate.
     service = "esper.kasmina.v1.KasminaService"
 
     async def apply_command(self, request: ApplyCommandRequest, *, timeout: float = 2.0) -> ApplyCommandResponse:

@@ -42,7 +42,9 @@ def sign(
 ) -> None:
     """Sign a command as operator for one seed host, and apply it or write it down."""
     command = command_for(seed, operation, blueprint)
-    document = run(_sign(home_of(context, home), address, command, apply=apply, output=output))
+    envelope, document = run(_sign(home_of(context, home), address, command, apply=apply))
+    if output is not None:
+        output.write_bytes(envelope.SerializeToString())
     if as_json:
         print_json(document)
     else:
@@ -72,18 +74,16 @@ def command_for(seed: str, operation: str, blueprint: str) -> AdaptationCommand:
 
 
 async def _sign(
-    home: Home, address: str, command: AdaptationCommand, *, apply: bool, output: Path | None
-) -> dict[str, Any]:
+    home: Home, address: str, command: AdaptationCommand, *, apply: bool
+) -> tuple[SignedEnvelope, dict[str, Any]]:
     async with KasminaClient(address, identity=home.identity()) as client:
         status = await client.get_status(GetStatusRequest())
         envelope = seal(home, command, status)
-        if output is not None:
-            output.write_bytes(envelope.SerializeToString())
         document: dict[str, Any] = {"command_id": command.command_id, "audience": envelope.audience, "applied": apply}
         if apply:
             answer = await client.apply_command(ApplyCommandRequest(command=envelope))
             document |= _describe(answer.outcome)
-        return document
+        return envelope, document
 
 
 def seal(home: Home, command: AdaptationCommand, status: GetStatusResponse) -> SignedEnvelope:

@@ -17,16 +17,16 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, help="The library of bluep
 @app.command(epilog="Example: esper urza seed --home ~/.esper")
 def seed(context: typer.Context, home: HomeOption = None) -> None:
     """Install the blueprints of every installed package; again changes nothing."""
-    from esper_servers.urza.library import Library
-    from esper_servers.urza.seeding import seed_library
+    from esper_servers.urza.library import BlueprintLibrary
+    from esper_servers.urza.seeding import installed_blueprints
 
     place = home_of(context, home)
-    library = Library.open(place.state_dir("urza"))
+    library = BlueprintLibrary(place.state_dir("urza"))
     try:
-        added = seed_library(library)
+        saved = [library.save(entry.blueprint, entry.extras_json)[1] for entry in installed_blueprints()]
     finally:
         library.close()
-    typer.echo(f"{added} blueprints added to {place.state_dir('urza')}")
+    typer.echo(f"{sum(saved)} of {len(saved)} blueprints added to {place.state_dir('urza')}")
 
 
 @app.command("list", epilog="Example: esper urza list --json")

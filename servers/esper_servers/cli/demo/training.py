@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # Its name everywhere.
 
-from esper_rpc.proto.leyline.v1 import SeedLifecycleStage
+from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage, SeedOperation
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -82,7 +82,7 @@ class Digits:
 
 
 def distort(images_NF: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn (±17°), scale (±15 %) and move (±0.8 pixels) each 8×8 image by itself."""
+    """Turn (±17°), scale (±15 %) and move (±0.8 pixels) each 8 by 8 image by itself."""
     count = len(images_NF)
     spread = torch.rand(count, 4, generator=generator) * 2 - 1
     angle, scale, move = spread[:, 0] * 0.3, 1 + spread[:, 1] * 0.15, spread[:, 2:] * 0.2
@@ -170,20 +170,11 @@ def _timed_step(
     return value
 
 
-def _note_outcomes(history: History, step: int, outcomes: Any) -> None:
+def _note_outcomes(history: History, step: int, outcomes: Sequence[CommandOutcome]) -> None:
     for outcome in outcomes:
-        found = type(outcome)
-        operation = found.DESCRIPTOR.fields_by_name["operation"].enum_type.values_by_number[outcome.operation].name
-        result = found.Result.Name(outcome.result)
-        history.outcomes.append(
-            (
-                step,
-                outcome.seed_id,
-                operation.removeprefix("SEED_OPERATION_"),
-                result.removeprefix("RESULT_"),
-                outcome.reason,
-            )
-        )
+        operation = SeedOperation.Name(outcome.operation).removeprefix("SEED_OPERATION_")
+        result = CommandOutcome.Result.Name(outcome.result).removeprefix("RESULT_")
+        history.outcomes.append((step, outcome.seed_id, operation, result, outcome.reason))
 
 
 def _note_seeds(history: History, step: int, mesh: Any) -> None:
@@ -215,13 +206,6 @@ def _summary(mesh: Any) -> dict[str, Any]:
         "timings": mesh.timings.summary(),
         "policy_version": mesh.policy_version,
     }
-
-
-def read_events(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
-    """Parse what `main` writes."""
-    for line in lines:
-        with contextlib.suppress(orjson.JSONDecodeError):
-            yield orjson.loads(line)
 
 
 def main() -> None:

@@ -1,0 +1,3 @@
+"""The policy: graph, network, prior, masks."""
+
+from __future__ import annotations

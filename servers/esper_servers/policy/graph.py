@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from esper_rpc.proto.leyline.v1 import BlueprintDescriptor, SeedState, SystemStatePacket
+from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
+
+from . import schema
+from .norms import Norms
+
+Floats = NDArray[np.float32]
+MAX_SEEDS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlueprintCandidate:
+    """A blueprint that the controller may choose."""
+
+    blueprint_id: str
+    descriptor: BlueprintDescriptor
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    extras_digest: bytes = b""
+    fits: frozenset[str] = frozenset()
+    """Sites whose shape binds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphInputs:
+    """What the network reads: features x_ND per node type, and edges (2, E) per relation, source above target."""
+
+    features: dict[str, Tensor]
+    edges: dict[tuple[str, str, str], Tensor]
+    edge_index: Tensor
+    """All edges in one pair of rows: source node within all nodes of all relations' messages, target node overall."""
+
+
+class RunGraph:
+    """The graph of one run. Structure is built once; a step only fills features into arrays that are kept."""
+
+    def __init__(
+        self,
+        topology: Mapping[str, Any],
+        sites: Sequence[RunSite],
+        seeds: Sequence[RunSeed],
+        blueprints: Sequence[BlueprintCandidate],
+        norms: Norms | None = None,
+    ) -> None:
+        self.norms = norms or Norms()
+        self.seed_ids = [seed.seed_id for seed in seeds[:MAX_SEEDS]]
+        self.site_of = {seed.seed_id: seed.site_id for seed in seeds}
+        self.blueprints = list(blueprints)
+        self._seed_index = {seed_id: i for i, seed_id in enumerate(self.seed_ids)}
+        self._layers = _dicts(topology.get("layers"))
+        self._activations = _dicts(topology.get("activations"))
+        self._parameters = _dicts(topology.get("parameters")) or _blueprint_parameters(blueprints)
+        self._arrays = {kind: self._empty(kind) for kind in schema.NODE_TYPES}
+        self._tensors = {kind: torch.from_numpy(array) for kind, array in self._arrays.items()}
+        self._fill_static()
+        self.edges = self._build_edges(topology, sites)
+        self._inputs = GraphInputs(
+            features=self._tensors, edges=self.edges, edge_index=_flatten(self.edges, self.counts)
+        )
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Nodes of each type."""
+        return {kind: len(array) for kind, array in self._arrays.items()}
+
+    @property
+    def node_count(self) -> int:
+        """Nodes of all types."""
+        return sum(self.counts.values())
+
+    @property
+    def edge_count(self) -> int:
+        """Edges of all relations."""
+        return sum(edges.shape[1] for edges in self.edges.values())
+
+    @property
+    def inputs(self) -> GraphInputs:
+        """The tensors, which share memory with what `fill` writes."""
+        return self._inputs
+
+    def fill(self, packet: SystemStatePacket) -> GraphInputs:
+        """Write the features of one step. Values that are missing or not finite are masked; unknown seeds ignored."""
+        metrics = packet.training_metrics
+        loss = metrics.get("loss", packet.training_loss if packet.HasField("training_loss") else math.nan)
+        self._fill_global(packet, loss)
+        self._fill_seeds(packet.seed_states)
+        layer = self._arrays["layer"]
+        known = math.isfinite(loss)
+        layer[:, 14] = self.norms.scale("loss", loss) if known else 0.0
+        layer[:, 15] = known
+        return self._inputs
+
+    def coverage(self) -> dict[str, float]:
+        """Return the share of known features, per node type as `node.<type>` and overall as `overall`."""
+        known = {kind: _known(array, kind) for kind, array in self._arrays.items()}
+        ratios = {f"node.{k}": round(have / total, 4) for k, (have, total) in known.items() if total}
+        ratios |= {f"edges.{s}_{name}": float(edges.shape[1] > 0) for (s, name, _), edges in self.edges.items()}
+        total = sum(t for _, t in known.values())
+        return ratios | {"overall": round(sum(h for h, _ in known.values()) / max(1, total), 4)}
+
+    def _empty(self, kind: str) -> Floats:
+        sizes = {
+            "layer": max(1, len(self._layers)), "seed": len(self.seed_ids), "activation": len(self._activations),
+            "parameter": len(self._parameters), "blueprint": len(self.blueprints), "global": 1,
+        }  # fmt: skip
+        return np.zeros((sizes[kind], schema.width_of(kind)), dtype=np.float32)
+
+    def _fill_static(self) -> None:
+        last = max(1, len(self._layers) - 1)
+        for i, layer in enumerate(self._layers):
+            values = [
+                _code(layer.get("type")), i / last, _log(layer.get("parameter_count")), _log(layer.get("weight_norm")),
+                layer.get("gradient_norm"), layer.get("dropout_rate"), _log(layer.get("latency_ms")),
+            ]  # fmt: skip
+            _write(self._arrays["layer"][i], values)
+        for i, activation in enumerate(self._activations):
+            names = schema.FEATURES["activation"][1:]
+            _write(self._arrays["activation"][i], [_code(activation.get("type")), *map(activation.get, names)])
+        for i, parameter in enumerate(self._parameters):
+            _write(self._arrays["parameter"][i], [_squash(parameter.get(n)) for n in schema.FEATURES["parameter"]])
+        for i, candidate in enumerate(self.blueprints):
+            _write(self._arrays["blueprint"][i], _blueprint_values(candidate))
+
+    def _fill_global(self, packet: SystemStatePacket, loss: float) -> None:
+        row, metrics, norms = self._arrays["global"][0], packet.training_metrics, self.norms
+        values = [norms.update("loss", loss)]
+        values += [norms.update(n, metrics.get(n, math.nan)) for n in schema.FEATURES["global"][1:4]]
+        values += [metrics.get("loss_delta"), metrics.get("loss_volatility")]
+        values += [
+            _squash(packet.validation_loss) if packet.HasField("validation_loss") else None,
+            packet.validation_accuracy if packet.HasField("validation_accuracy") else None,
+        ]
+        _write(row, values)
+
+    def _fill_seeds(self, states: Iterable[SeedState]) -> None:
+        array = self._arrays["seed"]
+        array.fill(0.0)
+        for state in states:
+            index = self._seed_index.get(state.seed_id)
+            if index is not None:
+                _write_seed(array[index], state)
+
+    def _build_edges(self, topology: Mapping[str, Any], sites: Sequence[RunSite]) -> dict[tuple[str, str, str], Tensor]:
+        counts = self.counts
+        layers = counts["layer"]
+        chain = _adjacency(topology, layers)
+        position = {site.site_id: self._layer_of(site.site_id, i) for i, site in enumerate(sites)}
+        monitors = [(i, position.get(self.site_of[s], 0)) for i, s in enumerate(self.seed_ids)]
+        suits = [
+            (b, s)
+            for b, candidate in enumerate(self.blueprints)
+            for s, seed_id in enumerate(self.seed_ids)
+            if self.site_of[seed_id] in candidate.fits
+        ]
+        pairs: dict[str, list[tuple[int, int]]] = {
+            "connects": chain, "feedback": [(b, a) for a, b in chain], "monitors": monitors, "suits": suits,
+        }  # fmt: skip
+        return {
+            relation: _edge_tensor(pairs.get(relation[1]), counts[relation[0]], counts[relation[2]])
+            for relation in schema.RELATIONS
+        }
+
+    def _layer_of(self, site_id: str, fallback: int) -> int:
+        names = [str(layer.get("layer_id", "")) for layer in self._layers]
+        for i, name in enumerate(names):
+            if name == site_id or name.startswith(f"{site_id}."):
+                return i
+        return min(fallback, max(0, len(names) - 1))
+
+
+def _flatten(edges: Mapping[tuple[str, str, str], Tensor], counts: Mapping[str, int]) -> Tensor:
+    """Number the messages of all relations through, and the nodes of all types, so that one scatter serves all."""
+    node_offset, message_offset, rows = _offsets(counts), 0, []
+    for source, name, target in _ordered_relations():
+        pair = edges[source, name, target]
+        rows.append(torch.stack([pair[0] + message_offset, pair[1] + node_offset[target]]))
+        message_offset += counts[source]
+    return torch.cat(rows, dim=1)
+
+
+def _ordered_relations() -> list[tuple[str, str, str]]:
+    """Relations grouped by source type, in the order in which the fused plan lays out its messages."""
+    return [r for kind in schema.NODE_TYPES for r in schema.RELATIONS if r[0] == kind]
+
+
+def _offsets(counts: Mapping[str, int]) -> dict[str, int]:
+    offsets, total = {}, 0
+    for kind in schema.NODE_TYPES:
+        offsets[kind] = total
+        total += counts[kind]
+    return offsets
+
+
+def _edge_tensor(pairs: list[tuple[int, int]] | None, sources: int, targets: int) -> Tensor:
+    """The given pairs, or every pair where the relation is between all nodes."""
+    if pairs is not None:
+        return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T.contiguous()
+    index = torch.arange(sources * targets)
+    return torch.stack([index // max(1, targets), index % max(1, targets)])
+
+
+def _adjacency(topology: Mapping[str, Any], layers: int) -> list[tuple[int, int]]:
+    """Read adjacency.layer; what is absent or bad becomes a chain, indices out of range are ignored."""
+    given = topology.get("adjacency")
+    raw = given.get("layer") if isinstance(given, Mapping) else None
+    pairs = [
+        (int(p[0]), int(p[1]))
+        for p in raw or ()
+        if isinstance(p, Sequence) and len(p) >= 2 and all(isinstance(i, int) and 0 <= i < layers for i in p[:2])
+    ]
+    return pairs or [(i, i + 1) for i in range(layers - 1)]
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _blueprint_parameters(blueprints: Sequence[BlueprintCandidate]) -> list[dict[str, Any]]:
+    return [p for candidate in blueprints for p in _dicts(candidate.extras.get("parameters"))][:64]
+
+
+def _blueprint_values(candidate: BlueprintCandidate) -> list[float | None]:
+    d = candidate.descriptor
+    count = sum(layer.get("parameter_count", 0) for layer in _dicts(candidate.extras.get("layers")))
+    return [d.risk, d.tier / 3, d.stage / 10, float(d.quarantine_only), _log(count)]
+
+
+def _write(row: Floats, values: Sequence[Any]) -> None:
+    for i, value in enumerate(values):
+        known = isinstance(value, int | float) and math.isfinite(value)
+        row[2 * i] = value if known else 0.0
+        row[2 * i + 1] = known
+
+
+def _write_seed(row: Floats, state: SeedState) -> None:
+    metrics = state.metrics
+    offset = 2 * len(schema.FEATURES["seed"])
+    stage = state.stage if 0 <= state.stage < schema.STAGES else 0
+    values = [
+        stage / 11, metrics.get("alpha"),
+        _log(state.gradient_norm) if state.HasField("gradient_norm") else None,
+        _log(state.learning_rate * 1000) if state.HasField("learning_rate") else None,
+        state.layer_depth / 100 if state.HasField("layer_depth") else None,
+        _log(state.age_epochs) if state.HasField("age_epochs") else None,
+        state.risk_score if state.HasField("risk_score") else None,
+        metrics.get("risk_tolerance"), metrics.get("blend_allowed"), _log(metrics.get("steps_in_stage")),
+        _squash(metrics.get("loss_since_graft")), _log(metrics.get("alpha_steps")),
+    ]  # fmt: skip
+    _write(row, values)
+    row[offset + stage] = 1.0
+
+
+def _known(array: Floats, kind: str) -> tuple[float, int]:
+    masks = array[:, 1 : 2 * len(schema.FEATURES[kind]) : 2]
+    return float(masks.sum()), masks.size
+
+
+def _code(name: Any) -> float | None:
+    return (zlib.crc32(name.encode()) % 1000) / 1000 if isinstance(name, str) else None
+
+
+def _log(value: Any) -> float | None:
+    usable = isinstance(value, int | float) and math.isfinite(value)
+    return math.copysign(math.log1p(abs(value)), value) / 4 if usable else None
+
+
+def _squash(value: Any) -> float | None:
+    return math.tanh(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,0 +1,91 @@
+"""The policy network with PyTorch Geometric: two GraphSAGE layers, then two GAT layers, then heads. The reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn import GATConv, HeteroConv, SAGEConv
+
+from . import schema
+from .graph import GraphInputs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkConfig:
+    """Widths (C-22)."""
+
+    sage_width: int = 128
+    gat_width: int = 64
+    heads: int = 2
+
+
+class Heads(NamedTuple):
+    """What the network says. S seeds, B blueprints."""
+
+    kind: Tensor
+    """(4,)"""
+    operation: Tensor
+    """(S, 10), by number of the SeedOperation."""
+    blueprint: Tensor
+    """(B,)"""
+    schedule: Tensor
+    """(4,)"""
+    value: Tensor
+    """()"""
+    risk: Tensor
+    """(5,)"""
+
+
+class PolicyNetwork(nn.Module):
+    """Encoders per node type, four rounds of messages, heads."""
+
+    def __init__(self, config: NetworkConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or NetworkConfig()
+        sage, gat, heads = self.config.sage_width, self.config.gat_width, self.config.heads
+        self.encoders = nn.ModuleDict({kind: nn.Linear(schema.width_of(kind), sage) for kind in schema.NODE_TYPES})
+        self.sage = nn.ModuleList(HeteroConv({r: _sage(sage) for r in schema.RELATIONS}) for _ in range(2))
+        widths = (sage, gat)
+        self.gat = nn.ModuleList(HeteroConv({r: _gat(w, gat, heads) for r in schema.RELATIONS}) for w in widths)
+        self.kind_head = nn.Linear(2 * gat, schema.KIND_COUNT)
+        self.operation_head = nn.Linear(2 * gat, schema.OPERATION_COUNT)
+        self.blueprint_head = nn.Linear(2 * gat, 1)
+        self.schedule_head = nn.Linear(2 * gat, schema.SCHEDULE_COUNT)
+        self.value_head = nn.Linear(2 * gat, 1)
+        self.risk_head = nn.Linear(2 * gat, schema.RISK_COUNT)
+
+    def forward(self, inputs: GraphInputs) -> Heads:
+        """Compute the heads of one graph."""
+        h = {kind: torch.relu(self.encoders[kind](x)) for kind, x in inputs.features.items()}
+        for layer in self.sage:
+            h = {kind: torch.relu(out) + h[kind] for kind, out in layer(h, inputs.edges).items()}
+        for round_, layer in enumerate(self.gat):
+            out = layer(h, inputs.edges)
+            h = {kind: nn.functional.gelu(x) for kind, x in out.items()} if round_ == 0 else out
+        return self.read_out(h)
+
+    def read_out(self, h: dict[str, Tensor]) -> Heads:
+        """Turn node embeddings into heads; the context is the mean over layers."""
+        context, overall = h["layer"].mean(dim=0), h["global"][0]
+        joint = torch.cat([context, overall])
+        seeds = torch.cat([h["seed"], overall.expand(len(h["seed"]), -1)], dim=1)
+        blueprints = torch.cat([h["blueprint"], overall.expand(len(h["blueprint"]), -1)], dim=1)
+        return Heads(
+            self.kind_head(joint),
+            self.operation_head(seeds),
+            self.blueprint_head(blueprints).squeeze(1),
+            self.schedule_head(joint),
+            self.value_head(joint).squeeze(0),
+            torch.sigmoid(self.risk_head(joint)),
+        )
+
+
+def _sage(width: int) -> SAGEConv:
+    return SAGEConv((width, width), width, aggr="mean")
+
+
+def _gat(in_width: int, out_width: int, heads: int) -> GATConv:
+    return GATConv((in_width, in_width), out_width, heads=heads, concat=False, add_self_loops=False)

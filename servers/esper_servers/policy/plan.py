@@ -1,0 +1,165 @@
+"""The served form of PolicyNetwork: the same weights, one GEMM per node type, one scatter over all edges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import schema
+from .graph import GraphInputs, _offsets, _ordered_relations
+from .network import Heads, PolicyNetwork
+
+
+class FusedPlan:
+    """Computes what PolicyNetwork computes, equal to 1e-5, with far fewer dispatches."""
+
+    def __init__(self, network: PolicyNetwork) -> None:
+        self._network = network
+        self._relations = _ordered_relations()
+        with torch.no_grad():
+            self._sage = [_SageLayer(layer) for layer in network.sage]
+            self._gat = [_GatLayer(layer, network.config.heads) for layer in network.gat]
+
+    def __call__(self, inputs: GraphInputs) -> Heads:
+        """Compute the heads of one graph."""
+        counts = {kind: x.shape[0] for kind, x in inputs.features.items()}
+        sizes = [counts[kind] for kind in schema.NODE_TYPES]
+        encoders = self._network.encoders
+        h = torch.relu(torch.cat([encoders[kind](inputs.features[kind]) for kind in schema.NODE_TYPES]))
+        structure = _structure(inputs, counts)
+        for sage in self._sage:
+            h = torch.relu(sage(h, sizes, structure)) + h
+        h = nn.functional.gelu(self._gat[0](h, sizes, structure))
+        h = self._gat[1](h, sizes, structure)
+        return self._network.read_out(dict(zip(schema.NODE_TYPES, h.split(sizes), strict=True)))
+
+
+class _Structure:
+    """What the layers need of the edges, computed once per graph."""
+
+    def __init__(self, inputs: GraphInputs, counts: dict[str, int]) -> None:
+        self.source, self.target = inputs.edge_index
+        offsets, relations = _offsets(counts), _ordered_relations()
+        self.nodes = sum(counts.values())
+        segment, base, targets = [], 0, []
+        for relation in relations:
+            pair = inputs.edges[relation]
+            segment.append(pair[1] + base)
+            targets.append(torch.full((pair.shape[1],), offsets[relation[2]]))
+            base += counts[relation[2]]
+        self.segment = torch.cat(segment)
+        self.segments = base
+        degree = torch.zeros(base).index_add_(0, self.segment, torch.ones(len(self.segment)))
+        self.mean_weight = (1 / degree)[self.segment].unsqueeze(1)
+        self.target_message = self._target_messages(inputs, counts)
+
+    @staticmethod
+    def _target_messages(inputs: GraphInputs, counts: dict[str, int]) -> Tensor:
+        """For each edge the row of its target in the table of scores laid out by target type and relation."""
+        start, rows = {}, 0
+        for kind in schema.NODE_TYPES:
+            for relation in [r for r in _ordered_relations() if r[2] == kind]:
+                start[relation] = rows
+                rows += counts[kind]
+        return torch.cat([inputs.edges[r][1] + start[r] for r in _ordered_relations()])
+
+
+_CACHE: dict[int, tuple[Tensor, _Structure]] = {}
+_CACHE_SIZE = 256
+
+
+def _structure(inputs: GraphInputs, counts: dict[str, int]) -> _Structure:
+    """Return the structure of a graph, kept while its edges live."""
+    key = id(inputs.edge_index)
+    found = _CACHE.get(key)
+    if found is None or found[0] is not inputs.edge_index:
+        if len(_CACHE) >= _CACHE_SIZE:
+            _CACHE.pop(next(iter(_CACHE)))
+        found = _CACHE[key] = (inputs.edge_index, _Structure(inputs, counts))
+    return found[1]
+
+
+class _SageLayer:
+    """Sum over relations of W_l mean(neighbours) + b + W_r self, with W_r summed per target type beforehand."""
+
+    def __init__(self, layer: Any) -> None:
+        convs = {r: layer.convs[r] for r in schema.RELATIONS}
+        self.weights, self.biases = [], []
+        for kind in schema.NODE_TYPES:
+            own = [convs[r].lin_r.weight for r in schema.RELATIONS if r[2] == kind]
+            bias = [convs[r].lin_l.bias for r in schema.RELATIONS if r[2] == kind]
+            outgoing = [convs[r].lin_l.weight for r in _ordered_relations() if r[0] == kind]
+            self.weights.append(torch.cat([sum(own), *outgoing]).T.contiguous())  # type: ignore[list-item]
+            self.biases.append(sum(bias))
+        self.width = convs[schema.RELATIONS[0]].lin_l.weight.shape[0]
+
+    def __call__(self, h: Tensor, sizes: list[int], structure: _Structure) -> Tensor:
+        own, messages = [], []
+        for x, weight, bias in zip(h.split(sizes), self.weights, self.biases, strict=True):
+            y = x @ weight
+            own.append(y[:, : self.width] + bias)
+            messages.append(_by_relation(y[:, self.width :], self.width))
+        out = torch.cat(own)
+        gathered = torch.cat(messages)[structure.source] * structure.mean_weight
+        return out.index_add_(0, structure.target, gathered)
+
+
+class _GatLayer:
+    """Attention per relation, summed over relations; heads are averaged (Velickovic et al. 2018, arXiv 1710.10903)."""
+
+    def __init__(self, layer: Any, heads: int) -> None:
+        convs = {r: layer.convs[r] for r in schema.RELATIONS}
+        self.heads, self.width = heads, convs[schema.RELATIONS[0]].out_channels
+        self.weights, self.target_scores = [], []
+        for kind in schema.NODE_TYPES:
+            outgoing = [convs[r] for r in _ordered_relations() if r[0] == kind]
+            incoming = [convs[r] for r in _ordered_relations() if r[2] == kind]
+            self.weights.append(torch.cat([self._source_weight(c) for c in outgoing]).T.contiguous())
+            self.target_scores.append(
+                torch.cat([_score_weight(c.lin_dst.weight, c.att_dst) for c in incoming]).T.contiguous()
+            )
+        self.biases = [
+            torch.as_tensor(sum(convs[r].bias for r in schema.RELATIONS if r[2] == kind)) for kind in schema.NODE_TYPES
+        ]
+
+    @staticmethod
+    def _source_weight(conv: Any) -> Tensor:
+        """The projection and, below it, the rows that give the source's attention score straight from the input."""
+        return torch.cat([conv.lin_src.weight, _score_weight(conv.lin_src.weight, conv.att_src)])
+
+    def __call__(self, h: Tensor, sizes: list[int], structure: _Structure) -> Tensor:
+        block = self.heads * self.width + self.heads
+        messages, scores = [], []
+        for x, weight, target in zip(h.split(sizes), self.weights, self.target_scores, strict=True):
+            messages.append(_by_relation(x @ weight, block))
+            scores.append(_by_relation(x @ target, self.heads))
+        table = torch.cat(messages)[structure.source]
+        projected, source_score = table.split([self.heads * self.width, self.heads], dim=1)
+        score = nn.functional.leaky_relu(source_score + torch.cat(scores)[structure.target_message], 0.2)
+        attention = _segment_softmax(score, structure) / self.heads
+        weighted = (projected.view(-1, self.heads, self.width) * attention.unsqueeze(2)).sum(dim=1)
+        out = torch.cat([b.expand(n, -1) for b, n in zip(self.biases, sizes, strict=True)])
+        return out.index_add(0, structure.target, weighted)
+
+
+def _score_weight(weight: Tensor, attention: Tensor) -> Tensor:
+    """Fold the attention vector into the projection: (heads, in)."""
+    heads, width = attention.shape[1:]
+    return (weight.view(heads, width, -1) * attention.view(heads, width, 1)).sum(dim=1)
+
+
+def _by_relation(y: Tensor, width: int) -> Tensor:
+    """(N, R * width) to (R * N, width): the rows of one relation stand together."""
+    n = y.shape[0]
+    return y.view(n, -1, width).transpose(0, 1).reshape(-1, width) if n else y.new_zeros((0, width))
+
+
+def _segment_softmax(score: Tensor, structure: _Structure) -> Tensor:
+    index = structure.segment.unsqueeze(1).expand_as(score)
+    peak = score.new_full((structure.segments, score.shape[1]), -torch.inf)
+    peak.scatter_reduce_(0, index, score, "amax", include_self=True)
+    exponent = (score - peak[structure.segment]).exp()
+    total = torch.zeros_like(peak).index_add_(0, structure.segment, exponent)
+    return exponent / (total[structure.segment] + 1e-16)

@@ -1,0 +1,53 @@
+"""Nodes, features and relations of the graph that the policy sees."""
+
+from __future__ import annotations
+
+NODE_TYPES: tuple[str, ...] = ("layer", "seed", "activation", "parameter", "blueprint", "global")
+
+# Every feature has a mask channel beside it: (value, 1) when it is known, (0, 0) when it is not.
+FEATURES: dict[str, tuple[str, ...]] = {
+    "layer": ("type", "depth", "parameter_count", "weight_norm", "gradient_norm", "dropout_rate", "latency_ms", "loss"),
+    "seed": (
+        "stage", "alpha", "gradient_norm", "learning_rate", "layer_depth", "age_epochs", "risk_score",
+        "risk_tolerance", "blend_allowed", "steps_in_stage", "loss_since_graft", "alpha_steps",
+    ),
+    "activation": ("type", "saturation_rate", "gradient_flow", "computational_cost"),
+    "parameter": ("min", "max", "span", "default"),
+    "blueprint": ("risk", "tier", "stage", "quarantine", "parameter_count"),
+    "global": (
+        "loss", "gradient_norm", "samples_per_s", "hook_latency_ms", "loss_delta", "loss_volatility",
+        "validation_loss", "validation_accuracy",
+    ),
+}  # fmt: skip
+
+RELATIONS: tuple[tuple[str, str, str], ...] = (
+    ("layer", "connects", "layer"),
+    ("layer", "feedback", "layer"),
+    ("seed", "monitors", "layer"),
+    ("layer", "feeds", "activation"),
+    ("activation", "activates", "layer"),
+    ("activation", "configures", "parameter"),
+    ("parameter", "modulates", "activation"),
+    ("parameter", "tunes", "layer"),
+    ("seed", "allowed", "parameter"),
+    ("parameter", "targets", "blueprint"),
+    ("blueprint", "composes", "layer"),
+    ("blueprint", "suits", "seed"),
+    ("global", "influences", "layer"),
+    ("global", "operates", "seed"),
+    ("seed", "reports", "global"),
+    ("layer", "summarises", "global"),
+)
+
+STAGES = 12
+SCHEDULE_COUNT = 4
+OPERATION_COUNT = 10
+RISK_COUNT = 5
+# Kinds of action, by index of the head.
+KIND_NONE, KIND_SEED, KIND_OPTIMIZER, KIND_PAUSE = range(4)
+KIND_COUNT = 4
+
+
+def width_of(node_type: str) -> int:
+    """Input width: a value and a mask per feature, and the one-hot stage of a seed."""
+    return 2 * len(FEATURES[node_type]) + (STAGES if node_type == "seed" else 0)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import orjson
+import structlog
+
+from esper_rpc.errors import EsperError
+from esper_rpc.proto.tamiyo.v1 import RunSite
+from esper_rpc.proto.urza.v1 import (
+    BatchGetExtrasRequest,
+    BatchGetExtrasResponse,
+    Blueprint,
+    ListBlueprintsRequest,
+    ListBlueprintsResponse,
+)
+from esper_servers.blueprints.binding import fits
+from esper_servers.policy.graph import BlueprintCandidate
+
+log = structlog.get_logger(__name__)
+
+REFRESH_SECONDS = 2.0
+MAX_BLUEPRINTS = 64
+
+
+class BlueprintReader(Protocol):
+    """What is needed of Urza's client."""
+
+    async def list_blueprints(self, request: ListBlueprintsRequest, *, timeout: float = ...) -> ListBlueprintsResponse:
+        """List blueprints."""
+        ...
+
+    async def batch_get_extras(self, request: BatchGetExtrasRequest, *, timeout: float = ...) -> BatchGetExtrasResponse:
+        """Get their extras."""
+        ...
+
+
+class BlueprintCache:
+    """The catalogue, refreshed in the background. A step reads what is here and never waits."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._entries: list[tuple[Blueprint, BlueprintCandidate]] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def candidates(self, sites: Sequence[RunSite]) -> list[BlueprintCandidate]:
+        """Return the blueprints that fit at least one of the sites."""
+        found = []
+        for blueprint, candidate in self._entries:
+            suited = frozenset(site.site_id for site in sites if _binds(blueprint, site))
+            if suited:
+                found.append(replace(candidate, fits=suited))
+        return found
+
+    def replace_with(self, blueprints: Sequence[Blueprint], extras: BatchGetExtrasResponse) -> None:
+        """Take over a catalogue; the version changes only when the content does."""
+        documents = {e.blueprint_id: e for e in extras.extras}
+        entries = []
+        for blueprint in blueprints[:MAX_BLUEPRINTS]:
+            extra = documents.get(blueprint.descriptor.blueprint_id)
+            entries.append((blueprint, _candidate(blueprint, extra.extras_json if extra else b"{}")))
+        if [b for b, _ in entries] != [b for b, _ in self._entries]:
+            self._entries = entries
+            self.version += 1
+
+    async def refresh(self, reader: BlueprintReader) -> bool:
+        """Read the catalogue once; False when Urza did not answer, and the old content stays."""
+        try:
+            page = await reader.list_blueprints(ListBlueprintsRequest(page_size=MAX_BLUEPRINTS), timeout=1.0)
+            ids = [b.descriptor.blueprint_id for b in page.blueprints]
+            request = BatchGetExtrasRequest(blueprint_ids=ids)
+            extras = await reader.batch_get_extras(request, timeout=1.0) if ids else BatchGetExtrasResponse()
+        except EsperError as error:
+            log.warning("timeout_urza", priority="HIGH", error=error.message[:200])
+            return False
+        self.replace_with(page.blueprints, extras)
+        return True
+
+    async def keep_fresh(self, reader: BlueprintReader) -> None:
+        """Refresh until cancelled."""
+        while True:
+            await self.refresh(reader)
+            await asyncio.sleep(REFRESH_SECONDS)
+
+
+def _binds(blueprint: Blueprint, site: RunSite) -> bool:
+    manifest = blueprint.manifest
+    if not site.output_shape or (manifest.dtypes and site.dtype not in manifest.dtypes):
+        return False
+    return fits(list(manifest.input_shape), list(site.output_shape))
+
+
+def _candidate(blueprint: Blueprint, extras_json: bytes) -> BlueprintCandidate:
+    try:
+        extras = orjson.loads(extras_json)
+    except orjson.JSONDecodeError:
+        extras = {}
+    return BlueprintCandidate(
+        blueprint_id=blueprint.descriptor.blueprint_id,
+        descriptor=blueprint.descriptor,
+        extras=extras if isinstance(extras, dict) else {},
+        extras_digest=blueprint.extras_digest,
+    )

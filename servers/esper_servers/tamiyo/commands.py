@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import time
+import uuid
+
+import orjson
+
+from esper_rpc.envelope import Keyring, sign
+from esper_rpc.envelope.verification import COMMAND_TYPE
+from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedOperation, SignedEnvelope
+from esper_servers.policy import schema
+from esper_servers.policy.masks import Choice
+
+from .run_state import RunState
+
+SCHEDULE_NAMES = ("linear", "cosine", "warmup_hold", "sigmoid")
+PAUSE_UNITS_MS = 100
+LEARNING_RATE_MULTIPLIER = 0.8
+COVERAGE_KEYS = 32
+
+
+def build_command(run: RunState, choice: Choice, *, reason: str, policy_version: str) -> AdaptationCommand:
+    """Write the command of a choice, with the annotations that operators read."""
+    coverage = run.graph.coverage()
+    command = AdaptationCommand(version=1, command_id=str(uuid.uuid4()), issued_by="tamiyo", execution_deadline_ms=5)
+    command.issued_at.GetCurrentTime()
+    command.annotations["reason"] = reason
+    command.annotations["policy_version"] = policy_version
+    command.annotations["feature_coverage"] = f"{coverage['overall']:.4f}"
+    command.annotations["coverage_map"] = orjson.dumps(dict(list(coverage.items())[:COVERAGE_KEYS])).decode()
+    if choice.kind == schema.KIND_SEED:
+        _write_seed_operation(command, run, choice)
+    elif choice.kind == schema.KIND_OPTIMIZER:
+        command.command_type = CommandType.COMMAND_TYPE_OPTIMIZER
+        command.optimizer_adjustment.hyperparameters["learning_rate_multiplier"] = LEARNING_RATE_MULTIPLIER
+    else:
+        command.command_type = CommandType.COMMAND_TYPE_PAUSE
+        command.execution_deadline_ms = PAUSE_UNITS_MS
+    return command
+
+
+def _write_seed_operation(command: AdaptationCommand, run: RunState, choice: Choice) -> None:
+    command.command_type = CommandType.COMMAND_TYPE_SEED
+    command.target_seed_id = run.graph.seed_ids[choice.seed]
+    operation = command.seed_operation
+    operation.operation = SeedOperation.ValueType(choice.operation)
+    if choice.blueprint >= 0:
+        operation.blueprint_id = run.graph.blueprints[choice.blueprint].blueprint_id
+    operation.parameters["blending_method_index"] = float(choice.schedule)
+    start, end = sorted((0.0, 1.0))
+    operation.parameters["blending_schedule_start"], operation.parameters["blending_schedule_end"] = start, end
+    command.annotations["blending_method_index"] = str(choice.schedule)
+    command.annotations["blending_method"] = SCHEDULE_NAMES[choice.schedule]
+
+
+def sign_command(
+    command: AdaptationCommand, *, keyring: Keyring, run: RunState, sequence: int, request_digest: bytes
+) -> SignedEnvelope:
+    """Sign a command for the run's owner, bound to its challenge and to the request it answers."""
+    return sign(
+        command.SerializeToString(),
+        payload_type=COMMAND_TYPE,
+        keyring=keyring,
+        audience=run.owner,
+        issued_at_ns=time.time_ns(),
+        nonce=command.command_id,
+        run_id=run.request.run_id,
+        receiver_epoch=run.request.receiver_epoch,
+        sequence=sequence,
+        request_digest=request_digest,
+    )

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+EXIT_SUCCESSES = 50
+COOL_DOWN_SECONDS = 10.0
+
+
+class ConservativeMode:
+    """Holds back the policy after faults. Leaves by itself after a cool-down and a run of successes."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.enabled = False
+        self.reason = ""
+        self._by_hand = False
+        self._entered_at = 0.0
+        self._successes = 0
+
+    def enter(self, reason: str, *, by_hand: bool = False) -> None:
+        """Turn on; entered by hand, it stays on until it is left by hand."""
+        if not self.enabled:
+            log.warning("conservative_entered", reason=reason, priority="HIGH")
+        self.enabled, self.reason, self._by_hand = True, reason, by_hand or self._by_hand
+        self._entered_at, self._successes = self._clock(), 0
+
+    def leave(self) -> None:
+        """Turn off."""
+        if self.enabled:
+            log.info("conservative_exited", reason=self.reason)
+        self.enabled, self.reason, self._by_hand = False, "", False
+
+    def record_success(self) -> None:
+        """Count a good decision towards leaving."""
+        self._successes += 1
+        rested = self._clock() - self._entered_at >= COOL_DOWN_SECONDS
+        if self.enabled and not self._by_hand and rested and self._successes >= EXIT_SUCCESSES:
+            self.leave()

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+from google.protobuf.message import DecodeError
+
+from esper_rpc import rules
+from esper_rpc.breaker import CircuitBreaker
+from esper_rpc.envelope import Keyring
+from esper_rpc.errors import EsperError, FailedPrecondition, InvalidRequest
+from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedOperation, SystemStatePacket
+from esper_rpc.proto.tamiyo.v1 import (
+    EvaluateStepsRequest,
+    EvaluateStepsResponse,
+    NoAction,
+    Step,
+    StepDecision,
+    StepLedger,
+    StepStatus,
+)
+from esper_rpc.status import hide_unexpected, to_status
+from esper_servers.policy import masks, schema
+from esper_servers.policy.masks import Choice
+from esper_servers.policy.policy import Policy, PolicyOutput
+
+from . import gates
+from .blueprint_cache import BlueprintCache
+from .commands import build_command, sign_command
+from .conservative_mode import ConservativeMode
+from .decisions import DecisionLog
+from .gates import GateConfig
+from .run_state import Runs, RunState, build_graph
+
+log = structlog.get_logger(__name__)
+
+NOMINAL, BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN = (
+    "nominal", "budget_exhausted", "inference_failed", "inference_breaker_open",
+)  # fmt: skip
+POLICY = "policy"
+
+
+class _Stopwatch:
+    """Fills a ledger: each `lap` stores the time since the one before."""
+
+    def __init__(self, arrived: float) -> None:
+        self.arrived = arrived
+        self.ledger = StepLedger()
+        self._last = time.perf_counter()
+        self.ledger.queue_us = int(max(0.0, self._last - arrived) * 1e6)
+
+    def lap(self, field: str) -> None:
+        now = time.perf_counter()
+        setattr(self.ledger, field, int((now - self._last) * 1e6))
+        self._last = now
+
+    def close(self) -> StepLedger:
+        self.ledger.total_us = int((time.perf_counter() - self.arrived) * 1e6)
+        return self.ledger
+
+    def spent(self) -> float:
+        return time.perf_counter() - self.arrived
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """A choice with its reason; no choice is NoAction."""
+
+    choice: Choice | None
+    reason: str
+
+
+class StepPipeline:
+    """Answers one step: budget, limits, validate, admit, decide, sign, ledger. Bytes in, bytes out."""
+
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        runs: Runs,
+        blueprints: BlueprintCache,
+        keyring: Keyring,
+        decisions: DecisionLog,
+        mode: ConservativeMode,
+        gate_config: GateConfig | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.policy = policy
+        self.runs = runs
+        self.breaker = CircuitBreaker(on_transition=self._on_breaker)
+        self._blueprints = blueprints
+        self._keyring = keyring
+        self._decisions = decisions
+        self._mode = mode
+        self._gates = gate_config or GateConfig()
+        self._clock = clock
+        self.kinds: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+
+    def evaluate_in_band(self, raw: bytes, owner: str) -> bytes:
+        """Answer a message of the stream; a refusal is an answer too, and the stream goes on."""
+        arrived = self._clock()
+        try:
+            return self.evaluate(raw, owner, arrived)
+        except EsperError as error:
+            return _refusal(raw, error)
+        except Exception as error:  # noqa: BLE001  # One bad step must not end the stream.
+            return _refusal(raw, hide_unexpected(error))
+
+    def evaluate(self, raw: bytes, owner: str, arrived: float) -> bytes:
+        """Answer one serialised EvaluateStep(s)Request; raises EsperError."""
+        watch = _Stopwatch(arrived)
+        step = _parse(raw)
+        run = self.runs.get(step.run_id, owner)
+        digest = hashlib.sha256(raw).digest()
+        if step.sequence <= run.last_sequence:
+            return _answer_again(run, step.sequence, digest)
+        watch.lap("validate_us")
+        decision = self._decide(step, run, digest, watch)
+        decision.sequence = step.sequence
+        decision.ledger.CopyFrom(watch.close())
+        reply = EvaluateStepsResponse(decision=decision).SerializeToString()
+        run.last_sequence, run.last_digest, run.last_reply = step.sequence, digest, reply
+        return reply
+
+    def _decide(self, step: Step, run: RunState, digest: bytes, watch: _Stopwatch) -> StepDecision:
+        packet = step.packet
+        self._note(run, step)
+        decided = self._choose(packet, run, watch, step.budget_us / 1e6)
+        if decided.choice is None:
+            self._count("NO_ACTION", decided.reason)
+            return StepDecision(no_action=NoAction(reason=decided.reason))
+        command = build_command(run, decided.choice, reason=decided.reason, policy_version=self.policy.version)
+        envelope = sign_command(command, keyring=self._keyring, run=run, sequence=step.sequence, request_digest=digest)
+        watch.lap("signing_us")
+        self._issued(run, command, decided.reason)
+        self._decisions.record(command, packet, decided.reason, self.policy.version, watch.ledger)
+        return StepDecision(command=envelope)
+
+    def _note(self, run: RunState, step: Step) -> None:
+        run.steps += 1
+        run.global_step = step.packet.global_step
+        for outcome in step.outcomes:
+            run.outcomes[outcome.result] += 1
+        if run.catalogue_version != self._blueprints.version:
+            run.graph = build_graph(run.request, self._blueprints.candidates(run.request.sites))
+            run.catalogue_version = self._blueprints.version
+
+    def _choose(self, packet: SystemStatePacket, run: RunState, watch: _Stopwatch, budget: float) -> Decided:
+        loss = packet.training_metrics.get(
+            "loss", packet.training_loss if packet.HasField("training_loss") else math.nan
+        )
+        deviation = math.sqrt(max(0.0, run.loss.variance))
+        delta = run.loss.update(loss)
+        verdict = gates.judge(
+            loss=loss,
+            delta=delta,
+            deviation=deviation,
+            hook_latency_ms=packet.training_metrics.get("hook_latency_ms", 0.0),
+            conservative=self._mode.enabled,
+            config=self._gates,
+        )
+        inputs = run.graph.fill(packet)
+        watch.lap("features_us")
+        if watch.spent() >= budget:
+            return Decided(None, BUDGET_EXHAUSTED)
+        seeds = run.ordered_seeds(packet)
+        if verdict.forced is not None:
+            return _forced(verdict, run)
+        if not self.breaker.allow():
+            return Decided(None, BREAKER_OPEN)
+        try:
+            output = self.policy.evaluate(inputs, seeds, run.signals())
+            if not output.is_finite:
+                raise ArithmeticError("the policy's output is not finite")
+        except Exception as error:  # noqa: BLE001  # Whatever a policy does, the step gets a safe answer.
+            self.breaker.record_failure()
+            log.error("inference_failed", error=repr(error)[:200], priority="HIGH")
+            return Decided(None, INFERENCE_FAILED)
+        self.breaker.record_success()
+        self._mode.record_success()
+        watch.lap("inference_us")
+        decided = self._select(output, run, seeds, verdict)
+        watch.lap("risk_us")
+        if watch.spent() >= budget:
+            return Decided(None, BUDGET_EXHAUSTED)
+        return decided
+
+    def _select(self, output: PolicyOutput, run: RunState, seeds: object, verdict: gates.Verdict) -> Decided:
+        graph = run.graph
+        sites = [graph.site_of[seed_id] for seed_id in graph.seed_ids]
+        legal = masks.legal(seeds, sites, graph.blueprints, run.features)  # type: ignore[arg-type]  # A sequence.
+        legal.kind[:] &= verdict.allowed
+        legal.kind[schema.KIND_PAUSE] = False  # The policy pauses only through a gate until it is trained to.
+        choice = masks.choose(output.kind, output.operation, output.blueprint, output.schedule, legal)
+        if choice.kind == schema.KIND_NONE:
+            return Decided(None, verdict.reason or NOMINAL)
+        return Decided(choice, verdict.reason or POLICY)
+
+    def _issued(self, run: RunState, command: AdaptationCommand, reason: str) -> None:
+        run.commands += 1
+        kind = CommandType.Name(command.command_type).removeprefix("COMMAND_TYPE_")
+        if command.command_type == CommandType.COMMAND_TYPE_SEED:
+            operation = command.seed_operation.operation
+            kind = SeedOperation.Name(operation).removeprefix("SEED_OPERATION_")
+            if operation == SeedOperation.SEED_OPERATION_GERMINATE:
+                run.germinated_at = run.steps
+        elif command.command_type == CommandType.COMMAND_TYPE_OPTIMIZER:
+            run.optimizer_at = run.steps
+        else:
+            run.paused_at = run.steps
+        self._count(kind, reason)
+
+    def _count(self, kind: str, reason: str) -> None:
+        self.kinds[kind] += 1
+        self.reasons[reason] += 1
+
+    def _on_breaker(self, before: int, after: int) -> None:
+        log.warning("breaker_moved", breaker="inference", before=before, after=after)
+        if after == 2:
+            self._mode.enter("inference_breaker_open")
+
+
+def _parse(raw: bytes) -> Step:
+    try:
+        request = EvaluateStepsRequest.FromString(raw)
+    except DecodeError as error:
+        raise InvalidRequest("The message is not an EvaluateStepRequest.") from error
+    rules.check(request)
+    return request.step
+
+
+def _answer_again(run: RunState, sequence: int, digest: bytes) -> bytes:
+    if sequence == run.last_sequence and digest == run.last_digest:
+        return run.last_reply
+    raise FailedPrecondition(
+        f"Sequence {sequence} was answered already; the last one is {run.last_sequence}.", reason="SEQUENCE_REPLAYED"
+    )
+
+
+def _forced(verdict: gates.Verdict, run: RunState) -> Decided:
+    """What a gate demands, unless the run cannot do it or did it a moment ago."""
+    kind = verdict.forced
+    last, feature = (run.paused_at, "pause") if kind == schema.KIND_PAUSE else (run.optimizer_at, "optimizer")
+    if kind is None or feature not in run.features or run.steps - last < gates.PAUSE_COOL_DOWN_STEPS:
+        return Decided(None, verdict.reason)
+    return Decided(Choice(kind), verdict.reason)
+
+
+def _refusal(raw: bytes, error: EsperError) -> bytes:
+    try:
+        sequence = EvaluateStepsRequest.FromString(raw).step.sequence
+    except DecodeError:
+        sequence = 0
+    status = to_status(error)
+    in_band = StepStatus(code=status.code, message=status.message, details=status.details)
+    return EvaluateStepsResponse(decision=StepDecision(sequence=sequence, error=in_band)).SerializeToString()

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import orjson
+
+from esper_rpc.errors import FailedPrecondition, NotFound, PermissionDenied
+from esper_rpc.proto.leyline.v1 import SeedState, SystemStatePacket
+from esper_rpc.proto.tamiyo.v1 import OpenRunRequest
+from esper_servers.policy.graph import BlueprintCandidate, RunGraph
+from esper_servers.policy.prior import RunSignals
+
+FAST, SLOW = 0.2, 0.02
+NEVER = 10**9
+
+
+@dataclass
+class LossWindow:
+    """Exponential means of the loss at two speeds, and its variance."""
+
+    fast: float | None = None
+    slow: float = 0.0
+    variance: float = 0.0
+    last: float | None = None
+
+    def update(self, loss: float) -> float:
+        """Take in a loss and return how far it lies above the last one; 0 for the first, NaN passes."""
+        if not math.isfinite(loss):
+            return math.nan
+        delta = 0.0 if self.last is None else loss - self.last
+        if self.fast is None:
+            self.fast = self.slow = loss
+        self.fast += FAST * (loss - self.fast)
+        self.slow += SLOW * (loss - self.slow)
+        self.variance += FAST * ((loss - self.fast) ** 2 - self.variance)
+        self.last = loss
+        return delta
+
+    @property
+    def trend(self) -> float:
+        """Positive while the loss falls."""
+        return self.slow - (self.fast or 0.0)
+
+    @property
+    def volatility(self) -> float:
+        """Standard deviation over mean."""
+        return math.sqrt(max(0.0, self.variance)) / max(1e-6, abs(self.fast or 0.0))
+
+
+@dataclass
+class RunState:
+    """Everything the controller knows of one run."""
+
+    request: OpenRunRequest
+    owner: str
+    graph: RunGraph
+    catalogue_version: int
+    loss: LossWindow = field(default_factory=LossWindow)
+    steps: int = 0
+    germinated_at: int = -NEVER
+    optimizer_at: int = -NEVER
+    paused_at: int = -NEVER
+    global_step: int = 0
+    last_sequence: int = 0
+    last_digest: bytes = b""
+    last_reply: bytes = b""
+    commands: int = 0
+    outcomes: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What the run can carry out."""
+        return frozenset(self.request.features)
+
+    def signals(self) -> RunSignals:
+        """Summarise for the prior."""
+        return RunSignals(
+            steps=self.steps,
+            steps_since_germination=self.steps - self.germinated_at,
+            loss_trend=self.loss.trend,
+            loss_volatility=self.loss.volatility,
+            steps_since_optimizer=self.steps - self.optimizer_at,
+        )
+
+    def ordered_seeds(self, packet: SystemStatePacket) -> Sequence[SeedState]:
+        """The packet's seeds in the order of the graph's nodes; an unknown one is ignored, a missing one is blank."""
+        by_id = {state.seed_id: state for state in packet.seed_states}
+        return [by_id.get(seed_id) or SeedState(seed_id=seed_id) for seed_id in self.graph.seed_ids]
+
+
+class Runs:
+    """Open runs, the least recently used forgotten first."""
+
+    def __init__(self, capacity: int = 256) -> None:
+        self._capacity = capacity
+        self._runs: OrderedDict[str, RunState] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def all(self) -> list[RunState]:
+        """Every open run."""
+        return list(self._runs.values())
+
+    def open(
+        self, request: OpenRunRequest, owner: str, blueprints: Sequence[BlueprintCandidate], catalogue_version: int
+    ) -> bool:
+        """Open or reopen a run; returns whether it is new. Raises PermissionDenied for another's run."""
+        known = self._runs.get(request.run_id)
+        if known is not None:
+            _check_owner(known, owner)
+            if known.request.receiver_epoch == request.receiver_epoch:
+                known.request = request
+                known.graph, known.catalogue_version = build_graph(request, blueprints), catalogue_version
+                return False
+        state = RunState(request, owner, build_graph(request, blueprints), catalogue_version)
+        self._runs[request.run_id] = state
+        self._runs.move_to_end(request.run_id)
+        while len(self._runs) > self._capacity:
+            self._runs.popitem(last=False)
+        return known is None
+
+    def get(self, run_id: str, owner: str) -> RunState:
+        """Return a run of this owner; raises NotFound or PermissionDenied."""
+        state = self._runs.get(run_id)
+        if state is None:
+            raise NotFound(f"Run {run_id!r} is not open here; call OpenRun first.", reason="RUN_NOT_OPEN")
+        _check_owner(state, owner)
+        self._runs.move_to_end(run_id)
+        return state
+
+    def close(self, run_id: str, owner: str) -> bool:
+        """Forget a run; returns whether it was known."""
+        if run_id not in self._runs:
+            return False
+        _check_owner(self._runs[run_id], owner)
+        del self._runs[run_id]
+        return True
+
+
+def build_graph(request: OpenRunRequest, blueprints: Sequence[BlueprintCandidate]) -> RunGraph:
+    """Build the structure of a run's graph; raises FailedPrecondition for a topology that is not JSON."""
+    try:
+        topology = orjson.loads(request.host_topology or b"{}")
+    except orjson.JSONDecodeError as error:
+        raise FailedPrecondition(f"host_topology is not JSON: {error}.") from error
+    return RunGraph(topology if isinstance(topology, dict) else {}, request.sites, request.seeds, blueprints)
+
+
+def _check_owner(state: RunState, owner: str) -> None:
+    if state.owner != owner:
+        raise PermissionDenied("This run was opened by another identity.", reason="NOT_THE_OWNER")

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from esper_client.client import UrzaClient
+
+from esper_rpc.envelope import Keyring
+from esper_rpc.identity import Identity
+from esper_rpc.journal import Journal
+from esper_rpc.proto.leyline.v1 import SystemStatePacket
+from esper_rpc.proto.tamiyo.v1 import tamiyo_service_pb2
+from esper_rpc.server import MeshServer, ServerConfig, announce, require_writable
+from esper_servers.policy import sample
+from esper_servers.policy.graph import RunGraph
+from esper_servers.policy.masks import LEGAL_OPERATIONS
+from esper_servers.policy.policy import Policy
+from esper_servers.policy.prior import RunSignals
+
+from .blueprint_cache import BlueprintCache
+from .conservative_mode import ConservativeMode
+from .decisions import DecisionLog
+from .pipeline import StepPipeline
+from .run_state import Runs
+from .service import RAW_METHODS, TamiyoServicer
+
+SERVICE = tamiyo_service_pb2.DESCRIPTOR.services_by_name["TamiyoService"]
+WARM_UP_STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TamiyoServerConfig:
+    """What the process needs."""
+
+    identity_dir: Path
+    state_dir: Path
+    address: str = "127.0.0.1:0"
+    urza_address: str | None = None
+
+
+async def serve(config: TamiyoServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT; raises ConfigError before anything listens."""
+    require_writable(config.state_dir)
+    identity = Identity.load(config.identity_dir)
+    keyring = Keyring.load(config.identity_dir / "keyring.json")
+    journal = Journal(config.state_dir / "journal.sqlite")
+    blueprints, mode, decisions = BlueprintCache(), ConservativeMode(), DecisionLog(journal)
+    policy = Policy.initial()
+    pipeline = StepPipeline(
+        policy=policy, runs=Runs(), blueprints=blueprints, keyring=keyring, decisions=decisions, mode=mode
+    )
+    servicer = TamiyoServicer(pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode)
+    server = MeshServer(config=ServerConfig(address=config.address), identity=identity)
+    server.add_service(SERVICE, servicer, raw_methods=RAW_METHODS)
+    async with contextlib.AsyncExitStack() as stack:
+        if config.urza_address:
+            urza = await stack.enter_async_context(UrzaClient(config.urza_address, identity=identity))
+            await blueprints.refresh(urza)
+            refresher = asyncio.create_task(blueprints.keep_fresh(urza))
+            stack.callback(refresher.cancel)
+        prepare(policy)
+        announce("tamiyo", await server.start())
+        await server.run_until_signal()
+    journal.close()
+
+
+def prepare(policy: Policy) -> None:
+    """Make the process fit for steps: one thread, warm caches, and nothing that lives for ever left to the collector."""
+    # Two torch threads are twice as slow as one on graphs of this size.
+    torch.set_num_threads(1)
+    graph = RunGraph(sample.sample_topology(), sample.sample_sites(), sample.sample_seeds(), [])
+    states = sample.sample_states(next(iter(LEGAL_OPERATIONS)))  # type: ignore[arg-type]  # A stage by number.
+    signals = RunSignals(
+        steps=0, steps_since_germination=0, loss_trend=0.0, loss_volatility=0.0, steps_since_optimizer=0
+    )
+    for _ in range(WARM_UP_STEPS):
+        policy.evaluate(graph.fill(SystemStatePacket(seed_states=states)), states, signals)
+    gc.collect()
+    gc.freeze()

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from esper_rpc.errors import FailedPrecondition
+from esper_rpc.proto.leyline.v1 import HealthStatus
+from esper_rpc.proto.tamiyo.v1 import (
+    BreakerStatus,
+    CloseRunRequest,
+    CloseRunResponse,
+    EvaluateEpochRequest,
+    EvaluateEpochResponse,
+    EvaluateStepsRequest,
+    EvaluateStepsResponse,
+    ExplainDecisionRequest,
+    ExplainDecisionResponse,
+    GetPolicyRequest,
+    GetPolicyResponse,
+    GetStatusRequest,
+    GetStatusResponse,
+    OpenRunRequest,
+    OpenRunResponse,
+    RunStatus,
+    SetConservativeModeRequest,
+    SetConservativeModeResponse,
+    Step,
+    StepDecision,
+)
+from esper_rpc.server import Call
+from esper_servers.policy.policy import ARCHITECTURE_VERSION, PLAN
+
+from .blueprint_cache import BlueprintCache
+from .conservative_mode import ConservativeMode
+from .decisions import DecisionLog
+from .pipeline import StepPipeline
+
+PROTOCOL_VERSIONS = frozenset({1})
+FEATURES = frozenset({"seed", "pause", "optimizer"})
+EPOCH_BUDGET_US = 2_000_000
+RAW_METHODS = frozenset({"EvaluateStep", "EvaluateSteps"})
+
+
+class TamiyoServicer:
+    """Serves a StepPipeline and what operators ask about it."""
+
+    def __init__(
+        self,
+        *,
+        pipeline: StepPipeline,
+        blueprints: BlueprintCache,
+        decisions: DecisionLog,
+        mode: ConservativeMode,
+        wall_clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._pipeline = pipeline
+        self._blueprints = blueprints
+        self._decisions = decisions
+        self._mode = mode
+        self._wall_clock_ns = wall_clock_ns
+        self._started = time.monotonic()
+        self._live_since = Timestamp()
+        self._live_since.GetCurrentTime()
+        self._draining = asyncio.Event()
+
+    async def OpenRun(self, request: OpenRunRequest, call: Call) -> OpenRunResponse:
+        """Open or reopen a run."""
+        common = PROTOCOL_VERSIONS & set(request.protocol_versions)
+        if not common:
+            raise FailedPrecondition(
+                f"The client speaks protocol {sorted(request.protocol_versions)}, this server"
+                f" {sorted(PROTOCOL_VERSIONS)}; update the older of the two.",
+                reason="NO_COMMON_PROTOCOL_VERSION",
+            )
+        candidates = self._blueprints.candidates(request.sites)
+        created = self._pipeline.runs.open(request, str(call.peer), candidates, self._blueprints.version)
+        return OpenRunResponse(
+            protocol_version=max(common),
+            features=sorted(FEATURES & set(request.features)),
+            policy_version=self._pipeline.policy.version,
+            policy_digest=self._pipeline.policy.digest,
+            server_time_ns=self._wall_clock_ns(),
+            created=created,
+        )
+
+    async def CloseRun(self, request: CloseRunRequest, call: Call) -> CloseRunResponse:
+        """Forget a run."""
+        return CloseRunResponse(closed=self._pipeline.runs.close(request.run_id, str(call.peer)))
+
+    async def EvaluateSteps(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
+        """Answer steps until the client ends the stream or the server drains."""
+        owner = str(call.peer)
+        async for raw in requests:
+            yield self._pipeline.evaluate_in_band(raw, owner)
+            if self._draining.is_set():
+                farewell = StepDecision(going_away=True)
+                yield EvaluateStepsResponse(decision=farewell).SerializeToString()
+                return
+
+    async def EvaluateStep(self, raw: bytes, call: Call) -> bytes:
+        """Answer one step."""
+        return self._pipeline.evaluate(raw, str(call.peer), time.perf_counter())
+
+    async def EvaluateEpoch(self, request: EvaluateEpochRequest, call: Call) -> EvaluateEpochResponse:
+        """Decide on a state without the hurry of a step."""
+        step = Step(run_id=request.run_id, sequence=request.sequence, budget_us=EPOCH_BUDGET_US, packet=request.packet)
+        raw = EvaluateStepsRequest(step=step).SerializeToString()
+        reply = self._pipeline.evaluate(raw, str(call.peer), time.perf_counter())
+        return EvaluateEpochResponse(decision=EvaluateStepsResponse.FromString(reply).decision)
+
+    async def GetPolicy(self, request: GetPolicyRequest, call: Call) -> GetPolicyResponse:
+        """Describe the policy in force."""
+        policy = self._pipeline.policy
+        return GetPolicyResponse(
+            policy_version=policy.version,
+            architecture_version=ARCHITECTURE_VERSION,
+            policy_digest=policy.digest,
+            origin=policy.origin,
+            plan=PLAN,
+            parameter_count=policy.parameter_count,
+            live_since=self._live_since,
+        )
+
+    async def SetConservativeMode(self, request: SetConservativeModeRequest, call: Call) -> SetConservativeModeResponse:
+        """Turn conservative mode on or off by hand."""
+        if request.enabled:
+            self._mode.enter(f"operator: {request.reason}", by_hand=True)
+        else:
+            self._mode.leave()
+        return SetConservativeModeResponse(enabled=self._mode.enabled)
+
+    async def GetStatus(self, request: GetStatusRequest, call: Call) -> GetStatusResponse:
+        """Return a snapshot."""
+        pipeline = self._pipeline
+        breaker = BreakerStatus(
+            name="inference",
+            state=pipeline.breaker.state,
+            consecutive_failures=pipeline.breaker.consecutive_failures,
+        )
+        healthy, degraded = HealthStatus.HEALTH_STATUS_HEALTHY, HealthStatus.HEALTH_STATUS_DEGRADED
+        return GetStatusResponse(
+            status=degraded if self._mode.enabled else healthy,
+            policy_version=pipeline.policy.version,
+            conservative_mode=self._mode.enabled,
+            conservative_reason=self._mode.reason,
+            runs=[
+                RunStatus(
+                    run_id=run.request.run_id, owner=run.owner, global_step=run.global_step, evaluated_steps=run.steps,
+                    issued_commands=run.commands, graph_nodes=run.graph.node_count, graph_edges=run.graph.edge_count,
+                )
+                for run in pipeline.runs.all()
+            ],
+            breakers=[breaker],
+            decisions=pipeline.kinds,
+            reasons=pipeline.reasons,
+            uptime_seconds=time.monotonic() - self._started,
+            plan=PLAN,
+            blueprints=len(self._blueprints),
+        )  # fmt: skip
+
+    async def ExplainDecision(self, request: ExplainDecisionRequest, call: Call) -> ExplainDecisionResponse:
+        """Return the record of a decision."""
+        return await asyncio.to_thread(self._decisions.explain, request.command_id)
+
+    def begin_drain(self) -> None:
+        """Ask every stream to go elsewhere after its next answer."""
+        self._draining.set()

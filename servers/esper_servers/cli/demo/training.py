@@ -135,7 +135,7 @@ def accuracy(model: nn.Module, data: Digits) -> float:
     with torch.inference_mode():
         right = (model(data.test_images).argmax(1) == data.test_labels).float().mean().item()
     model.train()
-    return round(right, 4)
+    return round(float(right), 4)
 
 
 def _session(config: TrainingConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
@@ -159,7 +159,7 @@ def _timed_step(
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    value = loss.item()
+    value = float(loss.item())
     worked = time.perf_counter()
     if mesh is not None:
         outcomes = mesh.step(value, samples=config.batch)

@@ -1,0 +1,172 @@
+"""The run that the step benchmark describes: the graph that the figures are stated for."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from typing import Any
+
+import orjson
+from esper_client import RunDescription
+
+from esper_rpc.envelope import Rejected, Verifier
+from esper_rpc.proto.leyline.v1 import (
+    AdaptationCommand,
+    CommandOutcome,
+    SeedLifecycleStage,
+    SeedState,
+    SignedEnvelope,
+    TelemetryPacket,
+)
+from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
+from esper_servers.cli.home import Home
+
+LAYERS, ACTIVATIONS, PARAMETERS, SEEDS = 24, 8, 16, 4
+WIDTH = 64
+_REACH = 8
+_STAGES = (
+    SeedLifecycleStage.SEED_LIFECYCLE_STAGE_DORMANT,
+    SeedLifecycleStage.SEED_LIFECYCLE_STAGE_TRAINING,
+    SeedLifecycleStage.SEED_LIFECYCLE_STAGE_BLENDING,
+    SeedLifecycleStage.SEED_LIFECYCLE_STAGE_PROBATIONARY,
+)
+
+
+def topology() -> dict[str, Any]:
+    """Describe a model of 24 layers with skip connections in the extras schema."""
+    layers = [
+        {
+            "layer_id": f"block.{index}", "type": "Linear", "depth": index, "latency_ms": 0.4, "dropout_rate": 0.1,
+            "parameter_count": WIDTH * WIDTH, "weight_norm": 5.0 + index / 10, "gradient_norm": 0.5,
+            "activation": f"act.{index % ACTIVATIONS}",
+        }
+        for index in range(LAYERS)
+    ]  # fmt: skip
+    activations = [
+        {
+            "activation_id": f"act.{index}", "type": "GELU", "saturation_rate": 0.1, "gradient_flow": 0.9,
+            "computational_cost": 0.2, "nonlinearity_strength": 0.5,
+        }
+        for index in range(ACTIVATIONS)
+    ]  # fmt: skip
+    parameters = [
+        {"name": f"parameter.{i}", "min": 0.0, "max": 1.0, "span": 1.0, "default": 0.5} for i in range(PARAMETERS)
+    ]
+    edges = [[a, b, 1.0 / (b - a)] for a in range(LAYERS) for b in range(a + 1, min(LAYERS, a + 1 + _REACH))]
+    monitored = [[seed, layer] for seed in range(SEEDS) for layer in range(seed, LAYERS, SEEDS)]
+    return {
+        "schema_version": "v1",
+        "layers": layers,
+        "activations": activations,
+        "parameters": parameters,
+        "adjacency": {"layer": edges},
+        "monitored_layers": monitored,
+    }
+
+
+class BenchHost:
+    """A seed host without a model: it verifies every command, settles it at once and reports four seeds."""
+
+    def __init__(self, home: Home) -> None:
+        identity = home.identity("trainer")
+        self._epoch = os.urandom(16)
+        self._verifier = Verifier(
+            keyring=home.keyring("trainer"), audience=str(identity.spiffe_id), receiver_epoch=self._epoch
+        )
+        self._pending: deque[AdaptationCommand] = deque()
+        self._loss, self._step = 2.3, 0
+        self._topology = orjson.dumps(topology())
+
+    @property
+    def receiver_epoch(self) -> bytes:
+        """The challenge of this start."""
+        return self._epoch
+
+    def describe(self) -> RunDescription:
+        """Describe four sites with a seed each."""
+        shape = (WIDTH,)
+        sites = tuple(
+            RunSite(site_id=f"block.{i}", module_kind="Linear", input_shape=shape, output_shape=shape, dtype="F32")
+            for i in range(SEEDS)
+        )
+        seeds = tuple(RunSeed(seed_id=f"seed-{i}", site_id=f"block.{i}", stage=_STAGES[i]) for i in range(SEEDS))
+        return RunDescription(sites, seeds, self._topology)
+
+    def submit(
+        self, envelope: SignedEnvelope, *, expected_sequence: int | None = None, request_digest: bytes | None = None
+    ) -> CommandOutcome:
+        """Verify and queue, as a real host does."""
+        try:
+            accepted = self._verifier.verify(
+                envelope, expected_sequence=expected_sequence, expected_digest=request_digest
+            )
+        except Rejected as rejected:
+            return CommandOutcome(
+                command_id=envelope.nonce, result=CommandOutcome.RESULT_REJECTED, reason=rejected.reason
+            )
+        self._pending.append(AdaptationCommand.FromString(accepted.payload))
+        return CommandOutcome(command_id=accepted.nonce, result=CommandOutcome.RESULT_QUEUED)
+
+    def observe(self, loss: float, global_step: int) -> None:
+        """Note where the run stands."""
+        self._loss, self._step = loss, global_step
+
+    def apply_pending(self) -> list[CommandOutcome]:
+        """Settle what is queued."""
+        outcomes = []
+        while self._pending:
+            command = self._pending.popleft()
+            outcomes.append(
+                CommandOutcome(
+                    command_id=command.command_id,
+                    result=CommandOutcome.RESULT_APPLIED,
+                    seed_id=command.target_seed_id,
+                    operation=command.seed_operation.operation,
+                    global_step=self._step,
+                )
+            )
+        return outcomes
+
+    def advance_alphas(self) -> None:
+        """Nothing blends here."""
+
+    def finalize_step(self, step_index: int) -> list[TelemetryPacket]:
+        """Nothing learns here."""
+        return []
+
+    def export_seed_states(self) -> list[SeedState]:
+        """Report four seeds in four stages, with six metrics each."""
+        return [self._seed_state(index) for index in range(SEEDS)]
+
+    def update_epoch(self, epoch: int) -> None:
+        """Nothing ages here."""
+
+    def set_clock_offset(self, offset_ns: int) -> None:
+        """Judge the age of commands by the controller's clock."""
+        self._verifier.set_clock_offset(offset_ns)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: there is nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore nothing."""
+
+    def export(self) -> Any:
+        """Return nothing: there is no model."""
+        return None
+
+    def close(self) -> None:
+        """Nothing runs beside."""
+
+    def _seed_state(self, index: int) -> SeedState:
+        alpha = index / SEEDS
+        metrics = {
+            "alpha": alpha, "alpha_steps": 20.0 * alpha, "alpha_total_steps": 20.0, "alpha_temperature": 1.0,
+            "risk_tolerance": 0.5, "steps_in_stage": float(self._step % 50),
+        }  # fmt: skip
+        return SeedState(
+            seed_id=f"seed-{index}", stage=_STAGES[index], learning_rate=1e-3, layer_depth=index, metrics=metrics,
+            gradient_norm=0.5 + 0.1 * math.sin(self._step), age_epochs=1, risk_score=0.2,
+        )  # fmt: skip

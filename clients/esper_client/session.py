@@ -122,7 +122,7 @@ class TrainingSession:
         if self._thread.fork.is_child:
             return []
         try:
-            return self._step(float(loss), samples, gradient_norm, metrics or {})
+            return self._step(_number(loss), samples, gradient_norm, metrics or {})
         except Exception as error:  # The trainer's loop never sees a mesh exception.
             self.reasons["internal_error"] += 1
             if not self._failed:
@@ -305,3 +305,8 @@ class TrainingSession:
     def _on_open(self, response: OpenRunResponse, offset_ns: int) -> None:
         self.policy_version = response.policy_version
         self.host.set_clock_offset(offset_ns)
+
+
+def _number(loss: Loss) -> float:
+    """Read a number, or a tensor of one element without its graph."""
+    return float(loss.detach() if hasattr(loss, "detach") else loss)

@@ -46,6 +46,8 @@ log = structlog.get_logger(__name__)
 
 EMBARGO_STEPS = 100
 KERNEL_WAIT_STEPS = 200
+# The controller asks for the next stage at this alpha; float32 on the wire must not fall below it.
+FULL_ALPHA = 0.98
 ILLEGAL_TRANSITION = "illegal_transition"
 UNKNOWN_SEED = "unknown_seed"
 GATE_NOT_FINITE = "g1_gradient_health"
@@ -367,7 +369,7 @@ class InProcessSeedHost:
         norm_bad = slot.gradient_norm is not None and not math.isfinite(slot.gradient_norm)
         if target in (lifecycle.BLENDING, lifecycle.FOSSILIZED) and norm_bad:
             return GATE_NOT_FINITE
-        if target == lifecycle.SHADOWING and slot.schedule.value() < 1.0:
+        if target == lifecycle.SHADOWING and slot.schedule.value() < FULL_ALPHA:
             return GATE_ALPHA
         return ""
 

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from esper_rpc.errors import ConfigError, InvalidRequest, PermissionDenied
+from esper_rpc.identity import Authority, Identity, SpiffeId, authorise
+from esper_rpc.identity.authorisation import TABLE
+from esper_rpc.proto.identity.v1 import identity_service_pb2
+from esper_rpc.proto.kasmina.v1 import kasmina_service_pb2
+from esper_rpc.proto.tamiyo.v1 import tamiyo_service_pb2
+from esper_rpc.proto.urza.v1 import urza_service_pb2
+
+FILES = (identity_service_pb2, kasmina_service_pb2, tamiyo_service_pb2, urza_service_pb2)
+METHODS = [
+    f"/{service.full_name}/{method.name}"
+    for file in FILES
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_rpc_has_a_row_in_the_authorisation_table(method):
+    assert TABLE[method]
+
+
+def test_the_table_names_no_method_that_does_not_exist():
+    assert {m for m in TABLE if m.startswith("/esper.")} == set(METHODS)
+
+
+def test_what_has_no_row_is_denied_to_everyone():
+    with pytest.raises(PermissionDenied):
+        authorise(SpiffeId("operator", "local"), "/esper.tamiyo.v1.TamiyoService/Unknown")
+
+
+@pytest.mark.parametrize("text", ["", "spiffe://other/tamiyo/a", "spiffe://esper/tamiyo", "spiffe://esper/Tamiyo/a/b"])
+def test_a_foreign_name_is_no_member(text):
+    with pytest.raises(InvalidRequest):
+        SpiffeId.parse(text)
+
+
+def test_a_leaf_has_exactly_one_spiffe_id_and_one_dns_name_and_no_host(tmp_path):
+    leaf = Authority.create(tmp_path).issue(SpiffeId("tamiyo", "a"))
+    names = x509.load_pem_x509_certificate(leaf.chain_pem).extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
+    assert [n.value for n in names.value] == ["spiffe://esper/tamiyo/a", "tamiyo.esper"]
+
+
+def test_a_signing_request_cannot_choose_its_name(tmp_path):
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tamiyo")])
+    names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier("spiffe://esper/tamiyo/a")])
+    csr = x509.CertificateSigningRequestBuilder().subject_name(subject).add_extension(names, critical=False)
+    pem = csr.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    leaf = Authority.create(tmp_path).issue(SpiffeId("trainer", "b"), csr_pem=pem)
+    found = x509.load_pem_x509_certificate(leaf.chain_pem).extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
+    assert "spiffe://esper/trainer/b" in [n.value for n in found.value]
+
+
+def test_an_expired_leaf_says_how_to_get_a_new_one(tmp_path):
+    yesterday = datetime.now(UTC) - timedelta(days=2)
+    leaf = Authority.create(tmp_path / "pki", clock=lambda: yesterday).issue(SpiffeId("urza", "a"))
+    with pytest.raises(ConfigError, match="esper pki issue urza a"):
+        Identity.of(leaf).save(tmp_path / "id")
+
+
+def test_a_key_that_others_can_read_is_refused(mesh):
+    mesh.identity("urza")
+    (mesh.identity_dir("urza") / "key.pem").chmod(0o640)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        Identity.load(mesh.identity_dir("urza"))
+
+
+def test_a_second_authority_does_not_replace_the_first(tmp_path):
+    Authority.create(tmp_path)
+    with pytest.raises(ConfigError, match="holds an authority already"):
+        Authority.create(tmp_path)
+
+
+def test_an_identity_never_shows_its_key(mesh):
+    assert b"PRIVATE" not in repr(mesh.identity("urza")).encode()

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esper_rpc.proto.leyline.v1 import BlueprintDescriptor, BlueprintTier, SeedState, SystemStatePacket
+from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
+from esper_rpc.proto.leyline.v1 import SeedOperation as Operation
+from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
+from esper_servers.policy import masks, sample, schema
+from esper_servers.policy.graph import BlueprintCandidate, RunGraph
+from esper_servers.policy.network import PolicyNetwork
+from esper_servers.policy.plan import FusedPlan
+from esper_servers.policy.policy import Policy
+from esper_servers.policy.prior import PriorConfig, RunSignals, next_operation
+
+SIGNALS = RunSignals(
+    steps=1000, steps_since_germination=1000, loss_trend=0.0, loss_volatility=0.0, steps_since_optimizer=0
+)
+
+
+def candidate(name, sites, *, tier=BlueprintTier.BLUEPRINT_TIER_SAFE):
+    return BlueprintCandidate(
+        blueprint_id=name, descriptor=BlueprintDescriptor(blueprint_id=name, tier=tier), fits=frozenset(sites)
+    )
+
+
+def sample_graph():
+    sites = [s.site_id for s in sample.sample_sites()]
+    blueprints = [candidate(f"b{i}", sites) for i in range(3)]
+    return RunGraph(sample.sample_topology(), sample.sample_sites(), sample.sample_seeds(), blueprints)
+
+
+def packet(stage=Stage.SEED_LIFECYCLE_STAGE_DORMANT, **metrics):
+    return SystemStatePacket(training_metrics={"loss": 0.5, **metrics}, seed_states=sample.sample_states(stage))
+
+
+def test_the_sample_graph_has_the_size_that_is_measured():
+    graph = sample_graph()
+    counts = graph.counts
+    assert (counts["layer"], counts["activation"], counts["parameter"], counts["seed"]) == (24, 8, 16, 4)
+    assert graph.edge_count >= 600
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    layers=st.integers(0, 12), activations=st.integers(0, 4), parameters=st.integers(0, 4), seeds=st.integers(0, 5),
+    blueprints=st.integers(0, 4), seed=st.integers(0, 100),
+)  # fmt: skip
+def test_the_fused_plan_equals_the_reference(layers, activations, parameters, seeds, blueprints, seed):
+    topology = {
+        "layers": [{"layer_id": f"l{i}", "type": "Linear"} for i in range(layers)],
+        "activations": [{"activation_id": f"a{i}", "type": "ReLU"} for i in range(activations)],
+        "parameters": [{"name": f"p{i}", "min": 0.0, "max": 1.0} for i in range(parameters)],
+    }
+    sites = [RunSite(site_id=f"l{i}") for i in range(seeds)]
+    run_seeds = [RunSeed(seed_id=f"s{i}", site_id=f"l{i}") for i in range(seeds)]
+    graph = RunGraph(topology, sites, run_seeds, [candidate(f"b{i}", ["l0"]) for i in range(blueprints)])
+    torch.manual_seed(seed)
+    network = PolicyNetwork().eval()
+    inputs = graph.fill(SystemStatePacket(training_metrics={"loss": 0.3}))
+    with torch.no_grad():
+        reference, fused = network(inputs), FusedPlan(network)(inputs)
+    for expected, actual in zip(reference, fused, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_missing_value_is_masked_and_zero_is_not():
+    graph = sample_graph()
+    graph.fill(packet(gradient_norm=0.0))
+    row = graph.inputs.features["global"][0]
+    position = 2 * schema.FEATURES["global"].index("gradient_norm")
+    assert row[position + 1] == 1
+    graph.fill(packet())
+    assert (row[position], row[position + 1]) == (0, 0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_masked(bad):
+    graph = sample_graph()
+    state = SeedState(seed_id="seed-0", gradient_norm=bad, metrics={"alpha": bad})
+    inputs = graph.fill(SystemStatePacket(training_metrics={"loss": bad, "gradient_norm": bad}, seed_states=[state]))
+    assert all(bool(torch.isfinite(x).all()) for x in inputs.features.values())
+
+
+def test_coverage_tells_the_truth():
+    graph = sample_graph()
+    graph.fill(packet(gradient_norm=1.0))
+    known = sum(bool(m) for m in graph.inputs.features["global"][0][1::2])
+    assert graph.coverage()["node.global"] == known / len(schema.FEATURES["global"])
+    assert graph.coverage()["node.layer"] > 0.9
+
+
+def test_ten_thousand_unknown_seeds_change_nothing():
+    graph = sample_graph()
+    before = graph.fill(packet()).features["seed"].clone()
+    flood = packet()
+    flood.seed_states.extend(SeedState(seed_id=f"x{i}", stage=99) for i in range(10_000))
+    assert torch.equal(graph.fill(flood).features["seed"], before)
+
+
+def test_bad_adjacency_becomes_a_chain_and_wild_indices_are_ignored():
+    topology = {"layers": [{"layer_id": "a"}, {"layer_id": "b"}], "adjacency": {"layer": [[0, 9], "x", [-1, 0]]}}
+    graph = RunGraph(topology, [], [], [])
+    assert graph.edges["layer", "connects", "layer"].T.tolist() == [[0, 1]]
+
+
+LIFE = [
+    (Stage.SEED_LIFECYCLE_STAGE_DORMANT, {}, Operation.SEED_OPERATION_GERMINATE),
+    (Stage.SEED_LIFECYCLE_STAGE_GERMINATED, {}, Operation.SEED_OPERATION_START_TRAINING),
+    (Stage.SEED_LIFECYCLE_STAGE_TRAINING, {"steps_in_stage": 5}, None),
+    (Stage.SEED_LIFECYCLE_STAGE_TRAINING, {"steps_in_stage": 60}, Operation.SEED_OPERATION_START_GRAFTING),
+    (Stage.SEED_LIFECYCLE_STAGE_BLENDING, {"alpha": 0.5}, None),
+    (Stage.SEED_LIFECYCLE_STAGE_BLENDING, {"alpha": 1.0}, Operation.SEED_OPERATION_STABILIZE),
+    (Stage.SEED_LIFECYCLE_STAGE_SHADOWING, {"steps_in_stage": 10}, Operation.SEED_OPERATION_EVALUATE),
+    (Stage.SEED_LIFECYCLE_STAGE_PROBATIONARY, {"steps_in_stage": 30}, Operation.SEED_OPERATION_FOSSILIZE),
+    (
+        Stage.SEED_LIFECYCLE_STAGE_PROBATIONARY, {"steps_in_stage": 30, "loss_since_graft": 1.0},
+        Operation.SEED_OPERATION_CULL,
+    ),
+    (Stage.SEED_LIFECYCLE_STAGE_FOSSILIZED, {}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "metrics", "expected"), LIFE)
+def test_the_prior_leads_a_seed_through_its_life(stage, metrics, expected):
+    assert next_operation(SeedState(stage=stage, metrics=metrics), SIGNALS, PriorConfig()) == expected
+
+
+def chosen(policy, stage, signals=SIGNALS, features=frozenset({"seed", "optimizer", "pause"})):
+    graph = sample_graph()
+    state = packet(stage)
+    output = policy.evaluate(graph.fill(state), list(state.seed_states), signals)
+    sites = [s.site_id for s in sample.sample_sites()]
+    legal = masks.legal(list(state.seed_states), sites, graph.blueprints, features)
+    return masks.choose(output.kind, output.operation, output.blueprint, output.schedule, legal)
+
+
+def test_different_states_lead_to_different_actions():
+    policy = Policy.initial()
+    germinate = chosen(policy, Stage.SEED_LIFECYCLE_STAGE_DORMANT)
+    train = chosen(policy, Stage.SEED_LIFECYCLE_STAGE_GERMINATED)
+    nothing = chosen(policy, Stage.SEED_LIFECYCLE_STAGE_FOSSILIZED)
+    restless = chosen(
+        policy, Stage.SEED_LIFECYCLE_STAGE_FOSSILIZED, replace(SIGNALS, loss_volatility=2.0, steps_since_optimizer=500)
+    )
+    assert germinate.operation == Operation.SEED_OPERATION_GERMINATE
+    assert germinate.blueprint >= 0
+    assert train.operation == Operation.SEED_OPERATION_START_TRAINING
+    assert (nothing.kind, restless.kind) == (schema.KIND_NONE, schema.KIND_OPTIMIZER)
+
+
+def test_an_action_that_the_run_does_not_offer_is_never_chosen():
+    assert chosen(Policy.initial(), Stage.SEED_LIFECYCLE_STAGE_DORMANT, features=frozenset()).kind == schema.KIND_NONE
+
+
+@given(st.lists(st.sampled_from(range(12)), min_size=1, max_size=6), st.integers(0, 2**32 - 1))
+def test_whatever_the_logits_the_choice_is_legal(stages, seed):
+    draw = np.random.default_rng(seed)
+    seeds = [SeedState(stage=stage) for stage in stages]
+    blueprints = [candidate("a", ["x"]), candidate("b", ["x"], tier=BlueprintTier.BLUEPRINT_TIER_HIGH_RISK)]
+    legal = masks.legal(seeds, ["x"] * len(seeds), blueprints, frozenset({"seed"}))
+    shapes = (4, (len(seeds), schema.OPERATION_COUNT), 2, 4)
+    choice = masks.choose(*(draw.normal(size=shape).astype(np.float32) for shape in shapes), legal)
+    if choice.kind == schema.KIND_SEED:
+        assert choice.operation in masks.LEGAL_OPERATIONS[stages[choice.seed]]
+        assert choice.operation != Operation.SEED_OPERATION_GERMINATE or choice.blueprint == 0
+    else:
+        assert choice.kind == schema.KIND_NONE
+
+
+def test_the_shipped_policy_is_deterministic_and_says_that_it_is_untrained():
+    first, second = Policy.initial(), Policy.initial()
+    assert first.digest == second.digest
+    assert "heuristic" in first.origin

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from esper_rpc.breaker import BreakerConfig, CircuitBreaker
+from esper_rpc.config import load
+from esper_rpc.errors import ConfigError
+from esper_rpc.guard import StepGuard
+from esper_rpc.journal import Journal, JournalConfig
+from esper_rpc.proto.leyline.v1 import CircuitState
+from esper_rpc.server import require_writable
+from esper_rpc.testing import FakeClock
+
+CLOSED, OPEN, HALF_OPEN = (
+    CircuitState.CIRCUIT_STATE_CLOSED, CircuitState.CIRCUIT_STATE_OPEN, CircuitState.CIRCUIT_STATE_HALF_OPEN,
+)  # fmt: skip
+
+
+def test_an_answer_in_time_is_handed_over():
+    guard = StepGuard()
+    started = guard.arm(1)
+    threading.Thread(target=guard.resolve, args=(1, "yes")).start()
+    assert guard.wait(started, 5.0) == "yes"
+
+
+def test_a_late_answer_is_counted_and_never_handed_to_the_next_step():
+    guard = StepGuard()
+    assert guard.wait(guard.arm(1), 0.001) is None
+    started = guard.arm(2)
+    assert not guard.resolve(1, "late")
+    assert guard.wait(started, 0.001) is None
+    assert (guard.late_answers, guard.misses) == (1, 2)
+
+
+def test_an_answer_given_twice_counts_once():
+    guard = StepGuard()
+    started = guard.arm(1)
+    assert guard.resolve(1, "a")
+    assert not guard.resolve(1, "b")
+    assert guard.wait(started, 0.001) == "a"
+
+
+def test_a_breaker_opens_probes_once_and_closes_after_successes():
+    clock, moves = FakeClock(), []
+    config = BreakerConfig(failures=2, cool_down_seconds=10, successes=2)
+    breaker = CircuitBreaker(config=config, clock=clock, on_transition=lambda a, b: moves.append((a, b)))
+    for _ in range(2):
+        assert breaker.allow()
+        breaker.record_failure()
+    assert not breaker.allow()
+    clock.advance(10)
+    assert [breaker.allow(), breaker.allow()] == [True, False]
+    breaker.record_success()
+    assert breaker.allow()
+    breaker.record_success()
+    assert moves == [(CLOSED, OPEN), (OPEN, HALF_OPEN), (HALF_OPEN, CLOSED)]
+
+
+def test_a_failed_probe_opens_again():
+    clock = FakeClock()
+    breaker = CircuitBreaker(config=BreakerConfig(failures=1, cool_down_seconds=1), clock=clock)
+    breaker.record_failure()
+    clock.advance(1)
+    assert breaker.allow()
+    breaker.record_failure()
+    assert breaker.state == OPEN
+
+
+def test_the_environment_wins_over_the_file(tmp_path):
+    path = tmp_path / "mesh.toml"
+    path.write_text("[breaker]\nfailures = 7\ncool_down_seconds = 3\n")
+    config = load(BreakerConfig, "breaker", path=path, environ={"ESPER_BREAKER_FAILURES": "9"})
+    assert (config.failures, config.cool_down_seconds) == (9, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[breaker]\nfailures = 0", "failures = 0 is out of range; allowed is 1 to 1000"),
+        ("[breaker]\nfailures = 'many'", r"\[breaker\] failures = 'many' is not a int"),
+        ("[breaker]\nfailuers = 3", "has no setting 'failuers'"),
+        ("[breaker", "is not valid TOML"),
+    ],
+)
+def test_a_bad_setting_names_its_key_and_what_is_allowed(tmp_path, text, message):
+    path = tmp_path / "mesh.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load(BreakerConfig, "breaker", path=path, environ={})
+
+
+def test_a_journal_returns_what_was_flushed_after_a_restart(tmp_path):
+    path = tmp_path / "journal.sqlite"
+    journal = Journal(path)
+    for i in range(1000):
+        journal.append("decision", f"d{i}", str(i).encode())
+    journal.flush()
+    again = Journal(path)
+    assert [r.key for r in again.read("decision")] == [f"d{i}" for i in range(1000)]
+    assert again.find("decision", "d7").body == b"7"
+    journal.close()
+    again.close()
+
+
+def test_a_full_journal_drops_its_oldest_tenth(tmp_path):
+    journal = Journal(tmp_path / "j.sqlite", config=JournalConfig(max_bytes=65_536, commit_records=1))
+    for i in range(40):
+        journal.append("k", str(i), bytes(4096))
+    journal.flush()
+    keys = [int(r.key) for r in journal.read("k")]
+    assert keys == list(range(keys[0], 40))
+    assert 0 < keys[0]
+    journal.close()
+
+
+def test_a_full_device_is_a_clear_error_at_start():
+    with pytest.raises(ConfigError, match="cannot be written"):
+        require_writable("/dev/full/state")
+
+
+def test_a_state_directory_that_is_a_file_is_a_clear_error(tmp_path):
+    (tmp_path / "state").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        require_writable(tmp_path / "state")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_state_directory_is_a_clear_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        require_writable(tmp_path / "state")

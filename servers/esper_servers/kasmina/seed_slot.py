@@ -57,7 +57,7 @@ class SeedSlot:
 
     def plant(self, module: nn.Module, blueprint_id: str, extras_digest: bytes) -> None:
         """Put a module into the site, with an optimizer of its own."""
-        self.site.seed = module
+        self.site.hold(module)
         self.site.alpha.zero_()
         self.blueprint_id, self.extras_digest = blueprint_id, extras_digest
         self.schedule, self.loss_at_graft = AlphaSchedule(), None
@@ -65,7 +65,7 @@ class SeedSlot:
 
     def uproot(self) -> None:
         """Take the module out; the site is the host alone again."""
-        self.site.seed = None
+        self.site.hold(None)
         self.site.alpha.zero_()
         self.optimizer, self.gradient_norm, self.blueprint_id, self.extras_digest = None, None, "", b""
 

@@ -54,8 +54,8 @@ class Site(nn.Module):
         seed: nn.Module | None = self._outside["seed"]
         return seed
 
-    @seed.setter
-    def seed(self, module: nn.Module | None) -> None:
+    def hold(self, module: nn.Module | None) -> None:
+        """Put a seed here, or take it away. An assignment would make it a child of this module."""
         self._outside["seed"] = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -84,6 +84,7 @@ class Supervisor:
         """Start a service that ended again, at the address it had: its peers know no other."""
         plan = self.services[name].plan
         address = self.services[name].address or plan.address
+        end(self.services[name].process)
         self.services[name] = self._start(ServicePlan(name=plan.name, address=address, needs=plan.needs))
 
     def ended(self) -> list[str]:

@@ -16,6 +16,7 @@ from rich.table import Table
 from esper_rpc.ledger import percentiles_ms
 
 Result = Mapping[str, Any]
+_BLENDED = ("BLENDING", "SHADOWING", "PROBATIONARY")
 _WITH, _WITHOUT = "#0b6e4f", "#8a8a8a"
 
 
@@ -175,8 +176,13 @@ def _last_stages(seeds: Sequence[Sequence[Any]]) -> dict[str, dict[str, Any]]:
 
 def _count_outcomes(outcomes: Sequence[Sequence[Any]]) -> dict[str, int]:
     settled = (row for row in outcomes if row[3] != "QUEUED")
-    counts = Counter(f"{row[2]} {row[3]}{' ' + row[4] if row[4] else ''}".lower() for row in settled)
+    counts = Counter(" ".join(filter(None, (_asked(row[2]), row[3].lower(), row[4]))) for row in settled)
     return dict(sorted(counts.items()))
+
+
+def _asked(operation: str) -> str:
+    # An outcome names the operation of seed commands only.
+    return "pause or optimizer" if operation == "UNSPECIFIED" else operation.lower()
 
 
 def _overhead(mesh: Result, plain: Result) -> dict[str, float]:
@@ -189,7 +195,8 @@ def _overhead(mesh: Result, plain: Result) -> dict[str, float]:
 
 
 def _seed_line(seed: str, state: Mapping[str, Any]) -> str:
-    return f"{seed}: {state['stage'].lower()}, alpha {state['alpha']:g}"
+    blended = state["stage"] in _BLENDED
+    return f"{seed}: {state['stage'].lower()}" + (f", alpha {state['alpha']:g}" if blended else "")
 
 
 def _listing(counts: Mapping[str, int]) -> str:

@@ -212,7 +212,6 @@ def main() -> None:
     """Train as told by one JSON argument, one JSON event a line on stdout."""
     torch.set_num_threads(1)
     settings = orjson.loads(sys.argv[1])
-    settings["widths"] = tuple(settings["widths"])
 
     def emit(event: dict[str, Any]) -> None:
         sys.stdout.buffer.write(orjson.dumps(event) + b"\n")

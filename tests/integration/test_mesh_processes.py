@@ -121,7 +121,6 @@ def test_training_goes_on_when_tamiyo_hangs_and_decisions_resume_when_it_wakes(h
         assert training.session.reasons["internal_error"] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="nn.Module registers a module assigned to Site.seed; the setter never runs")
 def test_a_germinated_seed_lives_in_the_model(home, mesh):
     with TinyTraining(home, mesh, "germinated") as training:
         training.steps_until(lambda: _applied(training))

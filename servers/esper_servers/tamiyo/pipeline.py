@@ -52,15 +52,15 @@ class _Stopwatch:
         self.arrived = arrived
         self.ledger = StepLedger()
         self._last = time.perf_counter()
-        self.ledger.queue_us = int(max(0.0, self._last - arrived) * 1e6)
+        self.ledger.queue_us = _microseconds(self._last - arrived)
 
     def lap(self, field: str) -> None:
         now = time.perf_counter()
-        setattr(self.ledger, field, int((now - self._last) * 1e6))
+        setattr(self.ledger, field, _microseconds(now - self._last))
         self._last = now
 
     def close(self) -> StepLedger:
-        self.ledger.total_us = int((time.perf_counter() - self.arrived) * 1e6)
+        self.ledger.total_us = _microseconds(time.perf_counter() - self.arrived)
         return self.ledger
 
     def spent(self) -> float:
@@ -224,6 +224,11 @@ class StepPipeline:
         log.warning("breaker_moved", breaker="inference", before=before, after=after)
         if after == 2:
             self._mode.enter("inference_breaker_open")
+
+
+def _microseconds(seconds: float) -> int:
+    """For a uint32: a machine that slept must not break the answer."""
+    return min(2**32 - 1, max(0, int(seconds * 1e6)))
 
 
 def _parse(raw: bytes) -> Step:

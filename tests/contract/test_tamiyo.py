@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+
+import pytest
+from google.rpc import error_details_pb2
+
+from esper_client import TamiyoClient
+from esper_rpc import errors
+from esper_rpc.channel import open_channel
+from esper_rpc.envelope import Verifier
+from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SystemStatePacket
+from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
+from esper_rpc.proto.leyline.v1 import SeedOperation as Operation
+from esper_rpc.proto.tamiyo.v1 import (
+    EvaluateEpochRequest,
+    EvaluateStepRequest,
+    EvaluateStepsRequest,
+    EvaluateStepsResponse,
+    ExplainDecisionRequest,
+    GetPolicyRequest,
+    GetStatusRequest,
+    OpenRunRequest,
+    SetConservativeModeRequest,
+    Step,
+)
+from esper_rpc.proto.urza.v1 import BatchGetExtrasResponse
+from esper_servers.policy import sample
+from esper_servers.urza.seeding import installed_blueprints
+
+SERVICE = "esper.tamiyo.v1.TamiyoService"
+OWNER = "spiffe://esper/trainer/local"
+EPOCH = bytes(range(16))
+
+
+def open_run(run_id="run", **fields):
+    defaults = {
+        "protocol_versions": [1], "receiver_epoch": EPOCH, "features": ["seed", "pause", "optimizer"],
+        "sites": sample.sample_sites(), "seeds": sample.sample_seeds(),
+    }  # fmt: skip
+    return OpenRunRequest(run_id=run_id, **(defaults | fields))
+
+
+def step(sequence, *, loss=0.5, stage=Stage.SEED_LIFECYCLE_STAGE_GERMINATED, budget_us=5_000_000, run_id="run"):
+    packet = SystemStatePacket(training_metrics={"loss": loss}, seed_states=sample.sample_states(stage))
+    return EvaluateStepRequest(step=Step(run_id=run_id, sequence=sequence, budget_us=budget_us, packet=packet))
+
+
+@pytest.fixture
+def run(pipeline):
+    catalogue = [request.blueprint for request in installed_blueprints()]
+    pipeline._blueprints.replace_with(catalogue, BatchGetExtrasResponse())
+    pipeline.runs.open(open_run(), OWNER, pipeline._blueprints.candidates(sample.sample_sites()), 1)
+    return pipeline
+
+
+def decide(pipeline, request):
+    raw = request.SerializeToString()
+    return EvaluateStepsResponse.FromString(pipeline.evaluate_in_band(raw, OWNER)).decision
+
+
+def command_of(decision):
+    return AdaptationCommand.FromString(decision.command.payload)
+
+
+def test_a_command_is_signed_for_its_request_and_the_host_accepts_it(run, mesh):
+    request = step(1)
+    decision = decide(run, request)
+    verifier = Verifier(keyring=mesh.keyring("trainer"), audience=OWNER, receiver_epoch=EPOCH)
+    digest = hashlib.sha256(request.SerializeToString()).digest()
+    accepted = verifier.verify(decision.command, expected_sequence=1, expected_digest=digest)
+    command = AdaptationCommand.FromString(accepted.payload)
+    assert command.seed_operation.operation == Operation.SEED_OPERATION_START_TRAINING
+    assert command.command_id == decision.command.nonce
+
+
+def test_a_germination_names_a_blueprint_that_fits(run):
+    for sequence in range(1, 100):
+        decision = decide(run, step(sequence, stage=Stage.SEED_LIFECYCLE_STAGE_DORMANT))
+        if decision.HasField("command"):
+            break
+    operation = command_of(decision).seed_operation
+    assert operation.operation == Operation.SEED_OPERATION_GERMINATE
+    assert operation.blueprint_id in {"residual_mlp", "bottleneck_adapter", "lora_linear", "norm_affine", "gated_residual"}
+
+
+def test_annotations_tell_coverage_policy_and_method(run):
+    annotations = command_of(decide(run, step(1))).annotations
+    assert {"feature_coverage", "coverage_map", "policy_version", "blending_method_index", "reason"} <= set(annotations)
+
+
+def test_the_ledger_accounts_for_the_time(run):
+    ledger = decide(run, step(1)).ledger
+    parts = ledger.queue_us + ledger.validate_us + ledger.features_us + ledger.inference_us + ledger.risk_us
+    assert 0 < parts <= ledger.total_us
+
+
+def test_the_same_step_again_gets_the_identical_answer(run):
+    first = decide(run, step(1))
+    assert decide(run, step(1)) == first
+
+
+def test_another_step_under_a_used_sequence_is_refused_in_band(run):
+    decide(run, step(1))
+    assert decide(run, step(1, loss=0.6)).error.code == 9
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        (b"\xff\xff\xff", 3),
+        (EvaluateStepsRequest().SerializeToString(), 3),
+        (step(1, run_id="unknown").SerializeToString(), 5),
+    ],
+    ids=["not protobuf", "empty", "unknown run"],
+)
+def test_a_bad_message_is_answered_in_band(run, raw, code):
+    assert EvaluateStepsResponse.FromString(run.evaluate_in_band(raw, OWNER)).decision.error.code == code
+
+
+def test_the_in_band_error_names_field_and_rule(run):
+    error = EvaluateStepsResponse.FromString(run.evaluate_in_band(b"", OWNER)).decision.error
+    bad = error_details_pb2.BadRequest()
+    assert any(detail.Unpack(bad) for detail in error.details)
+    assert bad.field_violations[0].field == "step"
+
+
+def test_another_identity_cannot_ask_for_the_run(run):
+    raw = step(1).SerializeToString()
+    with pytest.raises(errors.PermissionDenied):
+        run.evaluate(raw, "spiffe://esper/trainer/thief", time.perf_counter())
+
+
+def test_a_spent_budget_is_no_action(run):
+    assert decide(run, step(1, budget_us=1)).no_action.reason == "budget_exhausted"
+
+
+@pytest.mark.parametrize(("loss", "reason"), [(math.nan, "loss_not_finite"), (math.inf, "loss_not_finite"), (9.0, "loss_spike")])
+def test_a_loss_that_explodes_pauses_the_seeds(run, loss, reason):
+    for sequence in range(1, 60):
+        decide(run, step(sequence, loss=0.5, stage=Stage.SEED_LIFECYCLE_STAGE_FOSSILIZED))
+    command = command_of(decide(run, step(60, loss=loss)))
+    assert command.command_type == CommandType.COMMAND_TYPE_PAUSE
+    assert command.annotations["reason"] == reason
+
+
+class Broken:
+    version, digest = "broken", b""
+
+    def __init__(self, behaviour):
+        self.evaluate = behaviour
+
+
+def raises(*_):
+    raise RuntimeError("policy")
+
+
+def test_a_policy_that_raises_gives_no_action_then_opens_the_breaker(run):
+    run.policy = Broken(raises)
+    reasons = [decide(run, step(i)).no_action.reason for i in range(1, 8)]
+    assert reasons[:5] == ["inference_failed"] * 5
+    assert reasons[6] in ("conservative_mode", "inference_breaker_open")
+    assert run._mode.enabled
+
+
+def test_a_policy_that_returns_nan_gives_no_action(run):
+    genuine = run.policy.evaluate
+
+    def poisoned(*arguments):
+        output = genuine(*arguments)
+        output.kind[:] = math.nan
+        return output
+
+    run.policy = Broken(poisoned)
+    assert decide(run, step(1)).no_action.reason == "inference_failed"
+
+
+@pytest.fixture
+async def client(mesh, addresses):
+    async with TamiyoClient(addresses[SERVICE][0], identity=mesh.identity("trainer")) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def operator(mesh, addresses):
+    async with TamiyoClient(addresses[SERVICE][0], identity=mesh.identity("operator")) as opened:
+        yield opened
+
+
+async def test_a_run_opens_once_and_again_and_belongs_to_the_first(client, mesh, addresses):
+    assert (await client.open_run(open_run())).created
+    assert not (await client.open_run(open_run())).created
+    async with TamiyoClient(addresses[SERVICE][0], identity=mesh.identity("trainer", "other")) as other:
+        with pytest.raises(errors.PermissionDenied) as caught:
+            await other.open_run(open_run())
+    assert caught.value.reason == "NOT_THE_OWNER"
+
+
+async def test_incompatible_peers_are_told_both_versions(client):
+    with pytest.raises(errors.FailedPrecondition, match=r"protocol \[7\], this server \[1\]"):
+        await client.open_run(open_run(protocol_versions=[7]))
+
+
+async def test_the_stream_goes_on_after_a_malformed_message(client, mesh, addresses):
+    await client.open_run(open_run())
+    channel = open_channel(addresses[SERVICE][0], identity=mesh.identity("trainer"), role="tamiyo")
+    call = channel.stream_stream(f"/{SERVICE}/EvaluateSteps")()
+    codes = []
+    for raw in (b"\xff\xff", step(1).SerializeToString(), b"", step(2).SerializeToString()):
+        await call.write(raw)
+        codes.append(EvaluateStepsResponse.FromString(await call.read()).decision.error.code)
+    await call.done_writing()
+    await channel.close()
+    assert codes == [3, 0, 3, 0]
+
+
+async def test_the_unary_call_decides_like_the_stream(client):
+    await client.open_run(open_run())
+    response = await client.evaluate_step(step(1))
+    assert command_of(response.decision).seed_operation.operation == Operation.SEED_OPERATION_START_TRAINING
+
+
+async def test_an_epoch_is_decided_too(client):
+    await client.open_run(open_run())
+    request = EvaluateEpochRequest(run_id="run", sequence=1, packet=step(1).step.packet)
+    assert (await client.evaluate_epoch(request)).decision.sequence == 1
+
+
+async def test_an_operator_reads_policy_status_and_the_record_of_a_decision(client, operator):
+    await client.open_run(open_run())
+    issued = command_of((await client.evaluate_step(step(1))).decision)
+    assert "heuristic" in (await operator.get_policy(GetPolicyRequest())).origin
+    status = await operator.get_status(GetStatusRequest())
+    assert (status.runs[0].run_id, status.decisions["START_TRAINING"]) == ("run", 1)
+    record = await operator.explain_decision(ExplainDecisionRequest(command_id=issued.command_id))
+    assert record.command == issued
+    assert record.packet == step(1).step.packet
+
+
+async def test_conservative_mode_by_hand_stops_seeds_until_it_is_left(client, operator):
+    await client.open_run(open_run())
+    await operator.set_conservative_mode(SetConservativeModeRequest(enabled=True, reason="test"))
+    held = (await client.evaluate_step(step(1))).decision
+    await operator.set_conservative_mode(SetConservativeModeRequest(enabled=False, reason="test"))
+    freed = (await client.evaluate_step(step(2))).decision
+    assert held.no_action.reason == "conservative_mode"
+    assert freed.HasField("command")

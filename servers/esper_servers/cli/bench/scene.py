@@ -15,6 +15,7 @@ from esper_rpc.proto.leyline.v1 import (
     AdaptationCommand,
     CommandOutcome,
     SeedLifecycleStage,
+    SeedOperation,
     SeedState,
     SignedEnvelope,
     TelemetryPacket,
@@ -24,11 +25,17 @@ from esper_servers.cli.home import Home
 
 LAYERS, ACTIVATIONS, PARAMETERS, SEEDS = 24, 8, 16, 4
 WIDTH = 64
+ALPHA_STEPS = 20.0
 _REACH = 8
 _STAGES = (
     SeedLifecycleStage.SEED_LIFECYCLE_STAGE_DORMANT,
     SeedLifecycleStage.SEED_LIFECYCLE_STAGE_TRAINING,
     SeedLifecycleStage.SEED_LIFECYCLE_STAGE_BLENDING,
+    SeedLifecycleStage.SEED_LIFECYCLE_STAGE_PROBATIONARY,
+)
+
+_BLENDED = (
+    SeedLifecycleStage.SEED_LIFECYCLE_STAGE_SHADOWING,
     SeedLifecycleStage.SEED_LIFECYCLE_STAGE_PROBATIONARY,
 )
 
@@ -77,6 +84,7 @@ class BenchHost:
         self._pending: deque[AdaptationCommand] = deque()
         self._loss, self._step = 2.3, 0
         self._topology = orjson.dumps(topology())
+        self._stages, self._since = list(_STAGES), [0] * SEEDS
 
     @property
     def receiver_epoch(self) -> bytes:
@@ -90,7 +98,7 @@ class BenchHost:
             RunSite(site_id=f"block.{i}", module_kind="Linear", input_shape=shape, output_shape=shape, dtype="F32")
             for i in range(SEEDS)
         )
-        seeds = tuple(RunSeed(seed_id=f"seed-{i}", site_id=f"block.{i}", stage=_STAGES[i]) for i in range(SEEDS))
+        seeds = tuple(RunSeed(seed_id=f"seed-{i}", site_id=f"block.{i}", stage=self._stages[i]) for i in range(SEEDS))
         return RunDescription(sites, seeds, self._topology)
 
     def submit(
@@ -117,6 +125,8 @@ class BenchHost:
         outcomes = []
         while self._pending:
             command = self._pending.popleft()
+            if command.HasField("seed_operation"):
+                self._advance(int(command.target_seed_id.removeprefix("seed-")), command.seed_operation.operation)
             outcomes.append(
                 CommandOutcome(
                     command_id=command.command_id,
@@ -160,13 +170,28 @@ class BenchHost:
     def close(self) -> None:
         """Nothing runs beside."""
 
+    def _advance(self, index: int, operation: SeedOperation.ValueType) -> None:
+        from esper_servers.kasmina import lifecycle
+
+        target = lifecycle.target_of(operation, self._stages[index])
+        if target is not None:
+            # A seed that came to its end makes room for the next one, so that the run never grows quiet.
+            is_over = target in (lifecycle.FOSSILIZED, lifecycle.CULLED)
+            self._stages[index], self._since[index] = lifecycle.DORMANT if is_over else target, self._step
+
+    def _alpha(self, index: int) -> float:
+        stage, steps = self._stages[index], self._step - self._since[index]
+        if stage == SeedLifecycleStage.SEED_LIFECYCLE_STAGE_BLENDING:
+            return min(1.0, steps / ALPHA_STEPS)
+        return 1.0 if stage in _BLENDED else 0.0
+
     def _seed_state(self, index: int) -> SeedState:
-        alpha = index / SEEDS
+        alpha = self._alpha(index)
         metrics = {
-            "alpha": alpha, "alpha_steps": 20.0 * alpha, "alpha_total_steps": 20.0, "alpha_temperature": 1.0,
-            "risk_tolerance": 0.5, "steps_in_stage": float(self._step % 50),
+            "alpha": alpha, "alpha_steps": ALPHA_STEPS * alpha, "alpha_total_steps": ALPHA_STEPS,
+            "alpha_temperature": 1.0, "risk_tolerance": 0.5, "steps_in_stage": float(self._step - self._since[index]),
         }  # fmt: skip
         return SeedState(
-            seed_id=f"seed-{index}", stage=_STAGES[index], learning_rate=1e-3, layer_depth=index, metrics=metrics,
+            seed_id=f"seed-{index}", stage=self._stages[index], learning_rate=1e-3, layer_depth=index, metrics=metrics,
             gradient_norm=0.5 + 0.1 * math.sin(self._step), age_epochs=1, risk_score=0.2,
         )  # fmt: skip

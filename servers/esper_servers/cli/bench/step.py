@@ -12,7 +12,7 @@ from esper_client import LoopThread, SessionConfig, TamiyoClient, TrainingSessio
 from esper_rpc.breaker import BreakerConfig
 from esper_rpc.errors import Unavailable
 from esper_rpc.guard import StepGuard
-from esper_rpc.proto.leyline.v1 import SystemStatePacket
+from esper_rpc.proto.leyline.v1 import CommandOutcome, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import (
     EvaluateStepRequest,
     GetPolicyRequest,
@@ -156,6 +156,7 @@ def _overshoot(count: int = 200) -> dict[str, float]:
 async def _server_ledger(home: Home, address: str, count: int) -> dict[str, Any]:
     """Ask in unary calls, whose reply carries the server's own account of each step."""
     host, ledgers = BenchHost(home), []
+    settled: list[CommandOutcome] = []
     described = host.describe()
     opening = OpenRunRequest(
         run_id=_LEDGER_RUN, protocol_versions=[1], features=["seed", "pause", "optimizer"],
@@ -165,21 +166,26 @@ async def _server_ledger(home: Home, address: str, count: int) -> dict[str, Any]
     async with TamiyoClient(address, identity=home.identity("trainer")) as client:
         await client.open_run(opening)
         for sequence in range(1, count + WARM_UP + 1):
-            answer = await client.evaluate_step(EvaluateStepRequest(step=_unary_step(host, sequence)))
-            ledgers.append(answer.decision.ledger)
+            request = EvaluateStepRequest(step=_unary_step(host, sequence, settled))
+            decision = (await client.evaluate_step(request)).decision
+            if decision.HasField("command"):
+                host.submit(decision.command)
+            settled = host.apply_pending()
+            ledgers.append(decision.ledger)
     names = [field.name for field in StepLedger.DESCRIPTOR.fields]
     kept = ledgers[WARM_UP:]
     return {name.removesuffix("_us"): percentiles([getattr(row, name) / 1e3 for row in kept]) for name in names}
 
 
-def _unary_step(host: BenchHost, sequence: int) -> Step:
+def _unary_step(host: BenchHost, sequence: int, outcomes: list[CommandOutcome]) -> Step:
     host.observe(_loss_at(sequence), sequence)
     packet = SystemStatePacket(
         version=1, packet_id=uuid.uuid4().hex, global_step=sequence, training_loss=_loss_at(sequence),
         timestamp_ns=time.time_ns(), source_subsystem="tolaria", training_run_id=_LEDGER_RUN,
         training_metrics={"loss": _loss_at(sequence), "gradient_norm": 1.0}, seed_states=host.export_seed_states(),
     )  # fmt: skip
-    return Step(run_id=_LEDGER_RUN, sequence=sequence, budget_us=int(GUARD_MS * 1e3), packet=packet)
+    budget_us = int(GUARD_MS * 1e3)
+    return Step(run_id=_LEDGER_RUN, sequence=sequence, budget_us=budget_us, packet=packet, outcomes=outcomes)
 
 
 def _loss_at(turn: int) -> float:

@@ -139,7 +139,7 @@ def _nested_checker(field: FieldDescriptor) -> Checker:
     return many if repeated else single
 
 
-def _value_tests(rules: FieldRules, field: FieldDescriptor) -> Iterable[Test]:
+def _value_tests(rules: Any, field: FieldDescriptor) -> Iterable[Test]:
     for attribute, word, compare in _BOUNDS:
         if rules.HasField(attribute):
             yield _bound_test(getattr(rules, attribute), word, compare)
@@ -151,8 +151,7 @@ def _value_tests(rules: FieldRules, field: FieldDescriptor) -> Iterable[Test]:
     if rules.uuid:
         yield lambda value: None if _UUID.fullmatch(value) else "must be a UUID"
     if rules.enum_defined:
-        defined = frozenset(field.enum_type.values_by_number)
-        yield lambda value: None if value in defined else f"{value} is not a value of {field.enum_type.name}"
+        yield _enum_test(field.enum_type)
     if rules.HasField("pattern"):
         pattern = re.compile(rules.pattern)
         yield lambda value: None if pattern.fullmatch(value) else f"must match {pattern.pattern}"
@@ -170,6 +169,11 @@ _LENGTHS: tuple[tuple[str, str, Callable[[int, int], bool]], ...] = (
     ("max_len", "at most", lambda length, bound: length <= bound),
     ("len", "exactly", lambda length, bound: length == bound),
 )
+
+
+def _enum_test(enum: Any) -> Test:
+    defined, name = frozenset(enum.values_by_number), enum.name
+    return lambda value: None if value in defined else f"{value} is not a value of {name}"
 
 
 def _bound_test(bound: float, word: str, compare: Callable[[float, float], bool]) -> Test:

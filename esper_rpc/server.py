@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from . import channel, config, rules
@@ -184,18 +185,18 @@ async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield request
 
 
-def require_writable(directory: os.PathLike[str] | str) -> None:
+def require_writable(directory: Path) -> None:
     """Raise ConfigError unless a file can be written and synced in the directory, which is made if it is missing."""
-    probe = os.path.join(directory, f".probe-{os.getpid()}")
+    probe = directory / f".probe-{os.getpid()}"
     try:
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        with open(probe, "wb") as file:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with probe.open("wb") as file:
             file.write(bytes(4096))
             os.fsync(file.fileno())
-        os.unlink(probe)
+        probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"The state directory {os.fspath(directory)} cannot be written ({error.strerror});"
+            f"The state directory {directory} cannot be written ({error.strerror});"
             " free space or permit writing, or name another one."
         ) from error
 

@@ -47,7 +47,9 @@ def reexports(package: Path) -> str:
     """Write the __init__ that re-exports the public names of a package's modules."""
     lines = []
     for stub in sorted(package.glob("*_pb2.pyi")):
-        names = re.findall(r"^class (?!_)(\w+)\(|^(\w+): (?:\w+\.ValueType|_extension)", stub.read_text(), flags=re.MULTILINE)
+        names = re.findall(
+            r"^class (?!_)(\w+)\(|^(\w+): (?:\w+\.ValueType|_extension)", stub.read_text(), flags=re.MULTILINE
+        )
         classes = [first for first, _ in names if first]
         body = "\n".join(f"    {name} as {name}," for name in sorted(set(classes)))
         if body:
@@ -73,7 +75,9 @@ def generate(out: Path) -> None:
 
 def differences(left: Path, right: Path) -> list[str]:
     """Name the files that are not the same in both folders."""
-    names = {p.relative_to(base) for base in (left, right) for p in base.glob("**/*.py*") if "__pycache__" not in p.parts}
+    names = {
+        p.relative_to(base) for base in (left, right) for p in base.glob("**/*.py*") if "__pycache__" not in p.parts
+    }
     return sorted(str(n) for n in names if _content(left / n) != _content(right / n))
 
 

@@ -210,7 +210,7 @@ class KasminaClient(MeshClient):
         return await self._unary("AdvanceAlpha", request, AdvanceAlphaResponse, timeout)
 
     async def finalize_step(self, request: FinalizeStepRequest, *, timeout: float = 2.0) -> FinalizeStepResponse:
-        """Ends one training step: steps the optimizers of the seeds and flushes one packet per active seed and a global one."""
+        """Ends one training step: steps the seeds' optimizers and flushes their packets."""
         return await self._unary("FinalizeStep", request, FinalizeStepResponse, timeout)
 
     async def update_epoch(self, request: UpdateEpochRequest, *, timeout: float = 2.0) -> UpdateEpochResponse:
@@ -257,7 +257,7 @@ class TamiyoClient(MeshClient):
     async def ingest_policy_update(
         self, request: IngestPolicyUpdateRequest, *, timeout: float = 2.0
     ) -> IngestPolicyUpdateResponse:
-        """Verifies a signed PolicyUpdate and makes it the live policy, or rejects it with a reason and changes nothing."""
+        """Verifies a signed PolicyUpdate and makes it the live policy, or rejects it with a reason."""
         return await self._unary("IngestPolicyUpdate", request, IngestPolicyUpdateResponse, timeout)
 
     async def get_policy(self, request: GetPolicyRequest, *, timeout: float = 2.0) -> GetPolicyResponse:

@@ -33,7 +33,7 @@ class DecisionStream:
         address: str,
         identity: Identity,
         describe: Callable[[], OpenRunRequest],
-        on_decision: Callable[[StepDecision], None],
+        on_decision: Callable[[StepDecision], object],
         on_open: Callable[[OpenRunResponse, int], None],
     ) -> None:
         self._address = address

@@ -18,7 +18,7 @@ def build_packet(
     metrics: Mapping[str, float],
     seeds: Sequence[SeedState],
 ) -> SystemStatePacket:
-    """Build the state of one step. `metrics` holds gradient_norm, samples_per_s, hook_latency_ms and what else is known."""
+    """Build the state of one step. `metrics`: gradient_norm, samples_per_s, hook_latency_ms and what else is known."""
     return SystemStatePacket(
         version=SCHEMA_VERSION,
         current_epoch=epoch,

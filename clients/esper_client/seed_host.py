@@ -18,7 +18,7 @@ class RunDescription:
 
 
 class SeedHost(Protocol):
-    """Carries out commands on a live model. Only `submit` may be called from any thread; the rest from the trainer's."""
+    """Carries out commands on a live model. `submit` may be called from any thread, the rest from the trainer's."""
 
     @property
     def receiver_epoch(self) -> bytes:

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol, Self
 
 import structlog
@@ -37,7 +37,9 @@ class SessionConfig:
 
     step_budget_ms: Annotated[float, Range(2, 1000)] = 5.0
     """2 to 50 in training; more only in a benchmark."""
-    breaker: BreakerConfig = BreakerConfig(failures=5, cool_down_seconds=0.5, successes=1)
+    breaker: BreakerConfig = field(
+        default_factory=lambda: BreakerConfig(failures=5, cool_down_seconds=0.5, successes=1)
+    )
     optimizer_family: str = ""
     world_size: int = 1
 
@@ -223,22 +225,22 @@ class TrainingSession:
 
     def _ask(self, raw: bytes) -> StepDecision | None:
         if not self._stream.is_open:
-            return self._fall_back(UNREACHABLE)
+            self.reasons[UNREACHABLE] += 1
+            return None
         if not self._breaker.allow():
-            return self._fall_back(BREAKER_OPEN)
+            self.reasons[BREAKER_OPEN] += 1
+            return None
         sequence = self._sequence
         started = self._guard.arm(sequence)
         self._thread.loop.call_soon_threadsafe(self._stream.send, raw)
         decision = self._guard.wait(started, self.config.step_budget_ms / 1000)
         if decision is None:
             self._breaker.record_failure()
-            return self._fall_back(MISSED)
+            self.reasons[MISSED] += 1
+            return None
         self._breaker.record_success()
         self._acknowledge(sequence)
         return decision
-
-    def _fall_back(self, reason: str) -> None:
-        self.reasons[reason] += 1
 
     def _submit(self, decision: StepDecision, raw: bytes) -> list[CommandOutcome]:
         kind = decision.WhichOneof("decision")

@@ -26,7 +26,7 @@ COMMAND_TYPE = AdaptationCommand.DESCRIPTOR.full_name
 COMMAND_ISSUERS: Mapping[str, frozenset[str]] = {COMMAND_TYPE: frozenset({"tamiyo", "operator"})}
 
 
-class Rejected(Exception):  # noqa: N818  # It names a verdict, not a fault.
+class Rejected(Exception):  # It names a verdict, not a fault.
     """The envelope is refused for a stable reason, and nothing has changed."""
 
     def __init__(self, reason: str, detail: str = "") -> None:

@@ -67,7 +67,9 @@ class Identity:
     def server_credentials(self) -> grpc.ServerCredentials:
         """Credentials for serving: peers must show a certificate, and a renewed leaf on disk is taken up."""
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration(), _Fetcher(self), require_client_authentication=True
+            self._configuration(),
+            _Fetcher(self),  # type: ignore[arg-type]  # None is how gRPC is told that nothing changed.
+            require_client_authentication=True,
         )
 
     def _configuration(self) -> grpc.ServerCertificateConfiguration:

@@ -15,7 +15,7 @@ TLS_VERSION = b"TLSv1.3"
 
 def peer_of(context: grpc.aio.ServicerContext[Any, Any]) -> SpiffeId:
     """Read who calls from the connection's certificate; raises Unauthenticated."""
-    facts = context.auth_context()
+    facts = {key: list(values) for key, values in context.auth_context().items()}
     if facts.get("ssl_tls_version", [b""])[0] != TLS_VERSION:
         raise Unauthenticated("This mesh speaks TLS 1.3 only.")
     names = facts.get("peer_spiffe_id", [])

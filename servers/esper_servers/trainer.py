@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import structlog
 import torch
@@ -51,7 +51,7 @@ class DetachedSession:
     def close(self) -> None:
         """Do nothing."""
 
-    def __enter__(self) -> DetachedSession:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,12 +3,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import esper_client
 import grpc
 import pytest
 import yaml
 from google.protobuf.message_factory import GetMessageClass
 
-import esper_client
 from esper_rpc.channel import open_channel
 from esper_rpc.identity.authorisation import TABLE
 from esper_rpc.proto.identity.v1 import identity_service_pb2
@@ -54,9 +54,7 @@ async def test_an_rpc_is_unimplemented_exactly_when_it_is_a_known_gap(name, mesh
 
 async def code_of(channel, name, method):
     empty = GetMessageClass(method.input_type)().SerializeToString()
-    kind = ("stream" if method.client_streaming else "unary") + "_" + (
-        "stream" if method.server_streaming else "unary"
-    )
+    kind = ("stream" if method.client_streaming else "unary") + "_" + ("stream" if method.server_streaming else "unary")
     call = getattr(channel, kind)(f"/{name}")
     argument = iter([empty]) if method.client_streaming else empty
     try:

@@ -5,9 +5,11 @@ import math
 import time
 
 import pytest
+from esper_client import TamiyoClient
+from esper_servers.policy import sample
+from esper_servers.urza.seeding import installed_blueprints
 from google.rpc import error_details_pb2
 
-from esper_client import TamiyoClient
 from esper_rpc import errors
 from esper_rpc.channel import open_channel
 from esper_rpc.envelope import Verifier
@@ -27,8 +29,6 @@ from esper_rpc.proto.tamiyo.v1 import (
     Step,
 )
 from esper_rpc.proto.urza.v1 import BatchGetExtrasResponse
-from esper_servers.policy import sample
-from esper_servers.urza.seeding import installed_blueprints
 
 SERVICE = "esper.tamiyo.v1.TamiyoService"
 OWNER = "spiffe://esper/trainer/local"
@@ -83,7 +83,13 @@ def test_a_germination_names_a_blueprint_that_fits(run):
             break
     operation = command_of(decision).seed_operation
     assert operation.operation == Operation.SEED_OPERATION_GERMINATE
-    assert operation.blueprint_id in {"residual_mlp", "bottleneck_adapter", "lora_linear", "norm_affine", "gated_residual"}
+    assert operation.blueprint_id in {
+        "residual_mlp",
+        "bottleneck_adapter",
+        "lora_linear",
+        "norm_affine",
+        "gated_residual",
+    }
 
 
 def test_annotations_tell_coverage_policy_and_method(run):
@@ -137,7 +143,9 @@ def test_a_spent_budget_is_no_action(run):
     assert decide(run, step(1, budget_us=1)).no_action.reason == "budget_exhausted"
 
 
-@pytest.mark.parametrize(("loss", "reason"), [(math.nan, "loss_not_finite"), (math.inf, "loss_not_finite"), (9.0, "loss_spike")])
+@pytest.mark.parametrize(
+    ("loss", "reason"), [(math.nan, "loss_not_finite"), (math.inf, "loss_not_finite"), (9.0, "loss_spike")]
+)
 def test_a_loss_that_explodes_pauses_the_seeds(run, loss, reason):
     for sequence in range(1, 60):
         decide(run, step(sequence, loss=0.5, stage=Stage.SEED_LIFECYCLE_STAGE_FOSSILIZED))

@@ -9,8 +9,8 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
-
 from esper_client import Blocking, IdentityClient, TamiyoClient, UrzaClient
+
 from esper_rpc import errors
 from esper_rpc.proto.tamiyo.v1 import CloseRunRequest, GetPolicyRequest, OpenRunRequest
 from esper_rpc.testing import TAMIYO, FakeTamiyo, serving
@@ -123,7 +123,16 @@ def buf_curl(buf_args, mesh, address, role, path, data=None):
     mesh.identity(role)
     directory = mesh.identity_dir(role)
     files = ["--cacert", directory / "ca.pem", "--cert", directory / "cert.pem", "--key", directory / "key.pem"]
-    command = [Path(sys.executable).with_name("buf"), "curl", "--protocol", "grpc", *files, "--servername", "tamiyo.esper", *buf_args]
+    command = [
+        Path(sys.executable).with_name("buf"),
+        "curl",
+        "--protocol",
+        "grpc",
+        *files,
+        "--servername",
+        "tamiyo.esper",
+        *buf_args,
+    ]
     command += [*(["--data", data] if data else []), f"https://{address}{path}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 

@@ -65,7 +65,11 @@ class KasminaServicer:
         """Stream the present stages, then every event."""
         loop, wanted = asyncio.get_running_loop(), frozenset(request.seed_ids)
         queue: asyncio.Queue[SeedEvent | None] = asyncio.Queue()
-        stop = self._host.listen(lambda event: loop.call_soon_threadsafe(queue.put_nowait, event))
+
+        def forward(event: SeedEvent) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        stop = self._host.listen(forward)
         try:
             for slot in list(self._host.seeds.values()):
                 if not wanted or slot.seed_id in wanted:

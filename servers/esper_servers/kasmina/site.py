@@ -17,11 +17,11 @@ class _Isolate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, host: Tensor, seed: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, host: Tensor, seed: Tensor) -> Tensor:
         return host.view_as(host)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         return gradient, gradient
 
 
@@ -45,8 +45,8 @@ class Site(nn.Module):
         self.output_shape: tuple[int, ...] = ()
         self.dtype = torch.float32
         self.device: torch.device = torch.device("cpu")
-        self._register_state_dict_hook(_drop_host_prefix)
-        self._register_load_state_dict_pre_hook(self._add_host_prefix)
+        self._register_state_dict_hook(_drop_host_prefix)  # type: ignore[no-untyped-call]  # As torch has it.
+        self._register_load_state_dict_pre_hook(self._add_host_prefix)  # type: ignore[no-untyped-call]  # Likewise.
 
     @property
     def seed(self) -> nn.Module | None:
@@ -75,7 +75,7 @@ class Site(nn.Module):
         if self.stage == lifecycle.TRAINING:
             if not (self.training and torch.is_grad_enabled()):
                 return h
-            isolated: Tensor = _Isolate.apply(h, seed(h.detach()))
+            isolated: Tensor = _Isolate.apply(h, seed(h.detach()))  # type: ignore[no-untyped-call]  # As torch has it.
             return isolated
         if self.stage in lifecycle.BLENDED:
             return blend_convex(h, seed(h.detach()), self.alpha)

@@ -135,7 +135,7 @@ class RunGraph:
 
     def _fill_global(self, packet: SystemStatePacket, loss: float) -> None:
         row, metrics, norms = self._arrays["global"][0], packet.training_metrics, self.norms
-        values = [norms.update("loss", loss)]
+        values: list[float | None] = [norms.update("loss", loss)]
         values += [norms.update(n, metrics.get(n, math.nan)) for n in schema.FEATURES["global"][1:4]]
         values += [metrics.get("loss_delta"), metrics.get("loss_volatility")]
         values += [

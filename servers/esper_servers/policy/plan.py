@@ -33,7 +33,7 @@ class FusedPlan:
             h = torch.relu(sage(h, sizes, structure)) + h
         h = nn.functional.gelu(self._gat[0](h, sizes, structure))
         h = self._gat[1](h, sizes, structure)
-        return self._network.read_out(dict(zip(schema.NODE_TYPES, h.split(sizes), strict=True)))
+        return self._network.read_out(dict(zip(schema.NODE_TYPES, torch.split(h, sizes), strict=True)))
 
 
 class _Structure:
@@ -91,13 +91,13 @@ class _SageLayer:
             own = [convs[r].lin_r.weight for r in schema.RELATIONS if r[2] == kind]
             bias = [convs[r].lin_l.bias for r in schema.RELATIONS if r[2] == kind]
             outgoing = [convs[r].lin_l.weight for r in _ordered_relations() if r[0] == kind]
-            self.weights.append(torch.cat([sum(own), *outgoing]).T.contiguous())  # type: ignore[list-item]
+            self.weights.append(torch.cat([sum(own), *outgoing]).T.contiguous())
             self.biases.append(sum(bias))
         self.width = convs[schema.RELATIONS[0]].lin_l.weight.shape[0]
 
     def __call__(self, h: Tensor, sizes: list[int], structure: _Structure) -> Tensor:
         own, messages = [], []
-        for x, weight, bias in zip(h.split(sizes), self.weights, self.biases, strict=True):
+        for x, weight, bias in zip(torch.split(h, sizes), self.weights, self.biases, strict=True):
             y = x @ weight
             own.append(y[:, : self.width] + bias)
             messages.append(_by_relation(y[:, self.width :], self.width))
@@ -132,11 +132,11 @@ class _GatLayer:
     def __call__(self, h: Tensor, sizes: list[int], structure: _Structure) -> Tensor:
         block = self.heads * self.width + self.heads
         messages, scores = [], []
-        for x, weight, target in zip(h.split(sizes), self.weights, self.target_scores, strict=True):
+        for x, weight, target in zip(torch.split(h, sizes), self.weights, self.target_scores, strict=True):
             messages.append(_by_relation(x @ weight, block))
             scores.append(_by_relation(x @ target, self.heads))
         table = torch.cat(messages)[structure.source]
-        projected, source_score = table.split([self.heads * self.width, self.heads], dim=1)
+        projected, source_score = torch.split(table, [self.heads * self.width, self.heads], dim=1)
         score = nn.functional.leaky_relu(source_score + torch.cat(scores)[structure.target_message], 0.2)
         attention = _segment_softmax(score, structure) / self.heads
         weighted = (projected.view(-1, self.heads, self.width) * attention.unsqueeze(2)).sum(dim=1)

@@ -69,7 +69,7 @@ async def serve(config: TamiyoServerConfig) -> None:
 
 
 def prepare(policy: Policy) -> None:
-    """Make the process fit for steps: one thread, warm caches, and nothing that lives for ever left to the collector."""
+    """Make the process fit for steps: one thread, warm caches, long-lived objects out of the collector."""
     # Two torch threads are twice as slow as one on graphs of this size.
     torch.set_num_threads(1)
     graph = RunGraph(sample.sample_topology(), sample.sample_sites(), sample.sample_seeds(), [])

@@ -148,7 +148,8 @@ class UrzaServicer:
                 queue.put_nowait(item)
 
     async def _get(self, blueprint_id: str) -> Entry:
-        return self._library.cached(blueprint_id) or await asyncio.to_thread(self._library.get, blueprint_id)
+        cached = self._library.cached(blueprint_id)
+        return cached if cached is not None else await asyncio.to_thread(self._library.get, blueprint_id)
 
 
 def _extras(entry: Entry) -> BlueprintExtras:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -112,13 +113,13 @@ def test_a_full_journal_drops_its_oldest_tenth(tmp_path):
     journal.flush()
     keys = [int(r.key) for r in journal.read("k")]
     assert keys == list(range(keys[0], 40))
-    assert 0 < keys[0]
+    assert keys[0] > 0
     journal.close()
 
 
 def test_a_full_device_is_a_clear_error_at_start():
     with pytest.raises(ConfigError, match="cannot be written"):
-        require_writable("/dev/full/state")
+        require_writable(Path("/dev/full/state"))
 
 
 def test_a_state_directory_that_is_a_file_is_a_clear_error(tmp_path):

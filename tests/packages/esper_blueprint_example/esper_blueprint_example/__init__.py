@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-
 from esper_servers.blueprints.catalogue import ModuleFactory
+from torch import Tensor, nn
 
 
 class Scale(nn.Module):

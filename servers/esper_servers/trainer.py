@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from esper_rpc.server import MeshServer, ServerConfig
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina.host import InProcessSeedHost
 from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
+from esper_servers.kasmina.learning_rate import OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.service import KasminaServicer
 from esper_servers.kasmina.site import Site
@@ -31,8 +33,8 @@ from esper_servers.kasmina.site import Site
 log = structlog.get_logger(__name__)
 
 KASMINA = kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"]
-WRAPPABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
-NEW_PARAMETER_SHARE = 0.1
+WRAPPABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
+OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 URZA_TIMEOUT_SECONDS = 2.0
 
 
@@ -41,12 +43,26 @@ class DetachedSession:
 
     is_connected = False
 
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
     def step(self, *_: Any, **__: Any) -> list[Any]:
         """Do nothing."""
         return []
 
     def start_epoch(self, epoch: int) -> None:
         """Do nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing to restore."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def export(self) -> nn.Module:
+        """Return a copy of the model."""
+        return copy.deepcopy(self._model)
 
     def close(self) -> None:
         """Do nothing."""
@@ -56,25 +72,6 @@ class DetachedSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class OptimizerAuthority:
-    """The only one who changes the user's optimizer on behalf of the mesh."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._base = optimizer.param_groups[0]["lr"]
-
-    def scale(self, multiplier: float) -> None:
-        """Multiply every learning rate."""
-        for group in self._optimizer.param_groups:
-            group["lr"] *= multiplier
-
-    def adopt(self, module: nn.Module) -> None:
-        """Add the parameters of a fossilised seed as a group at 10 % of the base rate."""
-        parameters = list(module.parameters())
-        if parameters:
-            self._optimizer.add_param_group({"params": parameters, "lr": self._base * NEW_PARAMETER_SHARE})
 
 
 def attach(
@@ -96,7 +93,7 @@ def attach(
     found = mesh or find_mesh(environ)
     if found is None:
         warnings.warn("No mesh found: training runs on without it. `esper up` starts one.", stacklevel=3)
-        return DetachedSession()
+        return DetachedSession(model)
     return _attach(model, optimizer, found, sites, run_id, step_budget_ms, limits, kasmina_address)
 
 
@@ -123,6 +120,7 @@ def _attach(
         factories=load_factories(),
         learning_rate=OptimizerAuthority(optimizer),
         limits=limits,
+        has_training_thread=True,
     )
     session = TrainingSession(
         host=host,
@@ -139,13 +137,17 @@ def _attach(
 
 def choose_sites(model: nn.Module) -> list[str]:
     """Name every layer that can be a site, except the last one."""
-    names = [name for name, module in model.named_modules() if name and isinstance(module, WRAPPABLE[:3])]
-    return names[:-1]
+    # These read the weights of their children past any forward, so that a site inside would do nothing.
+    opaque = [name for name, module in model.named_modules() if isinstance(module, OPAQUE)]
+    names = [name for name, module in model.named_modules() if name and isinstance(module, WRAPPABLE)]
+    return [name for name in names if not name.startswith(tuple(f"{each}." for each in opaque))][:-1]
 
 
 def wrap_sites(model: nn.Module, names: Sequence[str]) -> dict[str, Site]:
     """Replace submodules by sites; raises ConfigError when the model is wrapped already or a name is unknown."""
-    if isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.jit.ScriptModule)
+    is_compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    if is_compiled or isinstance(model, wrappers):
         raise ConfigError("Attach before torch.compile and before DistributedDataParallel: sites go inside.")
     known = dict(model.named_modules())
     unknown = [name for name in names if name not in known]

@@ -6,6 +6,7 @@ import pytest
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina.host import InProcessSeedHost
 from esper_servers.kasmina.kernel_library import KernelLibrary
+from esper_servers.kasmina.learning_rate import OptimizerAuthority
 from esper_servers.kasmina.service import KasminaServicer
 from esper_servers.policy.policy import Policy
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
@@ -14,7 +15,7 @@ from esper_servers.tamiyo.decisions import DecisionLog
 from esper_servers.tamiyo.pipeline import StepPipeline
 from esper_servers.tamiyo.run_state import Runs
 from esper_servers.tamiyo.service import RAW_METHODS, TamiyoServicer
-from esper_servers.trainer import OptimizerAuthority, wrap_sites
+from esper_servers.trainer import wrap_sites
 from esper_servers.urza.library import BlueprintLibrary
 from esper_servers.urza.service import UrzaServicer
 from torch import nn, optim

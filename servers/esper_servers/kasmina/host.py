@@ -1,23 +1,26 @@
 from __future__ import annotations
 
-import copy
+import hashlib
 import math
 import os
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from concurrent.futures import Future
+from typing import Any
 
 import orjson
 import structlog
+import torch
 from esper_client.seed_host import RunDescription
 from google.protobuf.message import DecodeError
-from torch import nn
+from torch import Tensor, nn
 
 from esper_rpc import rules
 from esper_rpc.envelope import Keyring, Rejected, Verifier, reasons
-from esper_rpc.errors import FailedPrecondition, InvalidRequest, NotFound
+from esper_rpc.errors import DataLoss, FailedPrecondition, InvalidRequest, NotFound
 from esper_rpc.proto.kasmina.v1 import SeedEvent
 from esper_rpc.proto.leyline.v1 import (
     AdaptationCommand,
@@ -31,13 +34,16 @@ from esper_rpc.proto.leyline.v1 import (
     TelemetryLevel,
     TelemetryPacket,
 )
+from esper_rpc.proto.urza.v1 import KernelManifest
 from esper_servers.blueprints.catalogue import BlueprintFactory
 from esper_servers.blueprints.extras import describe_module
 from esper_servers.blueprints.kernel import KernelRejected, instantiate
 
 from . import lifecycle
 from .alpha import SCHEDULES, AlphaSchedule
+from .export import without_sites
 from .kernel_library import Kernel, KernelLibrary
+from .learning_rate import LearningRateAuthority
 from .limits import LocalLimits
 from .seed_slot import SeedSlot
 from .site import Site
@@ -53,21 +59,19 @@ UNKNOWN_SEED = "unknown_seed"
 GATE_NOT_FINITE = "g1_gradient_health"
 GATE_ALPHA = "g2_stability"
 MALFORMED = "malformed_payload"
+GATE_IMPACT = "g4_system_impact"
 KERNEL_LATE = "kernel_late"
+BUILD_FAILED = "build_failed"
+SEED_FAILED = "seed_failed"
+SHAPE_MISMATCH = "shape_mismatch"
+LOSS_SMOOTHING = 0.1
+# A tenth and a little, so that a loss near zero is not judged by its noise.
+LOSS_TOLERANCE = 0.1
+LOSS_MARGIN = 0.02
+DEFAULT_PAUSE_MS = 1000
 
-Listener = Callable[[SeedEvent], None]
-
-
-class LearningRateAuthority(Protocol):
-    """The only one who changes the user's optimizer."""
-
-    def scale(self, multiplier: float) -> None:
-        """Multiply every learning rate."""
-        ...
-
-    def adopt(self, module: nn.Module) -> None:
-        """Take the parameters of a fossilised seed, at 10 % of the base rate."""
-        ...
+Listener = Callable[[SeedEvent | None], None]
+"""Gets None when the host closes."""
 
 
 class InProcessSeedHost:
@@ -84,9 +88,13 @@ class InProcessSeedHost:
         factories: Mapping[str, BlueprintFactory],
         learning_rate: LearningRateAuthority,
         limits: LocalLimits | None = None,
+        has_training_thread: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
+        self._sites = dict(sites)
+        self._has_training_thread = has_training_thread
+        self._at_safe_point: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._epoch_bytes = os.urandom(16)
         self.verifier = Verifier(keyring=keyring, audience=audience, receiver_epoch=self._epoch_bytes)
         self._library = library
@@ -157,7 +165,9 @@ class InProcessSeedHost:
 
     def observe(self, loss: float, global_step: int) -> None:
         """Note the loss of the step that just ended."""
-        self._loss, self.global_step = loss, global_step
+        known = math.isfinite(self._loss) and math.isfinite(loss)
+        self._loss = self._loss + LOSS_SMOOTHING * (loss - self._loss) if known else loss
+        self.global_step = global_step
 
     def apply_pending(self) -> list[CommandOutcome]:
         """Carry out what is queued, at the safe point."""
@@ -171,13 +181,25 @@ class InProcessSeedHost:
                     continue
                 self.verifier.record_outcome(command.command_id, outcome)
                 outcomes.append(self._remember(outcome))
+        while self._at_safe_point:
+            _run(*self._at_safe_point.popleft())
         return outcomes
+
+    def at_safe_point(self, work: Callable[[], Any]) -> Future[Any]:
+        """Do work that changes the model: by the training thread at its next safe point, or at once without one."""
+        done: Future[Any] = Future()
+        if self._has_training_thread:
+            self._at_safe_point.append((work, done))
+        else:
+            _run(work, done)
+        return done
 
     def advance_alphas(self) -> None:
         """Move every blending seed one step on."""
-        for slot in self.seeds.values():
-            if slot.stage == lifecycle.BLENDING and not slot.site.paused:
-                slot.advance_alpha()
+        with self._lock:
+            for slot in self.seeds.values():
+                if slot.stage == lifecycle.BLENDING and not slot.site.paused:
+                    slot.advance_alpha()
 
     def advance_alpha(self, seed_id: str) -> float:
         """Move one seed on; raises NotFound or FailedPrecondition."""
@@ -194,6 +216,7 @@ class InProcessSeedHost:
         packets = []
         with self._lock:
             self.global_step = max(self.global_step, step_index)
+            self._learning_rate.step()
             for slot in self.seeds.values():
                 self._finalize(slot)
                 if slot.stage in lifecycle.LIVE or slot.stage == lifecycle.FOSSILIZED:
@@ -203,13 +226,15 @@ class InProcessSeedHost:
 
     def export_seed_states(self) -> list[SeedState]:
         """Return the state of every seed."""
-        return [slot.state(self._loss) for slot in self.seeds.values()]
+        with self._lock:
+            return [slot.state(self._loss) for slot in self.seeds.values()]
 
     def update_epoch(self, epoch: int) -> None:
         """Let live seeds age."""
-        for slot in self.seeds.values():
-            if slot.stage in lifecycle.LIVE:
-                slot.age_epochs += 1
+        with self._lock:
+            for slot in self.seeds.values():
+                if slot.stage in lifecycle.LIVE:
+                    slot.age_epochs += 1
 
     def set_clock_offset(self, offset_ns: int) -> None:
         """Set the issuer's wall clock minus our monotonic clock."""
@@ -218,28 +243,48 @@ class InProcessSeedHost:
     def listen(self, listener: Listener) -> Callable[[], None]:
         """Call a function at every event, from whatever thread it happens in; returns how to stop."""
         self._listeners.append(listener)
-        return lambda: self._listeners.remove(listener)
+        return lambda: self._listeners.remove(listener) if listener in self._listeners else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return seeds, stages, alphas and optimizers."""
         with self._lock:
-            return {"version": 1, "seeds": {seed_id: slot.state_dict() for seed_id, slot in self.seeds.items()}}
+            seeds = {seed_id: slot.state_dict() for seed_id, slot in self.seeds.items()}
+            return {
+                "version": 1,
+                "loss": self._loss,
+                "learning_rate": self._learning_rate.state_dict(),
+                "seeds": seeds,
+                "digests": {seed_id: digest(seed["module"] or {}) for seed_id, seed in seeds.items()},
+            }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; raises InvalidRequest when the seeds are others."""
-        if set(state["seeds"]) != set(self.seeds):
-            raise InvalidRequest(f"The checkpoint holds the seeds {sorted(state['seeds'])}, not {sorted(self.seeds)}.")
+        """Restore what `state_dict` returned, before the user restores the optimizer. All or nothing.
+
+        Raises:
+            InvalidRequest: When the checkpoint is of other seeds.
+            DataLoss: When the weights of a seed are not those that were saved.
+            FailedPrecondition: When a blueprint is not installed, or a seed is fossilised here already.
+        """
         with self._lock:
+            self._check(state)
+            modules = {seed_id: self._rebuild(self.seeds[seed_id], saved) for seed_id, saved in state["seeds"].items()}
+            self._loss = state["loss"]
             for seed_id, saved in state["seeds"].items():
-                self._restore(self.seeds[seed_id], saved)
+                self._restore(self.seeds[seed_id], saved, modules[seed_id])
+            self._learning_rate.load_state_dict(state["learning_rate"])
 
     def export(self) -> nn.Module:
         """Return a plain copy: each site is its host, followed by its seed if that is fossilised."""
-        return _without_sites(copy.deepcopy(self._model))
+        with self._lock:
+            return without_sites(self._model, self._sites.values())
 
     def close(self) -> None:
-        """Forget who listens."""
+        """End those who listen, and those who wait for a safe point that will not come."""
+        for listener in list(self._listeners):
+            listener(None)
         self._listeners.clear()
+        while self._at_safe_point:
+            self._at_safe_point.popleft()[1].cancel()
 
     def _enqueue(self, payload: bytes, nonce: str) -> CommandOutcome:
         try:
@@ -314,9 +359,10 @@ class InProcessSeedHost:
             return self._outcome(command.command_id, CommandOutcome.RESULT_REJECTED, ILLEGAL_TRANSITION, command)
         if target == lifecycle.GERMINATED:
             return self._germinate(slot, command, queued_at)
-        failed = self._gate(slot, target)
+        failed, has_failed = self._gate(slot, target)
         if failed:
-            self._cull(slot, failed, command.command_id)
+            if has_failed:
+                self._cull(slot, failed, command.command_id)
             return self._outcome(command.command_id, CommandOutcome.RESULT_FAILED, failed, command)
         self._move(slot, target, command)
         return self._outcome(command.command_id, CommandOutcome.RESULT_APPLIED, command=command)
@@ -341,17 +387,22 @@ class InProcessSeedHost:
 
     def _plant(self, slot: SeedSlot, command: AdaptationCommand, kernel: Kernel) -> str:
         try:
-            module = self._build(slot, kernel, seed=_seed_of(command.command_id))
+            module = self._build(slot, kernel, seed=uuid.UUID(command.command_id).int)
+            reason = _trial(module, slot.site)
         except KernelRejected as rejected:
             return rejected.reason
-        added = sum(p.numel() for p in module.parameters()) + sum(
-            p.numel() for s in self.seeds.values() if s.site.seed is not None for p in s.site.seed.parameters()
-        )
+        except Exception as error:  # noqa: BLE001  # A blueprint is foreign code; whatever it raises, the training goes on.
+            log.warning("blueprint_failed", seed_id=slot.seed_id, error=str(error))
+            return BUILD_FAILED
+        added = sum(p.numel() for p in module.parameters()) + sum(s.parameter_count for s in self.seeds.values())
         if added > self._limits.added_parameters:
             return reasons.LOCAL_LIMIT
-        blueprint = kernel.blueprint
-        slot.plant(module, blueprint.descriptor.blueprint_id, blueprint.extras_digest)
-        return ""
+        if not reason:
+            blueprint = kernel.blueprint
+            slot.plant(module, blueprint.descriptor.blueprint_id, blueprint.extras_digest)
+            slot.manifest = blueprint.manifest.SerializeToString()
+            slot.risk = blueprint.descriptor.risk
+        return reason
 
     def _build(self, slot: SeedSlot, kernel: Kernel, *, seed: int) -> nn.Module:
         return instantiate(
@@ -364,14 +415,22 @@ class InProcessSeedHost:
             seed=seed,
         )
 
-    def _gate(self, slot: SeedSlot, target: SeedLifecycleStage.ValueType) -> str:
-        """Check what a forward move needs besides its command; empty when it may go on."""
-        norm_bad = slot.gradient_norm is not None and not math.isfinite(slot.gradient_norm)
-        if target in (lifecycle.BLENDING, lifecycle.FOSSILIZED) and norm_bad:
-            return GATE_NOT_FINITE
-        if target == lifecycle.SHADOWING and slot.schedule.value() < FULL_ALPHA:
-            return GATE_ALPHA
-        return ""
+    def _gate(self, slot: SeedSlot, target: SeedLifecycleStage.ValueType) -> tuple[str, bool]:
+        """Why a move must not be made, empty when it may, and whether the seed has failed or is only too early."""
+        if target in (lifecycle.CULLED, slot.stage):
+            return "", False
+        if slot.has_failed() or not slot.has_finite_weights():
+            return SEED_FAILED if slot.site.failure else GATE_NOT_FINITE, True
+        if target == lifecycle.BLENDING and not slot.updates and slot.optimizer is not None:
+            return GATE_NOT_FINITE, False
+        if target == lifecycle.SHADOWING and slot.site.alpha < FULL_ALPHA:
+            return GATE_ALPHA, False
+        before = slot.loss_at_graft
+        if target == lifecycle.FOSSILIZED and before is not None:
+            # Written so that a loss that is not a number fails.
+            passed = self._loss <= before + LOSS_TOLERANCE * abs(before) + LOSS_MARGIN
+            return ("", False) if passed else (GATE_IMPACT, True)
+        return "", False
 
     def _move(self, slot: SeedSlot, target: SeedLifecycleStage.ValueType, command: AdaptationCommand) -> None:
         if target == lifecycle.CULLED:
@@ -380,6 +439,8 @@ class InProcessSeedHost:
         before = slot.stage
         if target != before:
             slot.move(target)
+        else:
+            slot.is_fine_tuning = True
         if target == lifecycle.BLENDING:
             slot.schedule = _schedule_of(command)
             slot.loss_at_graft = self._loss if math.isfinite(self._loss) else None
@@ -399,9 +460,11 @@ class InProcessSeedHost:
         slot.steps_in_stage += 1
         if slot.site.paused and self._clock() >= slot.paused_until:
             slot.site.paused = False
-        if slot.stage in (lifecycle.TRAINING, *lifecycle.BLENDED):
-            slot.step_optimizer()
-        self._recover(slot)
+        slot.step_optimizer()
+        if slot.stage in lifecycle.LIVE and slot.has_failed():
+            self._cull(slot, SEED_FAILED if slot.site.failure else GATE_NOT_FINITE)
+        else:
+            self._recover(slot)
 
     def _recover(self, slot: SeedSlot) -> None:
         """Culled, embargoed, reset, dormant: the moves that need no command."""
@@ -423,60 +486,67 @@ class InProcessSeedHost:
             self._pauses.popleft()
         if len(self._pauses) >= self._limits.pauses_per_minute:
             return self._over_limit(command)
-        targets = [s for s in self.seeds.values() if command.target_seed_id in ("", s.seed_id)]
-        if not targets:
+        wanted = command.target_seed_id
+        # Without a target all that grow: a fossil is a part of the model.
+        targets = [s for s in self.seeds.values() if s.seed_id == wanted or (not wanted and s.stage in lifecycle.LIVE)]
+        if wanted and not targets:
             return self._outcome(command.command_id, CommandOutcome.RESULT_FAILED, UNKNOWN_SEED, command)
         self._pauses.append(now)
         # A pause unit is one millisecond; the command's deadline says how many.
-        units = min(command.execution_deadline_ms, self._limits.max_pause_ms)
+        units = min(command.execution_deadline_ms or DEFAULT_PAUSE_MS, self._limits.max_pause_ms)
         for slot in targets:
             slot.site.paused, slot.paused_until = True, now + units / 1000
         return self._outcome(command.command_id, CommandOutcome.RESULT_APPLIED, command=command)
 
     def _adjust_optimizer(self, command: AdaptationCommand) -> CommandOutcome:
-        multiplier = command.optimizer_adjustment.hyperparameters.get("learning_rate_multiplier", math.nan)
+        wanted = command.optimizer_adjustment.hyperparameters
+        if set(wanted) != {"learning_rate_multiplier"}:
+            return self._outcome(command.command_id, CommandOutcome.RESULT_REJECTED, reasons.UNSUPPORTED, command)
+        multiplier = wanted["learning_rate_multiplier"]
         least, most = self._limits.learning_rate_multiplier
-        if not least <= multiplier <= most:
+        if not least <= multiplier <= most or not self._learning_rate.scale(multiplier):
             return self._over_limit(command)
-        self._learning_rate.scale(multiplier)
         return self._outcome(command.command_id, CommandOutcome.RESULT_APPLIED, command=command)
 
     def _over_limit(self, command: AdaptationCommand) -> CommandOutcome:
         self.verifier.count(reasons.LOCAL_LIMIT)
         return self._outcome(command.command_id, CommandOutcome.RESULT_REJECTED, reasons.LOCAL_LIMIT, command)
 
-    def _restore(self, slot: SeedSlot, saved: dict[str, Any]) -> None:
-        slot.site.stage = saved["stage"]
-        slot.site.output_shape = tuple(saved["feature_shape"])
-        slot.steps_in_stage, slot.age_epochs = saved["steps_in_stage"], saved["age_epochs"]
-        slot.loss_at_graft, slot.embargo_left = saved["loss_at_graft"], saved["embargo_left"]
-        if saved["module"] is None:
-            slot.uproot()
-        else:
-            self._restore_module(slot, saved)
-        slot.schedule = AlphaSchedule(**saved["schedule"])
-        slot.site.alpha.fill_(slot.schedule.value() if slot.stage in lifecycle.BLENDED else 0.0)
+    def _check(self, state: dict[str, Any]) -> None:
+        if set(state["seeds"]) != set(self.seeds):
+            raise InvalidRequest(f"The checkpoint holds the seeds {sorted(state['seeds'])}, not {sorted(self.seeds)}.")
+        for seed_id, saved in state["seeds"].items():
+            if digest(saved["module"] or {}) != state["digests"][seed_id]:
+                raise DataLoss(f"The weights of {seed_id} are not those that were saved.")
+            if self.seeds[seed_id].stage == lifecycle.FOSSILIZED:
+                raise FailedPrecondition(f"{seed_id} is fossilised already; restore into a session of a fresh model.")
 
-    def _restore_module(self, slot: SeedSlot, saved: dict[str, Any]) -> None:
-        found = self._library.get(saved["blueprint_id"])
-        if not isinstance(found, Kernel):
-            raise FailedPrecondition(
-                f"The blueprint {saved['blueprint_id']!r} of the checkpoint is not in the library."
-            )
-        module = self._build(slot, found, seed=0)
+    def _rebuild(self, slot: SeedSlot, saved: dict[str, Any]) -> nn.Module | None:
+        if saved["module"] is None:
+            return None
+        manifest = KernelManifest.FromString(bytes.fromhex(saved["manifest"]))
+        # The weights come from the checkpoint.
+        manifest.weights_sha256 = b""
+        try:
+            module = instantiate(
+                manifest, self._factories, feature_shape=tuple(saved["feature_shape"]), dtype=slot.site.dtype,
+                device=slot.site.device,
+            )  # fmt: skip
+        except KernelRejected as rejected:
+            raise FailedPrecondition(f"{slot.seed_id} cannot be built: {rejected}.") from rejected
         module.load_state_dict(saved["module"])
-        slot.plant(module, saved["blueprint_id"], saved["extras_digest"])
-        if slot.stage == lifecycle.FOSSILIZED:
-            slot.optimizer = None
+        return module
+
+    def _restore(self, slot: SeedSlot, saved: dict[str, Any], module: nn.Module | None) -> None:
+        slot.load_state_dict(saved, module)
+        if module is not None and slot.stage == lifecycle.FOSSILIZED:
             self._learning_rate.adopt(module)
-        elif saved["optimizer"] is not None and slot.optimizer is not None:
-            slot.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
 
     def _packet(self, slot: SeedSlot, step_index: int) -> TelemetryPacket:
         attributes = {"seed_id": slot.seed_id}
         points = [
             MetricPoint(name="kasmina.seed.stage", value=float(slot.stage), attributes=attributes),
-            MetricPoint(name="kasmina.seed.alpha", value=slot.schedule.value(), attributes=attributes),
+            MetricPoint(name="kasmina.seed.alpha", value=slot.site.alpha, attributes=attributes),
         ]
         return TelemetryPacket(
             packet_id=f"{slot.seed_id}-{step_index}", source_subsystem="kasmina",
@@ -499,8 +569,33 @@ _SUPPORTED: Sequence[CommandType.ValueType] = (
 )
 
 
-def _seed_of(command_id: str) -> int:
-    return int.from_bytes(command_id.encode()[-8:], "little")
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes."""
+    running = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        running.update(name.encode() + len(content).to_bytes(8, "little") + content)
+    return running.hexdigest()
+
+
+def _run(work: Callable[[], Any], done: Future[Any]) -> None:
+    if not done.set_running_or_notify_cancel():
+        return
+    try:
+        done.set_result(work())
+    except Exception as error:  # noqa: BLE001  # It belongs to whoever waits for the result.
+        done.set_exception(error)
+
+
+def _trial(module: nn.Module, site: Site) -> str:
+    """Run a new module once; why it cannot serve at this site, empty when it can."""
+    h = torch.zeros((2, *site.output_shape), dtype=site.dtype, device=site.device)
+    module.eval()
+    with torch.no_grad():
+        s = module(h)
+    if s.shape != h.shape:
+        return SHAPE_MISMATCH
+    return "" if bool(torch.isfinite(s).all()) else GATE_NOT_FINITE
 
 
 def _schedule_of(command: AdaptationCommand) -> AlphaSchedule:
@@ -511,13 +606,3 @@ def _schedule_of(command: AdaptationCommand) -> AlphaSchedule:
     index = int(parameters.get("blending_method_index", 0))
     method = SCHEDULES[index] if 0 <= index < len(SCHEDULES) else SCHEDULES[0]
     return AlphaSchedule(method=method, start=start, end=end)
-
-
-def _without_sites(module: nn.Module) -> nn.Module:
-    if isinstance(module, Site):
-        kept = module.seed if module.stage == lifecycle.FOSSILIZED else None
-        host = _without_sites(module.host)
-        return nn.Sequential(host, kept) if kept is not None else host
-    for name, child in list(module.named_children()):
-        setattr(module, name, _without_sites(child))
-    return module

@@ -3,11 +3,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage, SeedState
 from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
@@ -18,6 +19,14 @@ from .alpha import SCHEDULES, AlphaSchedule
 from .site import Site
 
 SEED_LEARNING_RATE = 1e-3
+CLIP_NORM = 1.0
+# A gradient scaler makes single infinite gradients; this many in a row are the seed's own (requirements 4.4).
+VIOLATIONS = 3
+DEFAULT_RISK_TOLERANCE = 0.5
+_SAVED = (
+    "blueprint_id", "risk", "steps_in_stage", "age_epochs", "updates", "violations",
+    "gradient_norm", "loss_at_graft", "embargo_left", "is_fine_tuning",
+)  # fmt: skip
 
 
 class IllegalMove(Exception):
@@ -26,7 +35,7 @@ class IllegalMove(Exception):
 
 @dataclass
 class SeedSlot:
-    """One seed: where it lives, its stage, its optimizer and its alpha."""
+    """One seed: where it lives, its stage, its optimizer and its alpha. Touched at the safe point only."""
 
     seed_id: str
     site_id: str
@@ -34,12 +43,20 @@ class SeedSlot:
     depth: int
     blueprint_id: str = ""
     extras_digest: bytes = b""
+    manifest: bytes = b""
+    """The serialised KernelManifest of its module."""
+    risk: float = 0.0
     steps_in_stage: int = 0
     age_epochs: int = 0
+    updates: int = 0
+    """Steps of its own optimizer since it was planted."""
+    violations: int = 0
+    """Gradients in a row that were not finite."""
     schedule: AlphaSchedule = field(default_factory=AlphaSchedule)
     optimizer: torch.optim.Optimizer | None = None
     gradient_norm: float | None = None
     loss_at_graft: float | None = None
+    is_fine_tuning: bool = False
     embargo_left: int = 0
     paused_until: float = 0.0
 
@@ -48,45 +65,68 @@ class SeedSlot:
         """The stage, which lives with the site because the forward pass depends on it."""
         return self.site.stage
 
+    @property
+    def parameter_count(self) -> int:
+        """Parameters that the seed adds to the model."""
+        return sum(p.numel() for p in self.site.seed.parameters()) if self.site.seed is not None else 0
+
     def move(self, stage: SeedLifecycleStage.ValueType) -> None:
         """Change the stage; raises IllegalMove."""
         if not lifecycle.is_legal(self.stage, stage):
             raise IllegalMove(f"{self.seed_id} cannot move from stage {self.stage} to {stage}")
         self.site.stage = stage
-        self.steps_in_stage = 0
+        self.steps_in_stage, self.is_fine_tuning = 0, False
 
     def plant(self, module: nn.Module, blueprint_id: str, extras_digest: bytes) -> None:
         """Put a module into the site, with an optimizer of its own."""
         self.site.hold(module)
-        self.site.alpha.zero_()
         self.blueprint_id, self.extras_digest = blueprint_id, extras_digest
         self.schedule, self.loss_at_graft = AlphaSchedule(), None
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=SEED_LEARNING_RATE)
+        self.updates, self.violations, self.age_epochs, self.gradient_norm = 0, 0, 0, None
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=SEED_LEARNING_RATE) if parameters else None
 
     def uproot(self) -> None:
         """Take the module out; the site is the host alone again."""
         self.site.hold(None)
-        self.site.alpha.zero_()
         self.optimizer, self.gradient_norm, self.blueprint_id, self.extras_digest = None, None, "", b""
+        self.manifest, self.risk = b"", 0.0
 
     def advance_alpha(self) -> float:
         """Move alpha one step on."""
-        value = self.schedule.advance()
-        self.site.alpha.fill_(value)
-        return value
+        self.site.alpha = self.schedule.advance()
+        return self.site.alpha
 
     def step_optimizer(self) -> None:
-        """Step the seed's own optimizer; gradients that are not finite are dropped."""
+        """Use this step's gradients, if the seed learns in its stage; those that are not finite are dropped."""
+        learns = self.stage in (lifecycle.TRAINING, lifecycle.BLENDING) or self.is_fine_tuning
         module = self.site.seed
-        if self.optimizer is None or module is None:
+        if module is not None and self.optimizer is not None and learns and not self.site.paused:
+            self._update(module, self.optimizer)
+        self.clear_gradients()
+
+    def _update(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if all(p.grad is None for p in module.parameters()):
             return
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        if gradients:
-            norm = float(nn.utils.clip_grad_norm_(module.parameters(), 1.0))
-            self.gradient_norm = norm
-            if math.isfinite(norm):
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+        self.gradient_norm = float(nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM))
+        if not math.isfinite(self.gradient_norm):
+            self.violations += 1
+            return
+        self.violations, self.updates = 0, self.updates + 1
+        optimizer.step()
+
+    def clear_gradients(self) -> None:
+        """Forget gradients, which the user's zero_grad may not see."""
+        if self.site.seed is not None:
+            self.site.seed.zero_grad(set_to_none=True)
+
+    def has_failed(self) -> bool:
+        """Whether the seed raised, gave something that is not a number, or cannot learn."""
+        return bool(self.site.failure) or self.violations >= VIOLATIONS or self.site.gave_non_finite()
+
+    def has_finite_weights(self) -> bool:
+        """Whether every parameter is a number."""
+        return self.site.seed is not None and _all_finite(self.site.seed.parameters())
 
     def run_site(self) -> RunSite:
         """Describe the site for OpenRun."""
@@ -106,46 +146,72 @@ class SeedSlot:
             stage=self.stage,
             blueprint_id=self.blueprint_id,
             extras_digest=self.extras_digest,
-            alpha=self.schedule.value() if self.stage in lifecycle.BLENDED else 0.0,
+            alpha=self.site.alpha,
         )
 
     def state(self, loss_now: float) -> SeedState:
         """Export the seed for the packet (WP9)."""
-        schedule = self.schedule
-        metrics = {
-            "alpha": schedule.value() if self.stage in lifecycle.BLENDED else 0.0,
-            "alpha_steps": float(schedule.step),
-            "alpha_total_steps": float(schedule.total_steps),
-            "alpha_temperature": schedule.temperature,
-            "alpha_schedule": float(SCHEDULES.index(schedule.method)),
-            "blend_allowed": 1.0,
-            "risk_tolerance": 0.5,
-            "steps_in_stage": float(self.steps_in_stage),
-        }
-        if self.loss_at_graft is not None and math.isfinite(loss_now):
-            metrics["loss_since_graft"] = loss_now - self.loss_at_graft
         state = SeedState(
-            seed_id=self.seed_id, stage=self.stage, layer_depth=self.depth, metrics=metrics, age_epochs=self.age_epochs
-        )
-        if self.gradient_norm is not None and math.isfinite(self.gradient_norm):
+            seed_id=self.seed_id, stage=self.stage, layer_depth=self.depth, metrics=self._metrics(loss_now),
+            age_epochs=self.age_epochs, risk_score=1.0 if self.violations else self.risk,
+        )  # fmt: skip
+        if self.gradient_norm is not None:
             state.gradient_norm = self.gradient_norm
         if self.optimizer is not None:
             state.learning_rate = self.optimizer.param_groups[0]["lr"]
         return state
 
+    def _metrics(self, loss_now: float) -> dict[str, float]:
+        schedule = self.schedule
+        metrics = {
+            "alpha": self.site.alpha,
+            "alpha_steps": float(schedule.step),
+            "alpha_total_steps": float(schedule.total_steps),
+            "alpha_temperature": schedule.temperature,
+            "alpha_schedule": float(SCHEDULES.index(schedule.method)),
+            "blend_allowed": float(not self.site.failure),
+            "risk_tolerance": DEFAULT_RISK_TOLERANCE,
+            "steps_in_stage": float(self.steps_in_stage),
+        }
+        if self.loss_at_graft is not None:
+            metrics["loss_at_graft"] = self.loss_at_graft
+            if math.isfinite(loss_now):
+                metrics["loss_since_graft"] = loss_now - self.loss_at_graft
+        return metrics
+
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resume needs."""
+        """Return what a resume needs, as tensors and plain values."""
         module = self.site.seed
         return {
+            **{name: getattr(self, name) for name in _SAVED},
+            # In hexadecimal: torch.load(weights_only=True) reads no bytes.
+            "extras_digest": self.extras_digest.hex(),
+            "manifest": self.manifest.hex(),
             "stage": int(self.stage),
-            "blueprint_id": self.blueprint_id,
-            "extras_digest": self.extras_digest,
-            "steps_in_stage": self.steps_in_stage,
-            "age_epochs": self.age_epochs,
+            "alpha": self.site.alpha,
             "schedule": dataclasses.asdict(self.schedule),
-            "loss_at_graft": self.loss_at_graft,
-            "embargo_left": self.embargo_left,
-            "module": copy.deepcopy(module.state_dict()) if module is not None else None,
-            "feature_shape": self.site.output_shape,
+            "feature_shape": list(self.site.output_shape),
+            "input_shape": list(self.site.input_shape),
+            "module": copy.deepcopy(dict(module.state_dict())) if module is not None else None,
             "optimizer": copy.deepcopy(self.optimizer.state_dict()) if self.optimizer is not None else None,
         }
+
+    def load_state_dict(self, saved: dict[str, Any], module: nn.Module | None) -> None:
+        """Restore what `state_dict` returned; the caller built the module and loaded its weights."""
+        self.uproot()
+        if module is not None:
+            self.plant(module, saved["blueprint_id"], bytes.fromhex(saved["extras_digest"]))
+            self.manifest = bytes.fromhex(saved["manifest"])
+        self.site.output_shape, self.site.input_shape = tuple(saved["feature_shape"]), tuple(saved["input_shape"])
+        for name in _SAVED:
+            setattr(self, name, saved[name])
+        self.site.stage, self.site.alpha = saved["stage"], saved["alpha"]
+        self.schedule = AlphaSchedule(**saved["schedule"])
+        if saved["optimizer"] is None:
+            self.optimizer = None
+        elif self.optimizer is not None:
+            self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

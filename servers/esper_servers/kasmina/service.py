@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
-from esper_rpc.errors import ResourceExhausted
+from esper_rpc.errors import FailedPrecondition, ResourceExhausted
 from esper_rpc.proto.kasmina.v1 import (
     AdvanceAlphaRequest,
     AdvanceAlphaResponse,
@@ -22,12 +23,13 @@ from esper_rpc.proto.kasmina.v1 import (
     WatchSeedEventsRequest,
     WatchSeedEventsResponse,
 )
-from esper_rpc.proto.leyline.v1 import HealthStatus
+from esper_rpc.proto.leyline.v1 import HealthStatus, TelemetryPacket
 from esper_rpc.server import Call
 
 from .host import InProcessSeedHost
 
 BACKLOG = 1024
+SAFE_POINT_SECONDS = 1.5
 
 
 class KasminaServicer:
@@ -48,11 +50,11 @@ class KasminaServicer:
 
     async def AdvanceAlpha(self, request: AdvanceAlphaRequest, call: Call) -> AdvanceAlphaResponse:
         """Move one alpha on."""
-        return AdvanceAlphaResponse(alpha=self._host.advance_alpha(request.seed_id))
+        return AdvanceAlphaResponse(alpha=await self._at_safe_point(lambda: self._host.advance_alpha(request.seed_id)))
 
     async def FinalizeStep(self, request: FinalizeStepRequest, call: Call) -> FinalizeStepResponse:
         """End a step."""
-        return FinalizeStepResponse(packets=self._host.finalize_step(request.step_index))
+        return FinalizeStepResponse(packets=await self._at_safe_point(lambda: self._end_step(request.step_index)))
 
     async def UpdateEpoch(self, request: UpdateEpochRequest, call: Call) -> UpdateEpochResponse:
         """Begin an epoch."""
@@ -65,11 +67,7 @@ class KasminaServicer:
         """Stream the present stages, then every event."""
         loop, wanted = asyncio.get_running_loop(), frozenset(request.seed_ids)
         queue: asyncio.Queue[SeedEvent | None] = asyncio.Queue()
-
-        def forward(event: SeedEvent) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, event)
-
-        stop = self._host.listen(forward)
+        stop = self._host.listen(lambda event: _hand(loop, queue, event))
         try:
             for slot in list(self._host.seeds.values()):
                 if not wanted or slot.seed_id in wanted:
@@ -96,7 +94,23 @@ class KasminaServicer:
             global_step=host.global_step,
             queued_commands=host.queued_commands,
             fences=[IssuerFence(issuer=i, sequence=s) for i, s in sorted(host.verifier.fences().items())],
-            outcomes=host.recent_outcomes,
+            outcomes=list(host.recent_outcomes),
             rejections=host.verifier.rejections,
             seeds=host.export_seed_states(),
         )
+
+    def _end_step(self, step_index: int) -> list[TelemetryPacket]:
+        self._host.apply_pending()
+        return self._host.finalize_step(step_index)
+
+    async def _at_safe_point(self, work: Callable[[], Any]) -> Any:
+        done = asyncio.wrap_future(self._host.at_safe_point(work))
+        try:
+            return await asyncio.wait_for(done, SAFE_POINT_SECONDS)
+        except TimeoutError:
+            raise FailedPrecondition("No safe point came: the training loop of this host stands still.") from None
+
+
+def _hand(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[SeedEvent | None], event: SeedEvent | None) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(queue.put_nowait, event)

@@ -1,102 +1,157 @@
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
+import structlog
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage
 
 from . import lifecycle
+from .blending import convex, shadow
 
+log = structlog.get_logger(__name__)
 
-class _Isolate(torch.autograd.Function):
-    """Forward is the host's output, bit for bit; backward gives the seed the same gradient as the host.
-
-    Nothing is added to the output, so that a seed that yields NaN cannot reach it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, host: Tensor, seed: Tensor) -> Tensor:
-        return host.view_as(host)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, gradient
+_SHARED_WITH_HOST = (
+    "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
 
 
 class Site(nn.Module):
     """Takes the place of a submodule: the host, and the seed that grows on its output.
 
-    The host's parameters keep their names in state_dict; the seed is not part of it.
+    It shows the host's parameters, buffers, children and attributes as its own, so checkpoints, parameter names and
+    optimizers do not change. The seed is none of its children: the user's optimizer, checkpoint and DDP wrapper do not
+    see it. A seed that raises or changes the shape is left out, and `failure` says so.
     """
 
-    alpha: Tensor
+    _host: nn.Module
+    _seed: nn.Module | None
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
-        self.host = host
-        self.register_buffer("alpha", torch.zeros(()), persistent=False)
-        # Held outside the module tree: the user's optimizer, checkpoint and DDP wrapper do not see a growing seed.
-        self._outside: dict[str, Any] = {"seed": None}
+        # Around nn.Module.__setattr__, which would register host and seed as children and prefix every key.
+        for name in _SHARED_WITH_HOST:
+            object.__setattr__(self, name, getattr(host, name))
+        object.__setattr__(self, "_host", host)
+        object.__setattr__(self, "_seed", None)
+        self._version = getattr(host, "_version", 1)
+        self.training = host.training
         self.stage: SeedLifecycleStage.ValueType = lifecycle.DORMANT
+        self.alpha = 0.0
         self.paused = False
+        self.failure = ""
         self.input_shape: tuple[int, ...] = ()
         self.output_shape: tuple[int, ...] = ()
-        self.dtype = torch.float32
-        self.device: torch.device = torch.device("cpu")
-        self._register_state_dict_hook(_drop_host_prefix)  # type: ignore[no-untyped-call]  # As torch has it.
-        self._register_load_state_dict_pre_hook(self._add_host_prefix)  # type: ignore[no-untyped-call]  # Likewise.
+        own = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
+        self.dtype, self.device = own.dtype, own.device
+        self._saw_non_finite: Tensor | None = None
+
+    @property
+    def host(self) -> nn.Module:
+        """The submodule that stood here."""
+        return self._host
 
     @property
     def seed(self) -> nn.Module | None:
         """The module that grows here."""
-        seed: nn.Module | None = self._outside["seed"]
-        return seed
+        return self._seed
 
-    def hold(self, module: nn.Module | None) -> None:
-        """Put a seed here, or take it away. An assignment would make it a child of this module."""
-        self._outside["seed"] = module
+    def hold(self, seed: nn.Module | None) -> None:
+        """Let a module grow here, or nothing, with alpha 0."""
+        object.__setattr__(self, "_seed", seed)
+        self.alpha, self.paused, self.failure, self._saw_non_finite = 0.0, False, "", None
+        if seed is not None:
+            seed.train(self.training)
+
+    def gave_non_finite(self) -> bool:
+        """Whether the seed has given a value that is not finite since it was planted and blended in."""
+        return self._saw_non_finite is not None and bool(self._saw_non_finite)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the host, then the seed as its stage says."""
-        h = self.host(*args, **kwargs)
-        if not self.output_shape and isinstance(h, Tensor):
-            self._learn_shapes(args, h)
-        seed = self.seed
-        if seed is None or self.paused:
-            return h
-        return self._blend(seed, h)
+        h = self._host(*args, **kwargs)
+        return self._grow_on(h, args)
 
-    def _blend(self, seed: nn.Module, h: Tensor) -> Tensor:
+    # Outside the compiled region, so that germination never recompiles the host.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped.
+    def _grow_on(self, h: Any, args: tuple[Any, ...]) -> Any:
+        if not isinstance(h, Tensor):
+            return h
+        if self.training or not self.output_shape:
+            self._learn_shapes(args, h)
+        if self._seed is None or self.paused or self.failure:
+            return h
+        try:
+            return self._mixed(self._seed, h)
+        except Exception as error:  # noqa: BLE001  # The seed is foreign code inside the user's forward pass.
+            self._fail(f"{type(error).__name__}: {error}")
+            return h
+
+    def _mixed(self, seed: nn.Module, h: Tensor) -> Tensor:
         if self.stage == lifecycle.FOSSILIZED:
-            out: Tensor = seed(h)
-            return out
-        if self.stage == lifecycle.TRAINING:
-            if not (self.training and torch.is_grad_enabled()):
-                return h
-            isolated: Tensor = _Isolate.apply(h, seed(h.detach()))  # type: ignore[no-untyped-call]  # As torch has it.
-            return isolated
-        if self.stage in lifecycle.BLENDED:
-            return blend_convex(h, seed(h.detach()), self.alpha)
+            return self._through(seed, h)
+        if self.stage == lifecycle.TRAINING and self.training and torch.is_grad_enabled():
+            return shadow(h, self._through(seed, h.detach()))
+        if self.stage in lifecycle.BLENDED and self.alpha > 0.0:
+            s = self._through(seed, h.detach())
+            # A flag on the device, read at the safe point, so that no forward pass waits for it.
+            broken = ~torch.isfinite(s.detach()).all()
+            self._saw_non_finite = broken if self._saw_non_finite is None else self._saw_non_finite | broken
+            return convex(h, s, self.alpha)
         return h
 
+    @staticmethod
+    def _through(seed: nn.Module, h: Tensor) -> Tensor:
+        s: Tensor = seed(h).to(h.dtype)
+        if s.shape != h.shape:
+            raise ValueError(f"the seed turned {tuple(h.shape)} into {tuple(s.shape)}")
+        return s
+
+    def _fail(self, failure: str) -> None:
+        self.failure = failure
+        log.error("seed_failed", failure=failure, stage=SeedLifecycleStage.Name(self.stage))
+
     def _learn_shapes(self, args: tuple[Any, ...], h: Tensor) -> None:
+        # Of training: an evaluation may use another size of image or sequence.
         if args and isinstance(args[0], Tensor):
             self.input_shape = tuple(args[0].shape[1:])
-        self.output_shape, self.dtype, self.device = tuple(h.shape[1:]), h.dtype, h.device
+        self.output_shape, self.device = tuple(h.shape[1:]), h.device
 
-    def _add_host_prefix(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        for key in [k for k in state if k.startswith(prefix) and not k.startswith(f"{prefix}host.")]:
-            state[f"{prefix}host.{key[len(prefix) :]}"] = state.pop(key)
+    def train(self, mode: bool = True) -> Self:
+        """Switch host and seed."""
+        self._host.train(mode)
+        self.training = mode
+        if self._seed is not None:
+            self._seed.train(mode)
+        return self
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self._host._apply(fn, recurse)  # type: ignore[no-untyped-call]  # Untyped in torch.
+        if self._seed is not None:
+            self._seed._apply(fn)  # type: ignore[no-untyped-call]  # Untyped in torch.
+        return self
 
-def blend_convex(host: Tensor, seed: Tensor, alpha: Tensor) -> Tensor:
-    """Alpha * seed + (1 - alpha) * host, the host always detached (requirements 4.5)."""
-    return alpha * seed + (1 - alpha) * host.detach()
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._host._save_to_state_dict(destination, prefix, keep_vars)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._host._load_from_state_dict(*args)
 
-def _drop_host_prefix(module: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:
-    marked = f"{prefix}host."
-    for key in [k for k in state if k.startswith(marked)]:
-        state[prefix + key[len(marked) :]] = state.pop(key)
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> _IncompatibleKeys:
+        """Restore the host."""
+        keys: _IncompatibleKeys = self._host.load_state_dict(*args, **kwargs)
+        return keys
+
+    def extra_repr(self) -> str:
+        """Name what stands here."""
+        return f"host={type(self._host).__name__}, stage={SeedLifecycleStage.Name(self.stage)}"
+
+    def __getattr__(self, name: str) -> Any:
+        if "_host" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._host, name)

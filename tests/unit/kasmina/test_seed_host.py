@@ -12,8 +12,9 @@ from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.alpha import SCHEDULES, AlphaSchedule
 from esper_servers.kasmina.host import EMBARGO_STEPS, InProcessSeedHost
 from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
+from esper_servers.kasmina.learning_rate import OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
-from esper_servers.trainer import OptimizerAuthority, wrap_sites
+from esper_servers.trainer import wrap_sites
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

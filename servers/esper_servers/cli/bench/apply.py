@@ -112,7 +112,8 @@ class HostBench:
 
         from esper_servers.blueprints.catalogue import load_factories
         from esper_servers.kasmina.host import InProcessSeedHost
-        from esper_servers.trainer import OptimizerAuthority, wrap_sites
+        from esper_servers.kasmina.learning_rate import OptimizerAuthority
+        from esper_servers.trainer import wrap_sites
 
         torch.set_num_threads(1)
         self._model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from typing import Any, Final, Protocol
+
+from torch import nn
+from torch.optim import Optimizer
+
+FOSSIL_SHARE: Final = 0.1
+"""The learning rate of a fossilised seed as a share of the user's."""
+# All commands together; each single one is limited by LocalLimits.
+LEAST_TOTAL: Final = 0.01
+MOST_TOTAL: Final = 4.0
+
+
+class LearningRateAuthority(Protocol):
+    """The only one who changes the user's optimizer on behalf of the mesh."""
+
+    def scale(self, multiplier: float) -> bool:
+        """Multiply every learning rate; False, with nothing changed, when that is too far from the user's."""
+        ...
+
+    def adopt(self, module: nn.Module) -> None:
+        """Train the parameters of a fossilised seed from here on, at 10 % of the base rate."""
+        ...
+
+    def step(self) -> None:
+        """End a training step: update what the user's optimizer does not update by itself."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs beside the user's optimizer."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it, after the fossilised seeds were adopted again."""
+        ...
+
+
+class OptimizerAuthority:
+    """The learning rates of a user's optimizer.
+
+    Adopted parameters become a new group of it. If a scheduler drives it they do not: most schedulers refuse a group
+    that they have not seen at their start, and would raise in the user's loop. They then get an optimizer of the same
+    class, whose learning rate follows the user's.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._followers: list[Optimizer] = []
+        self.total = 1.0
+        """The product of all multipliers."""
+
+    def scale(self, multiplier: float) -> bool:
+        """Multiply the learning rate of every group, within the limits."""
+        total = self.total * multiplier
+        if not LEAST_TOTAL <= total <= MOST_TOTAL:
+            return False
+        self.total = total
+        for group in self._optimizer.param_groups:
+            group["lr"] *= multiplier
+        return True
+
+    def adopt(self, module: nn.Module) -> None:
+        """Train these parameters from here on."""
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if not parameters:
+            return
+        base = self._optimizer.param_groups[0]
+        options = {key: value for key, value in base.items() if key not in ("params", "initial_lr")}
+        group = {**options, "params": parameters, "lr": base["lr"] * FOSSIL_SHARE}
+        if self._is_scheduled():
+            kind: Any = type(self._optimizer)
+            self._followers.append(kind([group], lr=group["lr"]))
+        else:
+            self._optimizer.add_param_group(group)
+
+    def step(self) -> None:
+        """Step the followers at their share of the user's present learning rate."""
+        for follower in self._followers:
+            for group in follower.param_groups:
+                group["lr"] = self._optimizer.param_groups[0]["lr"] * FOSSIL_SHARE
+            follower.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the multiplier and the followers; the groups are in the user's own checkpoint."""
+        return {"total": self.total, "followers": [follower.state_dict() for follower in self._followers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them. The user restores the user's optimizer, after this."""
+        self.total = state["total"]
+        for follower, saved in zip(self._followers, state["followers"], strict=False):
+            follower.load_state_dict(saved)
+
+    def _is_scheduled(self) -> bool:
+        # Every torch scheduler sets it on the groups that it finds.
+        return "initial_lr" in self._optimizer.param_groups[0]

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+from esper_servers.kasmina.alpha import SCHEDULES, AlphaSchedule
+from hypothesis import given
+from hypothesis import strategies as st
+
+fraction = st.floats(0, 1)
+
+
+@given(st.sampled_from(SCHEDULES), fraction, fraction)
+def test_alpha_rises_from_zero_to_exactly_one_whatever_the_window(method, a, b):
+    schedule = AlphaSchedule(method=method, start=min(a, b), end=max(a, b))
+    values = [schedule.advance() for _ in range(schedule.total_steps)]
+    assert values == sorted(values)
+    assert all(0.0 <= value <= 1.0 for value in values)
+    assert values[-1] == 1.0
+
+
+@pytest.mark.parametrize("method", SCHEDULES)
+def test_alpha_stays_zero_until_the_window_opens(method):
+    schedule = AlphaSchedule(method=method, start=0.5, end=1.0)
+    values = [schedule.advance() for _ in range(20)]
+    assert values[:10] == [0.0] * 10
+    assert values[10] > 0.0
+
+
+def test_the_curves_differ():
+    at_a_quarter = {
+        method: [AlphaSchedule(method=method, step=5).value(), AlphaSchedule(method=method, step=12).value()]
+        for method in SCHEDULES
+    }
+    assert len({tuple(values) for values in at_a_quarter.values()}) == len(SCHEDULES)

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import io
+import itertools
+
+import pytest
+import torch
+from esper_servers.kasmina import lifecycle
+from esper_servers.kasmina.limits import LocalLimits
+
+from esper_rpc.errors import DataLoss, InvalidRequest
+from esper_rpc.proto.leyline.v1 import CommandOutcome, CommandType
+
+APPLIED, FAILED, REJECTED = (
+    CommandOutcome.RESULT_APPLIED,
+    CommandOutcome.RESULT_FAILED,
+    CommandOutcome.RESULT_REJECTED,
+)
+REFUSED_ENVELOPES = {
+    "missing_signature": lambda rig, e: setattr(e, "mac", b""),
+    "invalid_signature": lambda rig, e: setattr(e, "payload", e.payload + b"\x00"),
+    "unknown_key": lambda rig, e: setattr(e, "key_id", "another"),
+    "oversize": lambda rig, e: setattr(e, "payload", bytes(300_000)),
+}
+REFUSED_SIGNED = {
+    "wrong_issuer": lambda rig: {"keyring": rig.keyring("simic")},
+    "wrong_audience": lambda rig: {"audience": "spiffe://esper/trainer/another"},
+    "wrong_payload_type": lambda rig: {"payload_type": "esper.leyline.v1.PolicyUpdate"},
+    "stale_command": lambda rig: {"issued_at_ns": 1},
+    "future_command": lambda rig: {"issued_at_ns": 2**62},
+    "wrong_epoch": lambda rig: {"receiver_epoch": bytes(16)},
+    "sequence_replayed": lambda rig: {"sequence": 1},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED_ENVELOPES)
+def test_a_damaged_envelope_changes_nothing(rig, unchanged, reason):
+    envelope = rig.envelope(rig.command("GERMINATE", blueprint="residual_mlp"))
+    REFUSED_ENVELOPES[reason](rig, envelope)
+    refused(rig, unchanged, envelope, reason)
+
+
+@pytest.mark.parametrize("reason", REFUSED_SIGNED)
+def test_an_envelope_that_is_not_for_this_moment_changes_nothing(rig, unchanged, reason):
+    rig.do("CULL")
+    command = rig.command("GERMINATE", blueprint="residual_mlp")
+    refused(rig, unchanged, rig.envelope(command, **REFUSED_SIGNED[reason](rig)), reason)
+
+
+def test_a_known_command_in_another_envelope_changes_nothing(rig, unchanged):
+    command = rig.command("CULL")
+    rig.order(command)
+    refused(rig, unchanged, rig.envelope(command), "nonce_replayed")
+
+
+def test_an_identifier_that_is_not_the_nonce_changes_nothing(rig, unchanged):
+    envelope = rig.envelope(rig.command("GERMINATE", blueprint="residual_mlp"), nonce="another")
+    refused(rig, unchanged, envelope, "nonce_replayed")
+
+
+@pytest.mark.parametrize("kind", ["ROLLBACK", "EMERGENCY", "CIRCUIT_BREAKER", "STRUCTURAL_PRUNING"])
+def test_what_the_host_cannot_do_changes_nothing(rig, unchanged, kind):
+    command = rig.command()
+    command.command_type = CommandType.Value(f"COMMAND_TYPE_{kind}")
+    refused(rig, unchanged, rig.envelope(command), "unsupported")
+
+
+def refused(rig, unchanged, envelope, reason):
+    before = rig.picture()
+    outcome = rig.host.submit(envelope)
+    assert (outcome.result, outcome.reason) == (REJECTED, reason)
+    assert rig.host.apply_pending() == []
+    unchanged(before, rig.picture())
+    assert rig.host.verifier.rejections[reason] == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "make"),
+    [
+        (LocalLimits(live_seeds=0), lambda rig: rig.command("GERMINATE", blueprint="residual_mlp")),
+        (LocalLimits(pauses_per_minute=0), lambda rig: rig.pause()),
+        (LocalLimits(), lambda rig: rig.optimizer_command(5.0)),
+        (LocalLimits(), lambda rig: rig.optimizer_command(0.01)),
+    ],
+    ids=["live seeds", "pauses", "faster", "slower"],
+)
+def test_a_signed_command_beyond_a_local_limit_changes_nothing(make_rig, unchanged, limits, make):
+    rig = make_rig(limits=limits)
+    before = rig.picture()
+    outcome = rig.order(make(rig))
+    assert (outcome.result, outcome.reason) == (REJECTED, "local_limit")
+    unchanged(before, rig.picture())
+
+
+def test_learning_rate_cuts_do_not_add_up_without_end(rig):
+    outcomes = [rig.order(rig.optimizer_command(0.1)) for _ in range(4)]
+    assert [outcome.result for outcome in outcomes] == [APPLIED, APPLIED, REJECTED, REJECTED]
+    assert rig.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.01)
+
+
+def test_an_identical_envelope_is_carried_out_once(rig):
+    envelope = rig.envelope(rig.command("GERMINATE", blueprint="residual_mlp"))
+    rig.host.submit(envelope)
+    [applied] = rig.host.apply_pending()
+    assert rig.host.receive(envelope) == (applied, True)
+    assert rig.host.apply_pending() == []
+
+
+def test_nothing_changes_before_the_safe_point(rig, unchanged):
+    before = rig.picture()
+    rig.host.submit(rig.envelope(rig.command("GERMINATE", blueprint="residual_mlp")))
+    after = rig.picture()
+    unchanged((*before[:3], 1), after)
+
+
+FAILING_KERNELS = {
+    "unknown_blueprint": lambda rig, make: None,
+    "checksum_mismatch": lambda rig, make: make("residual_mlp", b"damaged", weights_sha256=bytes(32)),
+    "shape_mismatch": lambda rig, make: make("depthwise_conv"),
+    "unknown_factory": lambda rig, make: make("residual_mlp", factory="never_installed"),
+    "bad_config": lambda rig, make: make("residual_mlp", config_json='{"no_such": 1}'),
+}
+
+
+@pytest.mark.parametrize("reason", FAILING_KERNELS)
+def test_a_kernel_that_cannot_grow_culls_its_seed_and_training_goes_on(rig, make_kernel, reason):
+    kernel = FAILING_KERNELS[reason](rig, make_kernel)
+    if kernel is not None:
+        kernel.blueprint.descriptor.blueprint_id = "bad"
+        rig.kernels["bad"] = kernel
+    before = {key: value.clone() for key, value in rig.model.state_dict().items()}
+    outcome = rig.do("GERMINATE", blueprint="bad")
+    assert (outcome.result, outcome.reason) == (FAILED, reason)
+    assert rig.slot.stage == lifecycle.CULLED
+    assert all(torch.equal(before[key], value) for key, value in rig.model.state_dict().items())
+    rig.train(3)
+    assert not torch.equal(before["2.weight"], rig.model.state_dict()["2.weight"])
+
+
+def test_a_seed_that_is_too_big_is_refused_by_the_local_limit(make_rig):
+    rig = make_rig(limits=LocalLimits(added_parameters=10))
+    outcome = rig.do("GERMINATE", blueprint="residual_mlp")
+    assert outcome.reason == "local_limit"
+    assert rig.slot.site.seed is None
+
+
+def test_a_culled_seed_comes_back_after_its_embargo(rig):
+    rig.grow(lifecycle.TRAINING)
+    assert rig.do("CULL").result == APPLIED
+    stages = []
+    for _ in range(200):
+        rig.train()
+        stages.append(rig.slot.stage)
+    in_order = [stage for stage, _ in itertools.groupby(stages)]
+    assert in_order == [lifecycle.EMBARGOED, lifecycle.RESETTING, lifecycle.DORMANT]
+    assert rig.do("GERMINATE", blueprint="residual_mlp").result == APPLIED
+
+
+@pytest.mark.parametrize("operation", ["START_TRAINING", "FOSSILIZE", "CULL", "STABILIZE"])
+def test_an_illegal_operation_changes_nothing(rig, unchanged, operation):
+    before = rig.picture()
+    outcome = rig.do(operation)
+    assert (outcome.result, outcome.reason) == (REJECTED, "illegal_transition")
+    unchanged(before, rig.picture())
+
+
+def test_a_move_that_comes_too_early_leaves_the_seed_where_it_is(rig):
+    rig.grow(lifecycle.BLENDING)
+    rig.train(3)
+    outcome = rig.do("STABILIZE")
+    assert (outcome.result, outcome.reason, rig.slot.stage) == (FAILED, "g2_stability", lifecycle.BLENDING)
+
+
+def test_a_seed_that_made_the_loss_worse_is_culled_instead_of_kept(rig):
+    rig.grow(lifecycle.PROBATIONARY)
+    rig.train()
+    for step in range(50):
+        rig.host.observe(1e3, step)
+    outcome = rig.do("FOSSILIZE")
+    assert (outcome.result, outcome.reason, rig.slot.stage) == (FAILED, "g4_system_impact", lifecycle.CULLED)
+
+
+def test_a_seed_whose_gradients_are_not_finite_is_culled(rig):
+    rig.grow(lifecycle.TRAINING)
+    for _ in range(3):
+        for parameter in rig.slot.site.seed.parameters():
+            parameter.grad = torch.full_like(parameter, float("inf"))
+        rig.host.finalize_step(1)
+    assert rig.slot.stage == lifecycle.CULLED
+
+
+def test_a_pause_holds_growing_seeds_at_identity_until_it_ends(rig):
+    rig.grow(lifecycle.BLENDING)
+    rig.train(10)
+    hidden = rig.model[:2](rig.x)
+    assert not torch.equal(rig.sites["2"](hidden), rig.sites["2"].host(hidden))
+    alpha = rig.slot.site.alpha
+    assert rig.order(rig.pause(units=500)).result == APPLIED
+    hidden = rig.model[:2](rig.x)
+    assert torch.equal(rig.sites["2"](hidden), rig.sites["2"].host(hidden))
+    rig.train()
+    assert rig.slot.site.alpha == alpha
+    rig.clock.advance(0.6)
+    rig.train(2)
+    assert rig.slot.site.alpha > alpha
+
+
+def test_a_fossil_joins_the_optimizer_at_a_tenth_of_the_rate(rig):
+    rig.grow(lifecycle.FOSSILIZED)
+    group = rig.optimizer.param_groups[-1]
+    assert group["lr"] == pytest.approx(rig.optimizer.param_groups[0]["lr"] * 0.1)
+    before = [p.clone() for p in rig.slot.site.seed.parameters()]
+    rig.train(2)
+    assert any(not torch.equal(a, b) for a, b in zip(before, rig.slot.site.seed.parameters(), strict=True))
+
+
+def test_a_fossil_never_breaks_the_scheduler_of_the_user(rig):
+    scheduler = torch.optim.lr_scheduler.LambdaLR(rig.optimizer, lambda step: 0.99**step)
+    rig.grow(lifecycle.FOSSILIZED)
+    before = [p.clone() for p in rig.slot.site.seed.parameters()]
+    rig.train(2)
+    scheduler.step()
+    rig.train(2)
+    assert any(not torch.equal(a, b) for a, b in zip(before, rig.slot.site.seed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("blueprint", ["residual_mlp", "norm_affine", "lora_linear"])
+@pytest.mark.parametrize("stage", [lifecycle.TRAINING, lifecycle.BLENDING, lifecycle.FOSSILIZED])
+def test_an_exported_model_is_plain_and_gives_the_same_outputs(rig, stage, blueprint):
+    rig.grow(stage, blueprint)
+    rig.train(3)
+    exported = rig.host.export()
+    assert not [m for m in exported.modules() if type(m).__module__.startswith("esper")]
+    rig.model.eval()
+    exported.eval()
+    expected = rig.model(rig.x)
+    if stage == lifecycle.BLENDING:
+        expected = rig.model[4](torch.relu(rig.sites["2"].host(torch.relu(rig.sites["0"].host(rig.x)))))
+    torch.testing.assert_close(exported(rig.x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_an_export_shares_nothing_with_the_model(rig):
+    rig.grow(lifecycle.FOSSILIZED)
+    exported = rig.host.export()
+    mine = {p.data_ptr() for p in [*rig.model.parameters(), *rig.slot.site.seed.parameters()]}
+    assert not mine & {p.data_ptr() for p in exported.parameters()}
+
+
+@pytest.mark.parametrize(
+    "stage", [lifecycle.TRAINING, lifecycle.BLENDING, lifecycle.PROBATIONARY, lifecycle.FOSSILIZED]
+)
+def test_a_run_resumes_bit_equal_from_a_checkpoint(make_rig, stage):
+    first = make_rig()
+    first.grow(stage)
+    first.train(3)
+    checkpoint = io.BytesIO()
+    torch.save(
+        {"model": first.model.state_dict(), "host": first.host.state_dict(), "optimizer": first.optimizer.state_dict()},
+        checkpoint,
+    )
+    first.train(4)
+    checkpoint.seek(0)
+    saved = torch.load(checkpoint, weights_only=True)
+    second = make_rig()
+    second.model.load_state_dict(saved["model"])
+    second.host.load_state_dict(saved["host"])
+    second.optimizer.load_state_dict(saved["optimizer"])
+    second.step_index = first.step_index - 4
+    second.train(4)
+    assert torch.equal(first.model(first.x), second.model(second.x))
+    assert first.slot.stage == second.slot.stage
+    assert all(torch.equal(first.model.state_dict()[k], v) for k, v in second.model.state_dict().items())
+
+
+def test_a_damaged_checkpoint_changes_nothing(make_rig, unchanged):
+    first, second = make_rig(), make_rig()
+    first.grow(lifecycle.TRAINING)
+    saved = first.host.state_dict()
+    saved["seeds"][first.seed_id]["module"]["up.weight"][0, 0] += 1
+    before = second.picture()
+    with pytest.raises(DataLoss):
+        second.host.load_state_dict(saved)
+    unchanged(before, second.picture())
+
+
+def test_a_checkpoint_of_other_seeds_is_refused(rig):
+    saved = rig.host.state_dict()
+    saved["seeds"]["seed-other"] = saved["seeds"].pop(rig.seed_id)
+    with pytest.raises(InvalidRequest):
+        rig.host.load_state_dict(saved)
+
+
+def test_a_step_flushes_one_packet_per_growing_seed_and_a_global_one(rig):
+    assert len(rig.host.finalize_step(1)) == 1
+    rig.grow(lifecycle.TRAINING)
+    assert [p.packet_id for p in rig.host.finalize_step(2)] == [f"{rig.seed_id}-2", "global-2"]
+
+
+def test_two_germinations_of_one_command_draw_the_same_weights(make_rig):
+    torch.manual_seed(5)
+    rigs = [make_rig(), make_rig()]
+    command = rigs[0].command("GERMINATE", blueprint="residual_mlp")
+    for rig in rigs:
+        rig.order(command)
+    weights = [rig.slot.site.seed.state_dict() for rig in rigs]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_germination_leaves_the_random_numbers_of_the_user_alone(rig):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    rig.do("GERMINATE", blueprint="residual_mlp")
+    assert torch.equal(torch.rand(3), expected)

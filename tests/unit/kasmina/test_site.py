@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from esper_servers.kasmina import lifecycle
+from esper_servers.kasmina.site import Site
+from torch import nn
+
+
+class Broken(nn.Module):
+    """A seed whose output is not a number, or that cannot run at all."""
+
+    def __init__(self, *, raises=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.raises = raises
+
+    def forward(self, h):
+        if self.raises:
+            raise RuntimeError("a seed must not stop a training")
+        return h * self.weight * float("nan")
+
+
+def replace_seed(rig, module):
+    """Swap the module and keep stage and alpha."""
+    alpha = rig.slot.site.alpha
+    rig.slot.site.hold(module)
+    rig.slot.site.alpha = alpha
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_training_seed_leaves_output_and_host_gradients_bit_equal(rig):
+    rig.grow(lifecycle.TRAINING)
+    plain = copy.deepcopy(rig.plain)
+    plain.load_state_dict(rig.model.state_dict())
+    for model in (plain, rig.model):
+        model.zero_grad(set_to_none=True)
+        model(rig.x).square().sum().backward()
+    assert torch.equal(plain(rig.x), rig.model(rig.x))
+    expected, got = gradients(plain), gradients(rig.model)
+    assert list(expected) == list(got)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_a_training_seed_gets_a_gradient_and_learns(rig):
+    rig.grow(lifecycle.TRAINING)
+    before = [p.clone() for p in rig.slot.site.seed.parameters()]
+    rig.train()
+    assert rig.slot.gradient_norm > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, rig.slot.site.seed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+def test_a_seed_of_nan_never_reaches_the_host_output_while_it_trains(rig, mode):
+    rig.grow(lifecycle.TRAINING)
+    expected = rig.model(rig.x)
+    replace_seed(rig, Broken())
+    rig.model.train(mode == "training")
+    assert torch.equal(rig.model(rig.x), expected)
+
+
+def test_a_seed_of_nan_never_reaches_the_output_while_it_blends(rig):
+    rig.grow(lifecycle.BLENDING)
+    rig.train(5)
+    replace_seed(rig, Broken())
+    out = rig.model(rig.x)
+    out.sum().backward()
+    assert torch.isfinite(out).all()
+    assert all(torch.isfinite(p.grad).all() for p in rig.model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("stage", [lifecycle.TRAINING, lifecycle.BLENDING, lifecycle.PROBATIONARY])
+def test_a_seed_that_raises_does_not_stop_the_training_and_is_culled(rig, stage):
+    rig.grow(stage)
+    rig.train()
+    replace_seed(rig, Broken(raises=True))
+    rig.train()
+    assert rig.slot.stage in (lifecycle.CULLED, lifecycle.EMBARGOED)
+    rig.train()
+
+
+@pytest.mark.parametrize("stage", [lifecycle.BLENDING, lifecycle.SHADOWING, lifecycle.PROBATIONARY])
+def test_a_blended_seed_sees_a_detached_host(rig, stage):
+    rig.grow(stage)
+    rig.train()
+    rig.model.zero_grad(set_to_none=True)
+    rig.slot.clear_gradients()
+    rig.model(rig.x).square().sum().backward()
+    assert rig.model[2].weight.grad is None
+    assert rig.model[4].weight.grad is not None
+    assert any(p.grad is not None for p in rig.slot.site.seed.parameters())
+
+
+def test_blending_mixes_by_alpha(rig):
+    rig.grow(lifecycle.BLENDING)
+    rig.train(7)
+    site = rig.slot.site
+    rig.model.eval()
+    hidden = rig.model[:2](rig.x)
+    h, alpha = site.host(hidden), rig.slot.schedule.value()
+    assert 0 < alpha < 1
+    torch.testing.assert_close(site(hidden), alpha * site.seed(h) + (1 - alpha) * h, rtol=1e-6, atol=1e-6)
+
+
+def test_a_fossil_is_fully_live(rig):
+    rig.grow(lifecycle.FOSSILIZED)
+    rig.model.zero_grad(set_to_none=True)
+    rig.model(rig.x).square().sum().backward()
+    assert rig.model[2].weight.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in rig.slot.site.seed.parameters())
+
+
+@pytest.mark.parametrize("stage", [None, lifecycle.TRAINING, lifecycle.BLENDING, lifecycle.FOSSILIZED])
+def test_the_host_keeps_its_names_in_every_stage(rig, stage):
+    if stage is not None:
+        rig.grow(stage)
+    assert list(rig.model.state_dict()) == list(rig.plain.state_dict())
+    assert [n for n, _ in rig.model.named_parameters()] == [n for n, _ in rig.plain.named_parameters()]
+
+
+def test_the_own_checkpoint_of_the_user_goes_in_and_out(rig):
+    saved = {key: torch.randn_like(value) for key, value in rig.plain.state_dict().items()}
+    assert rig.model.load_state_dict(saved) == nn.Module().load_state_dict({})
+    assert all(torch.equal(saved[key], value) for key, value in rig.model.state_dict().items())
+
+
+def test_batch_norm_statistics_survive_a_site_around_them():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Linear(4, 2))
+    expected = copy.deepcopy(model)
+    model[0] = Site(model[0])
+    for each in (expected, model):
+        each.train()
+        each(torch.arange(32.0).reshape(8, 4))
+        each.eval()
+    fresh = nn.Sequential(Site(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))), nn.Linear(4, 2)).eval()
+    fresh.load_state_dict(expected.state_dict())
+    x = torch.ones(3, 4)
+    assert torch.equal(fresh(x), expected(x))
+    assert torch.equal(model(x), expected(x))
+
+
+def test_a_site_shows_the_attributes_of_its_host(rig):
+    assert rig.model[0].in_features == 6
+    assert rig.model[0].weight is rig.sites["0"].host.weight
+
+
+def test_training_and_evaluation_reach_host_and_seed(rig):
+    rig.grow(lifecycle.TRAINING)
+    site = rig.slot.site
+    rig.model.eval()
+    assert (site.host.training, site.seed.training) == (False, False)
+    rig.model.train()
+    assert (site.host.training, site.seed.training) == (True, True)
+
+
+def test_a_cast_model_casts_its_seed(rig):
+    rig.grow(lifecycle.BLENDING)
+    rig.train(3)
+    rig.model.double()
+    assert rig.model(rig.x.double()).dtype == torch.float64
+
+
+# Dynamo looks at .grad of every graph input.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_a_compiled_host_is_not_compiled_anew_when_a_seed_germinates(rig):
+    compilations = []
+
+    def count(graph, _inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(rig.model, backend=count)
+    compiled(rig.x)
+    before = len(compilations)
+    rig.grow(lifecycle.TRAINING)
+    assert torch.equal(compiled(rig.x), rig.model(rig.x))
+    compiled(rig.x)
+    assert len(compilations) == before

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from esper_client.session import TrainingSession
+from esper_servers import trainer
+from torch import nn
+
+from esper_rpc.errors import ConfigError
+
+
+def model():
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4), nn.MultiheadAttention(4, 1), nn.Linear(4, 2)
+    )
+
+
+def test_hidden_layers_become_sites_and_the_last_and_the_opaque_do_not():
+    assert trainer.choose_sites(model()) == ["0", "3"]
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel], ids=["compiled", "data parallel"]
+)
+def test_a_model_that_is_wrapped_already_is_refused_by_name(wrap):
+    with pytest.raises(ConfigError, match=r"before torch\.compile"):
+        trainer.wrap_sites(wrap(model()), ["0"])
+
+
+def test_a_model_that_was_compiled_in_place_is_refused():
+    compiled = model()
+    compiled.compile(backend="eager")
+    with pytest.raises(ConfigError, match=r"before torch\.compile"):
+        trainer.wrap_sites(compiled, ["0"])
+
+
+def test_an_unknown_site_is_named():
+    with pytest.raises(ConfigError, match="'nowhere'"):
+        trainer.wrap_sites(model(), ["nowhere"])
+
+
+def test_without_a_mesh_there_is_one_warning_and_every_call_of_a_session(tmp_path):
+    net = nn.Linear(2, 1)
+    with pytest.warns(UserWarning, match="No mesh found"):
+        session = trainer.attach(net, torch.optim.SGD(net.parameters(), lr=0.1), environ={"ESPER_HOME": str(tmp_path)})
+    with session as mesh:
+        assert mesh.step(1.0) == []
+        mesh.load_state_dict(mesh.state_dict())
+        assert torch.equal(mesh.export().weight, net.weight)
+    verbs = {"step", "start_epoch", "state_dict", "load_state_dict", "export", "close"}
+    assert all(hasattr(TrainingSession, verb) and hasattr(session, verb) for verb in verbs)

@@ -118,21 +118,16 @@ def _loss_plot(mesh: Result, plain: Result) -> str:
 
 
 def _seed_plot(mesh: Result) -> str:
-    figure, axes = _figure("Share of each seed in its site's output, while seeds change")
+    figure, axes = _figure("Alpha of each seed, while seeds change")
     for seed in sorted({row[1] for row in mesh["seeds"]}):
-        steps, shares = zip(*((row[0], _share(row)) for row in mesh["seeds"] if row[1] == seed), strict=True)
-        axes.plot(steps, shares, label=seed)
+        steps, alphas = zip(*((row[0], row[3]) for row in mesh["seeds"] if row[1] == seed), strict=True)
+        axes.plot(steps, alphas, label=seed)
     _mark_changes(axes, mesh, label=True)
     axes.set_ylim(-0.05, 1.05)
     axes.set_xlim(0, 1.1 * max((row[0] for row in mesh["outcomes"]), default=len(mesh["losses"])))
     if mesh["seeds"]:
         axes.legend(loc="center right")
     return _encode(figure)
-
-
-def _share(row: Sequence[Any]) -> float:
-    # The host reports alpha while it blends; a fossilised seed is wholly in the output.
-    return 1.0 if row[2] == "FOSSILIZED" else float(row[3])
 
 
 def _latency_plot(mesh: Result, budget_ms: float) -> str:

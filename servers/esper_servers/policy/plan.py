@@ -53,7 +53,21 @@ class _Structure:
         self.segments = base
         degree = torch.zeros(base).index_add_(0, self.segment, torch.ones(len(self.segment)))
         self.mean_weight = (1 / degree)[self.segment].unsqueeze(1)
+        self.messages = sum(counts[source] for source, _, _ in relations)
+        self.mean_matrix = self.scatter(self.mean_weight.T)[0] if self.is_small else None
         self.target_message = self._target_messages(inputs, counts)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether a dense matrix of nodes by messages is cheaper than a gather and a scatter of all edges."""
+        return self.nodes * self.messages <= DENSE_LIMIT
+
+    def scatter(self, weights_HE: Tensor) -> Tensor:
+        """Lay weights per edge out as (H, nodes, messages); edges that occur twice add up."""
+        flat = weights_HE.new_zeros((weights_HE.shape[0], self.nodes * self.messages))
+        return flat.index_add_(1, self.target * self.messages + self.source, weights_HE).view(
+            -1, self.nodes, self.messages
+        )
 
     @staticmethod
     def _target_messages(inputs: GraphInputs, counts: dict[str, int]) -> Tensor:
@@ -68,6 +82,7 @@ class _Structure:
 
 _CACHE: dict[int, tuple[Tensor, _Structure]] = {}
 _CACHE_SIZE = 256
+DENSE_LIMIT = 200_000
 
 
 def _structure(inputs: GraphInputs, counts: dict[str, int]) -> _Structure:
@@ -102,6 +117,8 @@ class _SageLayer:
             own.append(y[:, : self.width] + bias)
             messages.append(_by_relation(y[:, self.width :], self.width))
         out = torch.cat(own)
+        if structure.mean_matrix is not None:
+            return out.addmm_(structure.mean_matrix, torch.cat(messages))
         gathered = torch.cat(messages)[structure.source] * structure.mean_weight
         return out.index_add_(0, structure.target, gathered)
 
@@ -135,13 +152,19 @@ class _GatLayer:
         for x, weight, target in zip(torch.split(h, sizes), self.weights, self.target_scores, strict=True):
             messages.append(_by_relation(x @ weight, block))
             scores.append(_by_relation(x @ target, self.heads))
-        table = torch.cat(messages)[structure.source]
+        table = torch.cat(messages)
         projected, source_score = torch.split(table, [self.heads * self.width, self.heads], dim=1)
-        score = nn.functional.leaky_relu(source_score + torch.cat(scores)[structure.target_message], 0.2)
+        target_score = torch.cat(scores)[structure.target_message]
+        score = nn.functional.leaky_relu(source_score[structure.source] + target_score, 0.2)
         attention = _segment_softmax(score, structure) / self.heads
+        bias = torch.cat([b.expand(n, -1) for b, n in zip(self.biases, sizes, strict=True)])
+        if structure.is_small:
+            matrix = structure.scatter(attention.T)
+            by_head = projected.view(-1, self.heads, self.width).transpose(0, 1)
+            return bias + torch.bmm(matrix, by_head).sum(dim=0)
+        projected = projected[structure.source]
         weighted = (projected.view(-1, self.heads, self.width) * attention.unsqueeze(2)).sum(dim=1)
-        out = torch.cat([b.expand(n, -1) for b, n in zip(self.biases, sizes, strict=True)])
-        return out.index_add(0, structure.target, weighted)
+        return bias.index_add(0, structure.target, weighted)
 
 
 def _score_weight(weight: Tensor, attention: Tensor) -> Tensor:

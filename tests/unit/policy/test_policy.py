@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
+import unittest.mock
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from esper_servers.policy import masks, sample, schema
+from esper_servers.policy import masks, plan, sample, schema
 from esper_servers.policy.graph import BlueprintCandidate, RunGraph
 from esper_servers.policy.network import PolicyNetwork
 from esper_servers.policy.plan import FusedPlan
@@ -66,9 +67,14 @@ def test_the_fused_plan_equals_the_reference(layers, activations, parameters, se
     network = PolicyNetwork().eval()
     inputs = graph.fill(SystemStatePacket(training_metrics={"loss": 0.3}))
     with torch.no_grad():
-        reference, fused = network(inputs), FusedPlan(network)(inputs)
-    for expected, actual in zip(reference, fused, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        reference, dense = network(inputs), FusedPlan(network)(inputs)
+        with unittest.mock.patch.object(plan, "DENSE_LIMIT", -1):
+            plan._CACHE.clear()
+            sparse = FusedPlan(network)(inputs)
+            plan._CACHE.clear()
+    for expected, first, second in zip(reference, dense, sparse, strict=True):
+        torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(second, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_missing_value_is_masked_and_zero_is_not():

@@ -141,10 +141,21 @@ class HostBench:
         elapsed = (time.perf_counter() - begun) * 1e3
         for _ in range(_BLENDING_STEPS if operation == "START_GRAFTING" else 0):
             self.host.advance_alphas()
+        if operation == "START_TRAINING":
+            self._train_once()
         results = [outcome.result for outcome in outcomes]
         if results != [CommandOutcome.RESULT_APPLIED]:
             raise RuntimeError(f"{operation} was not applied: {outcomes}")
         return elapsed
+
+    def _train_once(self) -> None:
+        """Give the seed one update: its gate asks whether it has learned at all."""
+        import torch
+
+        loss = self._model(torch.ones(8, 64)).square().mean()
+        loss.backward()
+        self.host.observe(float(loss.detach()), self._sequence)
+        self.host.finalize_step(self._sequence)
 
     def apply_by_rpc(self, caller: LoopThread, client: KasminaClient) -> None:
         """Send one command, which is verified and queued there, and carry it out."""

@@ -10,12 +10,12 @@ from typing import Any, Self
 
 import structlog
 import torch
+from torch import nn
+
 from esper_client.client import UrzaClient
 from esper_client.discovery import MeshAddress, find_mesh
 from esper_client.event_loop import LoopThread
 from esper_client.session import SessionConfig, TrainingSession
-from torch import nn
-
 from esper_rpc.envelope import Keyring
 from esper_rpc.errors import ConfigError, DataLoss, EsperError
 from esper_rpc.identity import Identity

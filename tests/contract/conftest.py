@@ -3,6 +3,15 @@ from __future__ import annotations
 import contextlib
 
 import pytest
+from torch import nn, optim
+
+from esper_rpc.identity import Authority
+from esper_rpc.identity.service import IdentityServicer
+from esper_rpc.journal import Journal
+from esper_rpc.proto.identity.v1 import identity_service_pb2
+from esper_rpc.proto.kasmina.v1 import kasmina_service_pb2
+from esper_rpc.proto.urza.v1 import urza_service_pb2
+from esper_rpc.testing import TAMIYO, serving
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina.host import InProcessSeedHost
 from esper_servers.kasmina.kernel_library import KernelLibrary
@@ -18,15 +27,6 @@ from esper_servers.tamiyo.service import RAW_METHODS, TamiyoServicer
 from esper_servers.trainer import wrap_sites
 from esper_servers.urza.library import BlueprintLibrary
 from esper_servers.urza.service import UrzaServicer
-from torch import nn, optim
-
-from esper_rpc.identity import Authority
-from esper_rpc.identity.service import IdentityServicer
-from esper_rpc.journal import Journal
-from esper_rpc.proto.identity.v1 import identity_service_pb2
-from esper_rpc.proto.kasmina.v1 import kasmina_service_pb2
-from esper_rpc.proto.urza.v1 import urza_service_pb2
-from esper_rpc.testing import TAMIYO, serving
 
 KASMINA = kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"]
 URZA = urza_service_pb2.DESCRIPTOR.services_by_name["UrzaService"]

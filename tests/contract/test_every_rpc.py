@@ -3,12 +3,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import esper_client
 import grpc
 import pytest
 import yaml
 from google.protobuf.message_factory import GetMessageClass
 
+import esper_client
 from esper_rpc.channel import open_channel
 from esper_rpc.identity.authorisation import TABLE
 from esper_rpc.proto.identity.v1 import identity_service_pb2

@@ -5,11 +5,9 @@ import math
 import time
 
 import pytest
-from esper_client import TamiyoClient
-from esper_servers.policy import sample
-from esper_servers.urza.seeding import installed_blueprints
 from google.rpc import error_details_pb2
 
+from esper_client import TamiyoClient
 from esper_rpc import errors
 from esper_rpc.channel import open_channel
 from esper_rpc.envelope import Verifier
@@ -29,6 +27,8 @@ from esper_rpc.proto.tamiyo.v1 import (
     Step,
 )
 from esper_rpc.proto.urza.v1 import BatchGetExtrasResponse
+from esper_servers.policy import sample
+from esper_servers.urza.seeding import installed_blueprints
 
 SERVICE = "esper.tamiyo.v1.TamiyoService"
 OWNER = "spiffe://esper/trainer/local"

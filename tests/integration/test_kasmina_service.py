@@ -7,16 +7,9 @@ import uuid
 
 import pytest
 import torch
-from esper_client import KasminaClient
-from esper_servers.blueprints.catalogue import load_factories
-from esper_servers.kasmina import lifecycle
-from esper_servers.kasmina.host import InProcessSeedHost
-from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
-from esper_servers.kasmina.learning_rate import OptimizerAuthority
-from esper_servers.kasmina.service import KasminaServicer
-from esper_servers.trainer import wrap_sites
 from torch import nn
 
+from esper_client import KasminaClient
 from esper_rpc.envelope import sign
 from esper_rpc.envelope.verification import COMMAND_TYPE
 from esper_rpc.errors import FailedPrecondition, NotFound
@@ -32,6 +25,13 @@ from esper_rpc.proto.kasmina.v1 import GetStatusRequest as KasminaStatusRequest
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, SeedOperation
 from esper_rpc.proto.urza.v1 import Blueprint
 from esper_rpc.testing import TemporaryMesh, serving
+from esper_servers.blueprints.catalogue import load_factories
+from esper_servers.kasmina import lifecycle
+from esper_servers.kasmina.host import InProcessSeedHost
+from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
+from esper_servers.kasmina.learning_rate import OptimizerAuthority
+from esper_servers.kasmina.service import KasminaServicer
+from esper_servers.trainer import wrap_sites
 
 KASMINA = kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"]
 SEED = "seed-0"

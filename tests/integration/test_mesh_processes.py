@@ -7,13 +7,13 @@ import time
 
 import pytest
 import torch
-from esper_client import MeshAddress, attach
-from esper_servers.cli.home import Home
-from esper_servers.cli.processes import Supervisor, cli_command, end
 from torch import nn
 from typer.testing import CliRunner
 
+from esper_client import MeshAddress, attach
 from esper_rpc.proto.leyline.v1 import CommandOutcome
+from esper_servers.cli.home import Home
+from esper_servers.cli.processes import Supervisor, cli_command, end
 
 # Anything that takes this long hangs; no figure is asserted here.
 PATIENCE_SECONDS = 30.0

@@ -9,8 +9,8 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
-from esper_client import Blocking, IdentityClient, TamiyoClient, UrzaClient
 
+from esper_client import Blocking, IdentityClient, TamiyoClient, UrzaClient
 from esper_rpc import errors
 from esper_rpc.proto.tamiyo.v1 import CloseRunRequest, GetPolicyRequest, OpenRunRequest
 from esper_rpc.testing import TAMIYO, FakeTamiyo, serving

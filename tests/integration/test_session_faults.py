@@ -9,8 +9,8 @@ import time
 import uuid
 
 import pytest
-from esper_client import LoopThread, RunDescription, SessionConfig, TrainingSession
 
+from esper_client import LoopThread, RunDescription, SessionConfig, TrainingSession
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType
 from esper_rpc.testing import TAMIYO, FakeTamiyo, serving
 

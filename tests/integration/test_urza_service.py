@@ -4,11 +4,8 @@ import hashlib
 
 import orjson
 import pytest
-from esper_client import UrzaClient
-from esper_servers.urza.library import BlueprintLibrary
-from esper_servers.urza.seeding import installed_blueprints
-from esper_servers.urza.service import UrzaServicer
 
+from esper_client import UrzaClient
 from esper_rpc import errors
 from esper_rpc.proto.leyline.v1 import KernelPrefetchRequest
 from esper_rpc.proto.urza.v1 import (
@@ -25,6 +22,9 @@ from esper_rpc.proto.urza.v1 import (
     urza_service_pb2,
 )
 from esper_rpc.testing import serving
+from esper_servers.urza.library import BlueprintLibrary
+from esper_servers.urza.seeding import installed_blueprints
+from esper_servers.urza.service import UrzaServicer
 
 URZA = urza_service_pb2.DESCRIPTOR.services_by_name["UrzaService"]
 BUILT_IN = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from esper_client import Blocking, TamiyoClient, TrainingSession
-
 from esper_rpc.identity import Identity
 from esper_rpc.proto.tamiyo.v1 import GetPolicyRequest, GetPolicyResponse
 

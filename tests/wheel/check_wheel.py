@@ -19,7 +19,6 @@ def top_level_names() -> set[str]:
 def main() -> None:
     """Fail with a sentence on the first thing that is wrong."""
     import esper_client
-
     import esper_rpc
 
     assert top_level_names() == EXPECTED, f"the wheel's top-level names are {top_level_names()}"

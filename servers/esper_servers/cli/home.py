@@ -48,6 +48,11 @@ class Home:
         """Where `esper up` writes the addresses."""
         return self.directory / "mesh.toml"
 
+    @property
+    def settings_file(self) -> Path:
+        """Where an operator writes settings, by section."""
+        return self.directory / "esper.toml"
+
     def identity_dir(self, role: str, instance: str = INSTANCE) -> Path:
         """The certificate, key and keyring of one member."""
         return self.directory / "identities" / f"{role}-{instance}"

@@ -4,9 +4,10 @@ from typing import Annotated
 
 import typer
 
+from esper_rpc.config import load
 from esper_rpc.logging import log_json_lines
 
-from .console import Commands, HomeOption, home_of, run
+from .console import Commands, HomeOption, environ_of, home_of, run
 from .home import INSTANCE
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Run one service in the foreground.")
@@ -42,14 +43,18 @@ def tamiyo(
     home: HomeOption = None,
 ) -> None:
     """Serve the controller that decides what a training run does next."""
+    from esper_servers.policy.prior import PriorConfig
+    from esper_servers.tamiyo.gates import GateConfig
     from esper_servers.tamiyo.server import TamiyoServerConfig, serve
 
     log_json_lines()
-    place = home_of(context, home)
+    place, environ = home_of(context, home), environ_of(context)
     config = TamiyoServerConfig(
         identity_dir=place.identity_dir("tamiyo", instance),
         state_dir=place.state_dir("tamiyo"),
         address=address,
         urza_address=place.address("urza", urza),
+        gates=load(GateConfig, "gates", path=place.settings_file, environ=environ),
+        prior=load(PriorConfig, "prior", path=place.settings_file, environ=environ),
     )
     run(serve(config))

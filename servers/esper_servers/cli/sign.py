@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from esper_client.client import KasminaClient
 from google.protobuf.json_format import MessageToDict
 
+from esper_client.client import KasminaClient
 from esper_rpc.envelope import sign as sign_envelope
 from esper_rpc.envelope.verification import COMMAND_TYPE
 from esper_rpc.errors import FailedPrecondition

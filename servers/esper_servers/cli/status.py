@@ -4,10 +4,10 @@ import asyncio
 from typing import Any
 
 import typer
-from esper_client.client import MeshClient, TamiyoClient, UrzaClient
 from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2
 
+from esper_client.client import MeshClient, TamiyoClient, UrzaClient
 from esper_rpc.errors import EsperError
 from esper_rpc.proto.tamiyo.v1 import GetPolicyRequest, GetStatusRequest
 

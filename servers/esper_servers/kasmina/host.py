@@ -14,10 +14,10 @@ from typing import Any
 import orjson
 import structlog
 import torch
-from esper_client.seed_host import RunDescription
 from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 
+from esper_client.seed_host import RunDescription
 from esper_rpc import rules
 from esper_rpc.envelope import Keyring, Rejected, Verifier, reasons
 from esper_rpc.errors import DataLoss, FailedPrecondition, InvalidRequest, NotFound

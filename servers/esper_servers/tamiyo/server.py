@@ -3,12 +3,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from esper_client.client import UrzaClient
 
+from esper_client.client import UrzaClient
 from esper_rpc.envelope import Keyring
 from esper_rpc.identity import Identity
 from esper_rpc.journal import Journal
@@ -19,11 +19,12 @@ from esper_servers.policy import sample
 from esper_servers.policy.graph import RunGraph
 from esper_servers.policy.masks import LEGAL_OPERATIONS
 from esper_servers.policy.policy import Policy
-from esper_servers.policy.prior import RunSignals
+from esper_servers.policy.prior import PriorConfig, RunSignals
 
 from .blueprint_cache import BlueprintCache
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
+from .gates import GateConfig
 from .pipeline import StepPipeline
 from .run_state import Runs
 from .service import RAW_METHODS, TamiyoServicer
@@ -40,6 +41,8 @@ class TamiyoServerConfig:
     state_dir: Path
     address: str = "127.0.0.1:0"
     urza_address: str | None = None
+    gates: GateConfig = field(default_factory=GateConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
 
 
 async def serve(config: TamiyoServerConfig) -> None:
@@ -49,9 +52,15 @@ async def serve(config: TamiyoServerConfig) -> None:
     keyring = Keyring.load(config.identity_dir / "keyring.json")
     journal = Journal(config.state_dir / "journal.sqlite")
     blueprints, mode, decisions = BlueprintCache(), ConservativeMode(), DecisionLog(journal)
-    policy = Policy.initial()
+    policy = Policy.initial(prior_config=config.prior)
     pipeline = StepPipeline(
-        policy=policy, runs=Runs(), blueprints=blueprints, keyring=keyring, decisions=decisions, mode=mode
+        policy=policy,
+        runs=Runs(),
+        blueprints=blueprints,
+        keyring=keyring,
+        decisions=decisions,
+        mode=mode,
+        gate_config=config.gates,
     )
     servicer = TamiyoServicer(pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode)
     server = MeshServer(config=ServerConfig(address=config.address), identity=identity)

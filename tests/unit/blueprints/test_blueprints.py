@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from esper_servers.blueprints.binding import ShapeMismatch, bind, fits
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.blueprints.kernel import KernelRejected, instantiate
-from hypothesis import given
-from hypothesis import strategies as st
 
 FACTORIES = load_factories()
 EXAMPLE = Path(__file__).parents[2] / "packages" / "esper_blueprint_example"

@@ -6,9 +6,6 @@ import stat
 from datetime import timedelta
 
 import pytest
-from esper_servers.cli import app
-from esper_servers.cli.home import Home
-from esper_servers.cli.sign import command_for, seal
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -17,6 +14,9 @@ from esper_rpc.errors import FailedPrecondition
 from esper_rpc.identity import Identity, SpiffeId
 from esper_rpc.proto.kasmina.v1 import GetStatusResponse, IssuerFence
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, SeedOperation
+from esper_servers.cli import app
+from esper_servers.cli.home import Home
+from esper_servers.cli.sign import command_for, seal
 
 EPOCH = bytes(range(16))
 

@@ -7,13 +7,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from esper_servers.blueprints.catalogue import load_factories
-from esper_servers.kasmina import lifecycle
-from esper_servers.kasmina.host import InProcessSeedHost
-from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
-from esper_servers.kasmina.learning_rate import OptimizerAuthority
-from esper_servers.kasmina.limits import LocalLimits
-from esper_servers.trainer import wrap_sites
 from torch import nn
 
 from esper_rpc.envelope import Keyring, RootKeys, sign
@@ -24,6 +17,13 @@ from esper_rpc.identity import SpiffeId
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, SeedOperation
 from esper_rpc.proto.urza.v1 import Blueprint
 from esper_rpc.testing import FakeClock
+from esper_servers.blueprints.catalogue import load_factories
+from esper_servers.kasmina import lifecycle
+from esper_servers.kasmina.host import InProcessSeedHost
+from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
+from esper_servers.kasmina.learning_rate import OptimizerAuthority
+from esper_servers.kasmina.limits import LocalLimits
+from esper_servers.trainer import wrap_sites
 
 TRAINER = SpiffeId("trainer", "test")
 ROOTS = RootKeys(active_key_id="k1", roots={"k1": bytes(range(32))})

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from esper_servers.kasmina.alpha import SCHEDULES, AlphaSchedule
 from hypothesis import given
 from hypothesis import strategies as st
+
+from esper_servers.kasmina.alpha import SCHEDULES, AlphaSchedule
 
 fraction = st.floats(0, 1)
 

@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 import torch
-from esper_servers.kasmina import lifecycle
-from esper_servers.kasmina.limits import LocalLimits
 
 from esper_rpc.errors import DataLoss, InvalidRequest
 from esper_rpc.proto.leyline.v1 import CommandOutcome, CommandType
+from esper_servers.kasmina import lifecycle
+from esper_servers.kasmina.limits import LocalLimits
 
 APPLIED, FAILED, REJECTED = (
     CommandOutcome.RESULT_APPLIED,

@@ -3,11 +3,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from esper_servers.kasmina import lifecycle as life
 from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage, SeedOperation
+from esper_servers.kasmina import lifecycle as life
 
 # Written out a second time, from requirements 4.3, so that a slip in the table shows.
 DOCUMENTED = {

@@ -7,14 +7,6 @@ import uuid
 import pytest
 import safetensors.torch
 import torch
-from esper_servers.blueprints.catalogue import load_factories
-from esper_servers.kasmina import lifecycle
-from esper_servers.kasmina.alpha import SCHEDULES, AlphaSchedule
-from esper_servers.kasmina.host import EMBARGO_STEPS, InProcessSeedHost
-from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
-from esper_servers.kasmina.learning_rate import OptimizerAuthority
-from esper_servers.kasmina.limits import LocalLimits
-from esper_servers.trainer import wrap_sites
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -25,6 +17,14 @@ from esper_rpc.errors import ConfigError, NotFound
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, SignedEnvelope
 from esper_rpc.proto.leyline.v1 import SeedOperation as Operation
 from esper_rpc.proto.urza.v1 import Blueprint
+from esper_servers.blueprints.catalogue import load_factories
+from esper_servers.kasmina import lifecycle
+from esper_servers.kasmina.alpha import SCHEDULES, AlphaSchedule
+from esper_servers.kasmina.host import EMBARGO_STEPS, InProcessSeedHost
+from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
+from esper_servers.kasmina.learning_rate import OptimizerAuthority
+from esper_servers.kasmina.limits import LocalLimits
+from esper_servers.trainer import wrap_sites
 
 FACTORIES = load_factories()
 GERMINATE, TRAIN, GRAFT = (

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.site import Site
-from torch import nn
 
 
 class Broken(nn.Module):

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from esper_client.session import TrainingSession
-from esper_servers import trainer
 from torch import nn
 
+from esper_client.session import TrainingSession
 from esper_rpc.errors import ConfigError
+from esper_servers import trainer
 
 
 def model():

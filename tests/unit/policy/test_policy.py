@@ -7,12 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from esper_servers.policy import masks, plan, sample, schema
-from esper_servers.policy.graph import BlueprintCandidate, RunGraph
-from esper_servers.policy.network import PolicyNetwork
-from esper_servers.policy.plan import FusedPlan
-from esper_servers.policy.policy import Policy
-from esper_servers.policy.prior import PriorConfig, RunSignals, next_operation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +14,12 @@ from esper_rpc.proto.leyline.v1 import BlueprintDescriptor, BlueprintTier, SeedS
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.leyline.v1 import SeedOperation as Operation
 from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
+from esper_servers.policy import masks, plan, sample, schema
+from esper_servers.policy.graph import BlueprintCandidate, RunGraph
+from esper_servers.policy.network import PolicyNetwork
+from esper_servers.policy.plan import FusedPlan
+from esper_servers.policy.policy import Policy
+from esper_servers.policy.prior import PriorConfig, RunSignals, next_operation
 
 SIGNALS = RunSignals(
     steps=1000, steps_since_germination=1000, loss_trend=0.0, loss_volatility=0.0, steps_since_optimizer=0

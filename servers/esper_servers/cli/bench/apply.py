@@ -5,7 +5,6 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from esper_client import KasminaClient, LoopThread
-
 from esper_rpc.envelope import Keyring, Verifier, sign
 from esper_rpc.envelope.verification import COMMAND_TYPE
 from esper_rpc.errors import NotFound

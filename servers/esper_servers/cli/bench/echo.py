@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Self
 
 import typer
-from esper_client import LoopThread
 
+from esper_client import LoopThread
 from esper_rpc.channel import KEEPALIVE_OPTIONS, MESSAGE_OPTIONS, open_channel
 from esper_rpc.guard import StepGuard
 from esper_rpc.server import announce

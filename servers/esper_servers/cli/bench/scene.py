@@ -8,8 +8,8 @@ from collections import deque
 from typing import Any
 
 import orjson
-from esper_client import RunDescription
 
+from esper_client import RunDescription
 from esper_rpc.envelope import Rejected, Verifier
 from esper_rpc.proto.leyline.v1 import (
     AdaptationCommand,

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
-from esper_client import LoopThread, SessionConfig, TamiyoClient, TrainingSession
 
+from esper_client import LoopThread, SessionConfig, TamiyoClient, TrainingSession
 from esper_rpc.breaker import BreakerConfig
 from esper_rpc.errors import Unavailable
 from esper_rpc.guard import StepGuard

@@ -4,8 +4,8 @@ import subprocess
 import time
 
 import typer
-from esper_client import UrzaClient
 
+from esper_client import UrzaClient
 from esper_rpc.proto.urza.v1 import GetExtrasRequest, ListBlueprintsRequest
 from esper_servers.cli.console import JsonOption, environ_of, run
 from esper_servers.cli.home import Home

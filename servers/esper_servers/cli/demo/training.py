@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import esper_client
 import orjson
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # Its name everywhere.
 
+import esper_client
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage, SeedOperation
 
 Emit = Callable[[dict[str, Any]], None]

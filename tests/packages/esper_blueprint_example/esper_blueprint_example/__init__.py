@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from esper_servers.blueprints.catalogue import ModuleFactory
 from torch import Tensor, nn
+
+from esper_servers.blueprints.catalogue import ModuleFactory
 
 
 class Scale(nn.Module):

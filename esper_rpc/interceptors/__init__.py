@@ -6,6 +6,7 @@ import grpc
 
 from .authorisation import AuthorisationInterceptor
 from .identity import IdentityInterceptor, peer_of
+from .metrics import MetricsInterceptor
 
 __all__ = ["peer_of", "server_interceptors"]
 
@@ -13,6 +14,7 @@ __all__ = ["peer_of", "server_interceptors"]
 def server_interceptors() -> list[grpc.aio.ServerInterceptor]:
     """Return the interceptors, outermost first."""
     return [
-        IdentityInterceptor(),  # First: nothing is decided about a peer that has not said who it is.
-        AuthorisationInterceptor(),  # Then: what this peer may do.
+        MetricsInterceptor(),  # Around all: what is refused counts as well.
+        IdentityInterceptor(),  # Then: nothing is decided about a peer that has not said who it is.
+        AuthorisationInterceptor(),  # Last: what this peer may do.
     ]

@@ -6,10 +6,17 @@ from typing import Any
 import grpc
 
 Before = Callable[[grpc.aio.ServicerContext[Any, Any]], Awaitable[None]]
+Wrap = Callable[[Any], Any]
+"""Takes the behaviour of a handler, gives another."""
 
 
 def guarded(handler: Any, before: Before) -> Any:
     """Return a handler that awaits `before` first, once per call or stream; `before` aborts what it refuses."""
+    return rewrapped(handler, lambda call: _guard_unary(call, before), lambda call: _guard_stream(call, before))
+
+
+def rewrapped(handler: Any, unary: Wrap, stream: Wrap) -> Any:
+    """Return a handler with its behaviour wrapped, by `stream` when it answers with many messages."""
     if handler is None:
         return None
     kind = (
@@ -18,8 +25,19 @@ def guarded(handler: Any, before: Before) -> Any:
         + ("stream" if handler.response_streaming else "unary")
     )
     make = getattr(grpc, f"{kind}_rpc_method_handler")
-    wrap = _guard_stream if handler.response_streaming else _guard_unary
-    return make(wrap(getattr(handler, kind), before), handler.request_deserializer, handler.response_serializer)
+    wrap = stream if handler.response_streaming else unary
+    return make(wrap(getattr(handler, kind)), handler.request_deserializer, handler.response_serializer)
+
+
+async def responses_of(call: Any, request: Any, context: Any) -> AsyncIterator[Any]:
+    """Yield the responses of a streaming behaviour, whichever way it gives them."""
+    result = call(request, context)
+    if not hasattr(result, "__aiter__"):
+        # The health servicer of grpcio writes through the context instead of yielding.
+        await result
+        return
+    async for response in result:
+        yield response
 
 
 def _guard_unary(call: Any, before: Before) -> Any:
@@ -33,12 +51,7 @@ def _guard_unary(call: Any, before: Before) -> Any:
 def _guard_stream(call: Any, before: Before) -> Any:
     async def handle(request: Any, context: Any) -> AsyncIterator[Any]:
         await before(context)
-        result = call(request, context)
-        if not hasattr(result, "__aiter__"):
-            # The health servicer of grpcio writes through the context instead of yielding.
-            await result
-            return
-        async for response in result:
+        async for response in responses_of(call, request, context):
             yield response
 
     return handle

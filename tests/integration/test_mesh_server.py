@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 
 from esper_client import Blocking, IdentityClient, TamiyoClient, UrzaClient
 from esper_rpc import errors
@@ -39,6 +41,24 @@ async def test_the_wrong_role_is_refused(mesh, server):
     async with TamiyoClient(server.address, identity=mesh.identity("urza")) as client:
         with pytest.raises(errors.PermissionDenied, match="spiffe://esper/urza/local may not call"):
             await client.close_run(CloseRunRequest(run_id="r"))
+
+
+async def test_served_and_refused_calls_are_metered(mesh, server):
+    def calls(status):
+        labels = {"grpc_method": CLOSE[1:], "grpc_status": status}
+        return REGISTRY.get_sample_value("grpc_server_call_duration_seconds_count", labels) or 0
+
+    before = calls("OK"), calls("PERMISSION_DENIED")
+    for role in ("trainer", "urza"):
+        async with TamiyoClient(server.address, identity=mesh.identity(role)) as client:
+            with contextlib.suppress(errors.PermissionDenied):
+                await client.close_run(CloseRunRequest(run_id="r"))
+    assert (calls("OK"), calls("PERMISSION_DENIED")) == (before[0] + 1, before[1] + 1)
+    received = REGISTRY.get_sample_value(
+        "grpc_server_call_rcvd_total_compressed_message_size_bytes_sum",
+        {"grpc_method": CLOSE[1:], "grpc_status": "OK"},
+    )
+    assert received >= len(CloseRunRequest(run_id="r").SerializeToString())
 
 
 async def test_a_peer_without_a_certificate_is_refused(mesh, server):

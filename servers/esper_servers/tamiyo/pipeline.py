@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +25,7 @@ from esper_rpc.proto.tamiyo.v1 import (
     StepStatus,
 )
 from esper_rpc.status import hide_unexpected, to_status
+from esper_rpc.telemetry.metrics import observe_decision
 from esper_servers.policy import masks, schema
 from esper_servers.policy.masks import Choice
 from esper_servers.policy.policy import Policy, PolicyOutput
@@ -43,6 +44,7 @@ NOMINAL, BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN = (
     "nominal", "budget_exhausted", "inference_failed", "inference_breaker_open",
 )  # fmt: skip
 POLICY = "policy"
+GREETING_ANSWER = EvaluateStepsResponse(decision=StepDecision()).SerializeToString()
 
 
 class _Stopwatch:
@@ -65,6 +67,10 @@ class _Stopwatch:
 
     def spent(self) -> float:
         return time.perf_counter() - self.arrived
+
+
+Reported = tuple[StepLedger, str, str]
+"""A ledger, the kind of decision and its reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +107,12 @@ class StepPipeline:
         self._clock = clock
         self.kinds: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self._unreported: deque[Reported] = deque(maxlen=4096)
 
     def evaluate_in_band(self, raw: bytes, owner: str) -> bytes:
         """Answer a message of the stream; a refusal is an answer too, and the stream goes on."""
+        if not raw:
+            return GREETING_ANSWER
         arrived = self._clock()
         try:
             return self.evaluate(raw, owner, arrived)
@@ -128,17 +137,22 @@ class StepPipeline:
         run.last_sequence, run.last_digest, run.last_reply = step.sequence, digest, reply
         return reply
 
+    def report(self) -> None:
+        """Record the metrics of what was answered; call it when the answer is on its way."""
+        while self._unreported:
+            observe_decision(*self._unreported.popleft())
+
     def _decide(self, step: Step, run: RunState, digest: bytes, watch: _Stopwatch) -> StepDecision:
         packet = step.packet
         self._note(run, step)
         decided = self._choose(packet, run, watch, step.budget_us / 1e6)
         if decided.choice is None:
-            self._count("NO_ACTION", decided.reason)
+            self._count("NO_ACTION", decided.reason, watch.ledger)
             return StepDecision(no_action=NoAction(reason=decided.reason))
         command = build_command(run, decided.choice, reason=decided.reason, policy_version=self.policy.version)
         envelope = sign_command(command, keyring=self._keyring, run=run, sequence=step.sequence, request_digest=digest)
         watch.lap("signing_us")
-        self._issued(run, command, decided.reason)
+        self._issued(run, command, decided.reason, watch.ledger)
         self._decisions.record(command, packet, decided.reason, self.policy.version, watch.ledger)
         return StepDecision(command=envelope)
 
@@ -202,7 +216,7 @@ class StepPipeline:
             return Decided(None, verdict.reason or NOMINAL)
         return Decided(choice, verdict.reason or POLICY)
 
-    def _issued(self, run: RunState, command: AdaptationCommand, reason: str) -> None:
+    def _issued(self, run: RunState, command: AdaptationCommand, reason: str, ledger: StepLedger) -> None:
         run.commands += 1
         kind = CommandType.Name(command.command_type).removeprefix("COMMAND_TYPE_")
         if command.command_type == CommandType.COMMAND_TYPE_SEED:
@@ -214,11 +228,12 @@ class StepPipeline:
             run.optimizer_at = run.steps
         else:
             run.paused_at = run.steps
-        self._count(kind, reason)
+        self._count(kind, reason, ledger)
 
-    def _count(self, kind: str, reason: str) -> None:
+    def _count(self, kind: str, reason: str, ledger: StepLedger) -> None:
         self.kinds[kind] += 1
         self.reasons[reason] += 1
+        self._unreported.append((ledger, kind, reason))
 
     def _on_breaker(self, before: int, after: int) -> None:
         log.warning("breaker_moved", breaker="inference", before=before, after=after)

@@ -1,0 +1,77 @@
+"""The metrics of a process, in the default registry of prometheus_client.
+
+Call metrics have the names, labels and buckets of gRPC proposal A66 in their Prometheus form. With
+PROMETHEUS_MULTIPROC_DIR set before this is imported they live in files there, so that another process renders them.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Histogram
+
+from esper_rpc.ledger import StepTiming
+from esper_rpc.proto.leyline.v1 import CommandOutcome
+from esper_rpc.proto.tamiyo.v1 import StepLedger
+
+LATENCY_BUCKETS = (
+    0, 0.00001, 0.00005, 0.0001, 0.0003, 0.0006, 0.0008, 0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008, 0.01, 0.013,
+    0.016, 0.02, 0.025, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1, 2, 5,
+    10, 20, 50, 100,
+)  # fmt: skip
+SIZE_BUCKETS = (0, *(4**exponent * 1024 for exponent in range(12)))
+
+SERVER_STARTED = Counter("grpc_server_call_started", "Calls that arrived.", ["grpc_method"])
+SERVER_DURATION = Histogram(
+    "grpc_server_call_duration_seconds",
+    "From the arrival of a call to its end.",
+    ["grpc_method", "grpc_status"],
+    buckets=LATENCY_BUCKETS,
+)
+SERVER_RECEIVED = Histogram(
+    "grpc_server_call_rcvd_total_compressed_message_size_bytes",
+    "What a call received.",
+    ["grpc_method", "grpc_status"],
+    buckets=SIZE_BUCKETS,
+)
+SERVER_SENT = Histogram(
+    "grpc_server_call_sent_total_compressed_message_size_bytes",
+    "What a call sent.",
+    ["grpc_method", "grpc_status"],
+    buckets=SIZE_BUCKETS,
+)
+
+DECISION_PART = Histogram(
+    "esper_decision_part_seconds",
+    "Where the time of a decision went at the controller.",
+    ["part"],
+    buckets=LATENCY_BUCKETS,
+)
+DECISIONS = Counter("esper_decisions", "Answers to steps.", ["kind", "reason"])
+
+STEP_PART = Histogram(
+    "esper_step_part_seconds", "Where the time of a step went at the trainer.", ["part"], buckets=LATENCY_BUCKETS
+)
+STEP_ANSWERS = Counter("esper_step_answers", "Steps of a trainer, by what came of asking.", ["reason"])
+OUTCOMES = Counter("esper_command_outcomes", "Commands at a seed host.", ["result", "reason"])
+
+_LEDGER_PARTS = tuple(field.name for field in StepLedger.DESCRIPTOR.fields)
+_DECISION_PARTS = {name: DECISION_PART.labels(name.removesuffix("_us")) for name in _LEDGER_PARTS}
+_STEP_PARTS = {name: STEP_PART.labels(name) for name in ("build", "exchange", "server", "verify", "apply", "total")}
+
+
+def observe_decision(ledger: StepLedger, kind: str, reason: str) -> None:
+    """Record one decision of the controller."""
+    DECISIONS.labels(kind, reason).inc()
+    for name, histogram in _DECISION_PARTS.items():
+        histogram.observe(getattr(ledger, name) / 1e6)
+
+
+def observe_step(timing: StepTiming) -> None:
+    """Record one step of a trainer."""
+    for name, histogram in _STEP_PARTS.items():
+        histogram.observe(getattr(timing, name) / 1e6)
+
+
+def observe_outcome(outcome: CommandOutcome) -> None:
+    """Record what became of a command."""
+    result = CommandOutcome.Result.Name(outcome.result).removeprefix("RESULT_")
+    OUTCOMES.labels(result, outcome.reason).inc()

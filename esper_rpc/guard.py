@@ -33,6 +33,10 @@ class StepGuard(Generic[Answer]):
             self._arrived = threading.Semaphore(0)
         return self._clock()
 
+    def awaits(self, sequence: int) -> bool:
+        """Whether the answer to this sequence would still be in time."""
+        return self._armed == sequence
+
     def resolve(self, sequence: int, answer: Answer) -> bool:
         """Hand over an answer; returns False, and counts it, when it comes too late."""
         with self._lock:

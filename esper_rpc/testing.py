@@ -16,6 +16,7 @@ from .envelope import Keyring, RootKeys, sign
 from .envelope.trust import keyring_for
 from .envelope.verification import COMMAND_TYPE
 from .identity import Authority, Identity, SpiffeId
+from .inbox import Inbox
 from .proto.leyline.v1 import AdaptationCommand, SignedEnvelope
 from .proto.tamiyo.v1 import (
     CloseRunRequest,
@@ -110,6 +111,7 @@ class FakeTamiyo:
     before_answer: Callable[[Step], object] | None = None
     steps: list[Step] = field(default_factory=list)
     runs: dict[str, OpenRunRequest] = field(default_factory=dict)
+    _inboxes: list[Inbox[bytes]] = field(default_factory=list)
 
     async def OpenRun(self, request: OpenRunRequest, call: Call) -> OpenRunResponse:
         """Remember the run."""
@@ -125,15 +127,26 @@ class FakeTamiyo:
 
     async def EvaluateSteps(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
         """Answer every step as `decide` says."""
-        async for raw in requests:
-            step = EvaluateStepsRequest.FromString(raw).step
-            self.steps.append(step)
-            if self.before_answer is not None:
-                waiting = self.before_answer(step)
-                if hasattr(waiting, "__await__"):
-                    await waiting
-            decision = self._decision(step, hashlib.sha256(raw).digest(), str(call.peer))
-            yield EvaluateStepsResponse(decision=decision).SerializeToString()
+        async with Inbox(requests) as inbox:
+            self._inboxes.append(inbox)
+            async for raw in inbox:
+                yield (await self._answer(raw, str(call.peer))).SerializeToString()
+
+    def begin_drain(self) -> None:
+        """Ask every stream to go elsewhere."""
+        while self._inboxes:
+            self._inboxes.pop().leave()
+
+    async def _answer(self, raw: bytes | None, peer: str) -> EvaluateStepsResponse:
+        if not raw:
+            return EvaluateStepsResponse(decision=StepDecision(going_away=raw is None))
+        step = EvaluateStepsRequest.FromString(raw).step
+        self.steps.append(step)
+        if self.before_answer is not None:
+            waiting = self.before_answer(step)
+            if hasattr(waiting, "__await__"):
+                await waiting
+        return EvaluateStepsResponse(decision=self._decision(step, hashlib.sha256(raw).digest(), peer))
 
     def _decision(self, step: Step, digest: bytes, audience: str) -> StepDecision:
         command = self.decide(step)

@@ -1,30 +1,25 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
-from typing import Any
 
-import grpc
 import structlog
 
-from esper_rpc.channel import open_channel
 from esper_rpc.errors import EsperError
 from esper_rpc.identity import Identity
-from esper_rpc.proto.tamiyo.v1 import EvaluateStepsResponse, OpenRunRequest, OpenRunResponse, StepDecision
-from esper_rpc.status import from_rpc_error
+from esper_rpc.proto.tamiyo.v1 import OpenRunRequest, StepDecision
+
+from .connection import StepConnection
 
 log = structlog.get_logger(__name__)
 
-SERVICE = "/esper.tamiyo.v1.TamiyoService/"
-OPEN_TIMEOUT_SECONDS = 2.0
 BACKOFF_SECONDS = (0.05, 1.0)
 
 
 class DecisionStream:
-    """Keeps one EvaluateSteps stream to Tamiyo open, reconnecting for ever. Lives on the loop thread.
+    """Keeps a connection to Tamiyo open for ever, and opens the next one before it leaves one that still works.
 
-    There is a single writer: two writes at once kill a grpc.aio stream.
+    Lives on the loop thread. A step whose connection breaks is sent again on the next one while it is awaited.
     """
 
     def __init__(
@@ -34,74 +29,66 @@ class DecisionStream:
         identity: Identity,
         describe: Callable[[], OpenRunRequest],
         on_decision: Callable[[StepDecision], object],
-        on_open: Callable[[OpenRunResponse, int], None],
+        on_open: Callable[[StepConnection], object],
+        is_awaited: Callable[[int], bool],
     ) -> None:
         self._address = address
         self._identity = identity
         self._describe = describe
         self._on_decision = on_decision
         self._on_open = on_open
-        self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
-        self.is_open = False
+        self._is_awaited = is_awaited
+        self._current: StepConnection | None = None
+        self._last: tuple[int, bytes] = (0, b"")
+        self._retiring: set[asyncio.Task[None]] = set()
         self.opened = 0
 
-    def send(self, raw: bytes) -> None:
-        """Queue a request; call it on the loop."""
-        self._outgoing.put_nowait(raw)
+    @property
+    def is_open(self) -> bool:
+        """Whether a step can be sent."""
+        return self._current is not None and self._current.is_alive
+
+    def send(self, sequence: int, raw: bytes) -> None:
+        """Send a request; call it on the loop."""
+        self._last = (sequence, raw)
+        if self._current is not None and self._current.is_alive:
+            self._current.send(raw)
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        backoff = BACKOFF_SECONDS[0]
+        backoff, longest = BACKOFF_SECONDS
         while True:
-            opened = self.opened
             try:
-                await self._serve_once()
-            except (EsperError, grpc.RpcError, asyncio.InvalidStateError) as error:
-                log.info("decision_stream_lost", address=self._address, error=str(error)[:200])
-            finally:
-                self.is_open = False
-            backoff = BACKOFF_SECONDS[0] if self.opened > opened else min(backoff * 2, BACKOFF_SECONDS[1])
-            await asyncio.sleep(backoff)
+                self._switch_to(await self._open())
+            except EsperError as error:
+                log.info("decision_stream_not_opened", address=self._address, error=str(error)[:200])
+                await asyncio.sleep(backoff)
+                backoff = min(backoff * 2, longest)
+                continue
+            backoff = BACKOFF_SECONDS[0]
+            assert self._current is not None
+            await self._current.must_be_replaced.wait()
+            log.info("decision_stream_replaced", address=self._address, lost=not self._current.is_alive)
 
-    async def _serve_once(self) -> None:
-        channel = open_channel(self._address, identity=self._identity, role="tamiyo")
-        try:
-            await self._open_run(channel)
-            call: Any = channel.stream_stream(SERVICE + "EvaluateSteps")()
-            await call.wait_for_connection()
-            self._outgoing = asyncio.Queue()  # What was queued for the old stream has missed its step.
-            self.is_open = True
-            self.opened += 1
-            writer = asyncio.create_task(self._write(call))
-            try:
-                await self._read(call)
-            finally:
-                writer.cancel()
-                call.cancel()
-        finally:
-            self.is_open = False
-            await channel.close()
-
-    async def _open_run(self, channel: grpc.aio.Channel) -> None:
-        call: Any = channel.unary_unary(
-            SERVICE + "OpenRun", OpenRunRequest.SerializeToString, OpenRunResponse.FromString
+    async def _open(self) -> StepConnection:
+        connection = StepConnection(
+            self._address, identity=self._identity, on_decision=self._on_decision, on_lost=self._resend
         )
-        before = time.monotonic_ns()
-        try:
-            response = await call(self._describe(), timeout=OPEN_TIMEOUT_SECONDS)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
-        middle = (before + time.monotonic_ns()) // 2
-        self._on_open(response, response.server_time_ns - middle)
+        return await connection.open(self._describe())
 
-    async def _write(self, call: Any) -> None:
-        while True:
-            await call.write(await self._outgoing.get())
+    def _switch_to(self, connection: StepConnection) -> None:
+        before, self._current = self._current, connection
+        self.opened += 1
+        self._on_open(connection)
+        if before is None:
+            return
+        if not before.is_alive:
+            self._resend(before)
+        retiring = asyncio.create_task(before.retire())
+        self._retiring.add(retiring)
+        retiring.add_done_callback(self._retiring.discard)
 
-    async def _read(self, call: Any) -> None:
-        async for raw in call:
-            decision = EvaluateStepsResponse.FromString(raw).decision
-            if decision.sequence:
-                self._on_decision(decision)
-            if decision.going_away:
-                return
+    def _resend(self, lost: StepConnection) -> None:
+        sequence, raw = self._last
+        if lost is not self._current and self._is_awaited(sequence):
+            self.send(sequence, raw)

@@ -11,24 +11,27 @@ from typing import Annotated, Any, Protocol, Self
 
 import structlog
 
-from esper_rpc.breaker import BreakerConfig, CircuitBreaker
+from esper_rpc.breaker import BreakerConfig
 from esper_rpc.config import Range, validate
 from esper_rpc.guard import StepGuard
 from esper_rpc.identity import Identity
 from esper_rpc.ledger import StepTiming, TimingWindow
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SystemStatePacket
-from esper_rpc.proto.tamiyo.v1 import EvaluateStepsRequest, OpenRunRequest, OpenRunResponse, Step, StepDecision
+from esper_rpc.proto.tamiyo.v1 import EvaluateStepsRequest, OpenRunRequest, Step, StepDecision
+from esper_rpc.telemetry import PacketSink, record_packets
+from esper_rpc.telemetry.metrics import STEP_ANSWERS, observe_outcome, observe_step
 
+from .connection import StepConnection
 from .decision_stream import DecisionStream
 from .event_loop import LoopThread
 from .packet import build_packet
 from .seed_host import SeedHost
+from .step_exchange import StepExchange
 
 log = structlog.get_logger(__name__)
 
 PROTOCOL_VERSION = 1
 FEATURES = ("seed", "pause", "optimizer")
-MISSED, UNREACHABLE, BREAKER_OPEN = "deadline_missed", "mesh_unreachable", "breaker_open"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +72,7 @@ class TrainingSession:
         run_id: str = "",
         config: SessionConfig | None = None,
         thread: LoopThread | None = None,
+        telemetry: PacketSink = record_packets,
     ) -> None:
         self.host = host
         self.run_id = run_id or f"run-{uuid.uuid4().hex[:12]}"
@@ -82,32 +86,40 @@ class TrainingSession:
         """Where KasminaService of this process listens, when it is served."""
         self.epoch = 0
         self.global_step = 0
-        self._guard: StepGuard[StepDecision] = StepGuard()
-        self._breaker = CircuitBreaker(config=self.config.breaker)
         self._unacknowledged: deque[tuple[int, CommandOutcome]] = deque(maxlen=256)
         self._sequence = 0
         self._hook_latency_ms = 0.0
         self._last_step_at: float | None = None
         self._failed = False
+        self._telemetry = telemetry
         self._thread = thread or LoopThread()
+        self._exchange = StepExchange(
+            thread=self._thread, budget_seconds=self.config.step_budget_ms / 1000, breaker=self.config.breaker
+        )
         self._stream = DecisionStream(
             address=tamiyo_address,
             identity=identity,
             describe=self._describe,
-            on_decision=lambda decision: self._guard.resolve(decision.sequence, decision),
+            on_decision=self._exchange.take,
             on_open=self._on_open,
+            is_awaited=self._exchange.guard.awaits,
         )
         self._started = False
 
     @property
     def is_connected(self) -> bool:
         """Whether the decision stream is open."""
-        return self._stream.is_open
+        return self._exchange.is_connected
+
+    @property
+    def streams_opened(self) -> int:
+        """How often a decision stream was opened: one and no more while nothing breaks."""
+        return self._stream.opened
 
     @property
     def guard(self) -> StepGuard[StepDecision]:
         """The step guard, with its counts of misses and late answers."""
-        return self._guard
+        return self._exchange.guard
 
     def step(
         self,
@@ -126,7 +138,7 @@ class TrainingSession:
         try:
             return self._step(_number(loss), samples, gradient_norm, metrics or {})
         except Exception as error:  # The trainer's loop never sees a mesh exception.
-            self.reasons["internal_error"] += 1
+            self._count("internal_error")
             if not self._failed:
                 log.error("session_step_failed", exc_info=error)
             self._failed = True
@@ -191,7 +203,7 @@ class TrainingSession:
         # Only now: after the first forward the sites know their shapes.
         if not self._started:
             self._started = True
-            self._thread.spawn(self._stream.run())
+            self._exchange.start(self._stream)
 
     def _packet(
         self, loss: float, samples: int | None, gradient_norm: float | None, metrics: Mapping[str, float]
@@ -224,47 +236,41 @@ class TrainingSession:
         return EvaluateStepsRequest(step=step).SerializeToString()
 
     def _ask(self, raw: bytes) -> StepDecision | None:
-        if not self._stream.is_open:
-            self.reasons[UNREACHABLE] += 1
-            return None
-        if not self._breaker.allow():
-            self.reasons[BREAKER_OPEN] += 1
-            return None
-        sequence = self._sequence
-        started = self._guard.arm(sequence)
-        self._thread.loop.call_soon_threadsafe(self._stream.send, raw)
-        decision = self._guard.wait(started, self.config.step_budget_ms / 1000)
+        decision, reason = self._exchange.ask(self._sequence, raw)
         if decision is None:
-            self._breaker.record_failure()
-            self.reasons[MISSED] += 1
-            return None
-        self._breaker.record_success()
-        self._acknowledge(sequence)
+            self._count(reason)
+        else:
+            self._acknowledge()
         return decision
 
     def _submit(self, decision: StepDecision, raw: bytes) -> list[CommandOutcome]:
         kind = decision.WhichOneof("decision")
         if kind != "command":
-            self.reasons[decision.no_action.reason if kind == "no_action" else f"error_{decision.error.code}"] += 1
+            self._count(decision.no_action.reason if kind == "no_action" else f"error_{decision.error.code}")
             return []
-        self.reasons["command"] += 1
+        self._count("command")
         digest = hashlib.sha256(raw).digest()
         return [self.host.submit(decision.command, expected_sequence=decision.sequence, request_digest=digest)]
 
     def _finish(self) -> list[CommandOutcome]:
         outcomes = self.host.apply_pending()
         self.host.advance_alphas()
-        self.host.finalize_step(self.global_step)
+        self._telemetry(self.host.finalize_step(self.global_step))
         return outcomes
+
+    def _count(self, reason: str) -> None:
+        self.reasons[reason] += 1
+        STEP_ANSWERS.labels(reason).inc()
 
     def _remember(self, outcomes: list[CommandOutcome]) -> None:
         for outcome in outcomes:
             self.outcomes.append(outcome)
+            observe_outcome(outcome)
             self._unacknowledged.append((self._sequence, outcome))
 
-    def _acknowledge(self, sequence: int) -> None:
+    def _acknowledge(self) -> None:
         # What this request carried was remembered in an earlier step.
-        while self._unacknowledged and self._unacknowledged[0][0] < sequence:
+        while self._unacknowledged and self._unacknowledged[0][0] < self._sequence:
             self._unacknowledged.popleft()
 
     def _time(
@@ -277,16 +283,16 @@ class TrainingSession:
         decision: StepDecision | None,
     ) -> None:
         self._hook_latency_ms = (ended - begun) * 1e3
-        self.timings.add(
-            StepTiming(
-                build=(built - begun) * 1e6,
-                exchange=(answered - built) * 1e6,
-                server=float(decision.ledger.total_us) if decision is not None else 0.0,
-                verify=(verified - answered) * 1e6,
-                apply=(ended - verified) * 1e6,
-                total=(ended - begun) * 1e6,
-            )
+        timing = StepTiming(
+            build=(built - begun) * 1e6,
+            exchange=(answered - built) * 1e6,
+            server=float(decision.ledger.total_us) if decision is not None else 0.0,
+            verify=(verified - answered) * 1e6,
+            apply=(ended - verified) * 1e6,
+            total=(ended - begun) * 1e6,
         )
+        self.timings.add(timing)
+        observe_step(timing)
 
     def _describe(self) -> OpenRunRequest:
         run = self.host.describe()
@@ -301,12 +307,12 @@ class TrainingSession:
             optimizer_family=self.config.optimizer_family,
             world_size=self.config.world_size,
             step_budget_us=int(self.config.step_budget_ms * 1000),
-            last_sequence=self._sequence,
+            last_sequence=self._exchange.last_answered,
         )
 
-    def _on_open(self, response: OpenRunResponse, offset_ns: int) -> None:
-        self.policy_version = response.policy_version
-        self.host.set_clock_offset(offset_ns)
+    def _on_open(self, connection: StepConnection) -> None:
+        self.policy_version = connection.run.policy_version
+        self.host.set_clock_offset(connection.server_clock_offset_ns)
 
 
 def _number(loss: Loss) -> float:

@@ -117,7 +117,7 @@ def test_another_step_under_a_used_sequence_is_refused_in_band(run):
     ("raw", "code"),
     [
         (b"\xff\xff\xff", 3),
-        (EvaluateStepsRequest().SerializeToString(), 3),
+        (EvaluateStepsRequest(step={}).SerializeToString(), 3),
         (step(1, run_id="unknown").SerializeToString(), 5),
     ],
     ids=["not protobuf", "empty", "unknown run"],
@@ -127,10 +127,14 @@ def test_a_bad_message_is_answered_in_band(run, raw, code):
 
 
 def test_the_in_band_error_names_field_and_rule(run):
-    error = EvaluateStepsResponse.FromString(run.evaluate_in_band(b"", OWNER)).decision.error
+    error = EvaluateStepsResponse.FromString(run.evaluate_in_band(b"\x0a\x00", OWNER)).decision.error
     bad = error_details_pb2.BadRequest()
     assert any(detail.Unpack(bad) for detail in error.details)
-    assert bad.field_violations[0].field == "step"
+    assert bad.field_violations[0].field == "step.run_id"
+
+
+def test_an_empty_message_is_a_greeting_and_gets_an_empty_decision(run):
+    assert EvaluateStepsResponse.FromString(run.evaluate_in_band(b"", OWNER)).decision.ByteSize() == 0
 
 
 def test_another_identity_cannot_ask_for_the_run(run):
@@ -216,7 +220,7 @@ async def test_the_stream_goes_on_after_a_malformed_message(client, mesh, addres
     channel = open_channel(addresses[SERVICE][0], identity=mesh.identity("trainer"), role="tamiyo")
     call = channel.stream_stream(f"/{SERVICE}/EvaluateSteps")()
     codes = []
-    for raw in (b"\xff\xff", step(1).SerializeToString(), b"", step(2).SerializeToString()):
+    for raw in (b"\xff\xff", step(1).SerializeToString(), b"\x0a\x00", step(2).SerializeToString()):
         await call.write(raw)
         codes.append(EvaluateStepsResponse.FromString(await call.read()).decision.error.code)
     await call.done_writing()

@@ -9,9 +9,10 @@ import time
 import uuid
 
 import pytest
+from prometheus_client import REGISTRY
 
 from esper_client import LoopThread, RunDescription, SessionConfig, TrainingSession
-from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType
+from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, MetricPoint, TelemetryPacket
 from esper_rpc.testing import TAMIYO, FakeTamiyo, serving
 
 
@@ -167,6 +168,52 @@ def test_a_killed_controller_is_survived_and_found_again(session, server):
     back = time.monotonic()
     step_until(session, lambda: session.reasons["nominal"] > seen + 3, seconds=10)
     assert time.monotonic() - back < 10
+
+
+def test_a_controller_that_goes_away_is_left_without_a_missed_step(session, server, fake):
+    step_until(session, lambda: session.reasons["nominal"] > 3)
+    server.thread.loop.call_soon_threadsafe(fake.begin_drain)
+    opened = session.streams_opened
+    step_until(session, lambda: session.streams_opened > opened)
+    last = len(fake.steps)
+    step_until(session, lambda: len(fake.steps) > last + 20)
+    assert set(session.reasons) <= {"mesh_unreachable", "nominal"}
+    assert session.guard.misses == 0
+
+
+def test_a_step_whose_stream_breaks_is_sent_again_on_the_next(mesh, server, fake):
+    config = SessionConfig(step_budget_ms=1000)
+    with TrainingSession(
+        host=RecordingHost(), identity=mesh.identity("trainer"), tamiyo_address=server.address, run_id="run",
+        config=config,
+    ) as session:  # fmt: skip
+        step_until(session, lambda: session.reasons["nominal"] > 3)
+        broken = session.global_step + 1
+
+        def break_once(step):
+            if step.packet.global_step == broken and sum(s.sequence == step.sequence for s in fake.steps) == 1:
+                raise RuntimeError("the stream breaks")
+
+        fake.before_answer = break_once
+        session.step(0.5)
+        assert session.guard.misses == 0
+        assert [s.packet.global_step for s in fake.steps].count(broken) == 2
+
+
+def test_packets_of_the_seed_host_reach_the_sink_and_the_metrics(mesh, server):
+    point = MetricPoint(name="kasmina.seed.alpha", value=0.25, attributes={"seed_id": "seed-x"})
+    packet = TelemetryPacket(packet_id="p", source_subsystem="kasmina", metrics=[point])
+    host = RecordingHost()
+    host.finalize_step = lambda _step_index: [packet]
+    with TrainingSession(host=host, identity=mesh.identity("trainer"), tamiyo_address=server.address) as session:
+        session.step(0.5)
+    assert REGISTRY.get_sample_value("esper_kasmina_seed_alpha", {"seed_id": "seed-x"}) == 0.25
+    seen = []
+    with TrainingSession(
+        host=host, identity=mesh.identity("trainer"), tamiyo_address=server.address, telemetry=seen.extend
+    ) as session:
+        session.step(0.5)
+    assert seen == [packet]
 
 
 def test_a_controller_that_never_was_costs_nothing(mesh):

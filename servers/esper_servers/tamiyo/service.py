@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from esper_rpc.errors import FailedPrecondition
+from esper_rpc.inbox import Inbox
 from esper_rpc.proto.leyline.v1 import HealthStatus
 from esper_rpc.proto.tamiyo.v1 import (
     BreakerStatus,
@@ -42,6 +43,7 @@ PROTOCOL_VERSIONS = frozenset({1})
 FEATURES = frozenset({"seed", "pause", "optimizer"})
 EPOCH_BUDGET_US = 2_000_000
 RAW_METHODS = frozenset({"EvaluateStep", "EvaluateSteps"})
+FAREWELL = EvaluateStepsResponse(decision=StepDecision(going_away=True)).SerializeToString()
 
 
 class TamiyoServicer:
@@ -64,7 +66,7 @@ class TamiyoServicer:
         self._started = time.monotonic()
         self._live_since = Timestamp()
         self._live_since.GetCurrentTime()
-        self._draining = asyncio.Event()
+        self._inboxes: set[Inbox[bytes]] = set()
 
     async def OpenRun(self, request: OpenRunRequest, call: Call) -> OpenRunResponse:
         """Open or reopen a run."""
@@ -93,15 +95,18 @@ class TamiyoServicer:
     async def EvaluateSteps(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
         """Answer steps until the client ends the stream or the server drains."""
         owner = str(call.peer)
-        async for raw in requests:
-            yield self._pipeline.evaluate_in_band(raw, owner)
-            if self._draining.is_set():
-                farewell = StepDecision(going_away=True)
-                yield EvaluateStepsResponse(decision=farewell).SerializeToString()
-                return
+        async with Inbox(requests) as inbox:
+            self._inboxes.add(inbox)
+            try:
+                async for raw in inbox:
+                    yield FAREWELL if raw is None else self._pipeline.evaluate_in_band(raw, owner)
+                    self._pipeline.report()
+            finally:
+                self._inboxes.discard(inbox)
 
     async def EvaluateStep(self, raw: bytes, call: Call) -> bytes:
         """Answer one step."""
+        asyncio.get_running_loop().call_soon(self._pipeline.report)
         return self._pipeline.evaluate(raw, str(call.peer), time.perf_counter())
 
     async def EvaluateEpoch(self, request: EvaluateEpochRequest, call: Call) -> EvaluateEpochResponse:
@@ -166,5 +171,6 @@ class TamiyoServicer:
         return await asyncio.to_thread(self._decisions.explain, request.command_id)
 
     def begin_drain(self) -> None:
-        """Ask every stream to go elsewhere after its next answer."""
-        self._draining.set()
+        """Ask every stream to go elsewhere."""
+        for inbox in self._inboxes:
+            inbox.leave()

@@ -140,7 +140,7 @@ class OpenRunRequest(_message.Message):
     step_budget_us: _builtins.int
     """The budget of one step in microseconds, 2000 to 50000, or more in a benchmark."""
     last_sequence: _builtins.int
-    """The last sequence that the client has used, 0 for none."""
+    """The last sequence that was answered, 0 for none."""
     @_builtins.property
     def protocol_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Every protocol version that the client speaks. At present there is version 1."""

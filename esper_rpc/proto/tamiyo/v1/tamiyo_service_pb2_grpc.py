@@ -144,8 +144,9 @@ class TamiyoServiceServicer(object):
     def EvaluateSteps(self, request_iterator, context):
         """Answers steps on one long-lived stream. The client speaks first; each request is answered by one response with the
         same sequence, in any order. A message that cannot be answered gets an error in band and the stream goes on. The
-        client ends it by half-closing; the server asks for that with `going_away`. After a break, open the run again and
-        resend the steps that were not answered.
+        client ends it by half-closing; the server asks for that with `going_away`, and ends the stream a second later.
+        After a break, open the run again and resend the steps that were not answered. An empty message is answered by an
+        empty decision: a client that opens a stream learns by it that the stream works.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,8 +42,9 @@ class TamiyoServiceStub:
     EvaluateSteps: _grpc.StreamStreamMultiCallable[_tamiyo_service_pb2.EvaluateStepsRequest, _tamiyo_service_pb2.EvaluateStepsResponse]
     """Answers steps on one long-lived stream. The client speaks first; each request is answered by one response with the
     same sequence, in any order. A message that cannot be answered gets an error in band and the stream goes on. The
-    client ends it by half-closing; the server asks for that with `going_away`. After a break, open the run again and
-    resend the steps that were not answered.
+    client ends it by half-closing; the server asks for that with `going_away`, and ends the stream a second later.
+    After a break, open the run again and resend the steps that were not answered. An empty message is answered by an
+    empty decision: a client that opens a stream learns by it that the stream works.
     """
     EvaluateStep: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.EvaluateStepRequest, _tamiyo_service_pb2.EvaluateStepResponse]
     """Answers one step: the same decision as on the stream. Errors are the status of the call."""
@@ -88,8 +89,9 @@ class TamiyoServiceAsyncStub(TamiyoServiceStub):
     EvaluateSteps: _aio.StreamStreamMultiCallable[_tamiyo_service_pb2.EvaluateStepsRequest, _tamiyo_service_pb2.EvaluateStepsResponse]  # type: ignore[assignment]
     """Answers steps on one long-lived stream. The client speaks first; each request is answered by one response with the
     same sequence, in any order. A message that cannot be answered gets an error in band and the stream goes on. The
-    client ends it by half-closing; the server asks for that with `going_away`. After a break, open the run again and
-    resend the steps that were not answered.
+    client ends it by half-closing; the server asks for that with `going_away`, and ends the stream a second later.
+    After a break, open the run again and resend the steps that were not answered. An empty message is answered by an
+    empty decision: a client that opens a stream learns by it that the stream works.
     """
     EvaluateStep: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.EvaluateStepRequest, _tamiyo_service_pb2.EvaluateStepResponse]  # type: ignore[assignment]
     """Answers one step: the same decision as on the stream. Errors are the status of the call."""
@@ -149,8 +151,9 @@ class TamiyoServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_tamiyo_service_pb2.EvaluateStepsResponse], _abc.AsyncIterator[_tamiyo_service_pb2.EvaluateStepsResponse]]:
         """Answers steps on one long-lived stream. The client speaks first; each request is answered by one response with the
         same sequence, in any order. A message that cannot be answered gets an error in band and the stream goes on. The
-        client ends it by half-closing; the server asks for that with `going_away`. After a break, open the run again and
-        resend the steps that were not answered.
+        client ends it by half-closing; the server asks for that with `going_away`, and ends the stream a second later.
+        After a break, open the run again and resend the steps that were not answered. An empty message is answered by an
+        empty decision: a client that opens a stream learns by it that the stream works.
         """
 
     @_abc_1.abstractmethod

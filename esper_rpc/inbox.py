@@ -8,6 +8,7 @@ Request = TypeVar("Request")
 
 CAPACITY = 64
 LINGER_SECONDS = 1.0
+A_DAY = 86_400.0
 
 
 class Inbox(Generic[Request]):
@@ -17,8 +18,15 @@ class Inbox(Generic[Request]):
     a moment after that None. A client that floods is held back by flow control: the queue is bounded.
     """
 
-    def __init__(self, requests: AsyncIterable[Request], *, linger_seconds: float = LINGER_SECONDS) -> None:
+    def __init__(
+        self,
+        requests: AsyncIterable[Request],
+        *,
+        leave_after_seconds: float = A_DAY,
+        linger_seconds: float = LINGER_SECONDS,
+    ) -> None:
         self._requests = requests
+        self._leave_after_seconds = min(leave_after_seconds, A_DAY)
         self._linger_seconds = linger_seconds
         self._queue: asyncio.Queue[Request | None] = asyncio.Queue(CAPACITY)
         self._leaving = False
@@ -26,9 +34,11 @@ class Inbox(Generic[Request]):
 
     async def __aenter__(self) -> Self:
         self._reader = asyncio.create_task(self._read())
+        self._timer = asyncio.get_running_loop().call_later(self._leave_after_seconds, self.leave)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._timer.cancel()
         self._reader.cancel()
 
     def leave(self) -> None:

@@ -2,17 +2,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import structlog
+
 from . import channel, config, rules
+from .audit import AuditLog
+from .concurrency import ConcurrencyConfig, ConcurrencyLimit
 from .errors import ConfigError, Unimplemented
 from .identity import Identity, SpiffeId
+from .identity.authority import utc_now
+from .identity.deny_list import DenyList
+from .identity.peer import CURRENT_PEER, Peer, PeerTrust
+from .quota import QuotaConfig, Quotas
 
 import grpc  # isort: skip  # After channel, which sets how grpc behaves around forks.
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
@@ -21,8 +30,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from .interceptors import peer_of, server_interceptors
+from .interceptors import IdentityInterceptor, server_interceptors
 from .status import abort
+
+log = structlog.get_logger(__name__)
+
+CHORE_SECONDS = 1.0
+CERTIFICATE_MARGIN_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +45,14 @@ class ServerConfig:
 
     address: str = "127.0.0.1:0"
     drain_seconds: Annotated[float, config.Range(0, 300)] = 5.0
+    stream_age_seconds: Annotated[float, config.Range(1, 86_400)] = 3600.0
+    """After this a stream is asked to go elsewhere; sooner when a certificate ends."""
+    deny_list: Path | None = None
+    """Names that are refused although their certificates are valid; read again when it changes."""
+    audit_log: Path | None = None
+    """Where refusals and admin calls are written, besides the log."""
+    quota: QuotaConfig = field(default_factory=QuotaConfig)
+    concurrency: ConcurrencyConfig = field(default_factory=ConcurrencyConfig)
 
     def __post_init__(self) -> None:
         config.validate(self)
@@ -39,9 +61,13 @@ class ServerConfig:
 class Call:
     """What a servicer knows of a call, besides its request."""
 
-    def __init__(self, method: str, peer: SpiffeId, context: Any = None) -> None:
+    def __init__(
+        self, method: str, peer: SpiffeId, context: Any = None, *, seconds_until_leaving: float = math.inf
+    ) -> None:
         self.method = method
         self.peer = peer
+        self.seconds_until_leaving = seconds_until_leaving
+        """After this a stream of this peer should have gone elsewhere."""
         self._context = context
 
     def time_remaining(self) -> float | None:
@@ -55,18 +81,26 @@ class Call:
         return str(metadata.get("traceparent", ""))
 
 
+CallOf = Callable[[Any], Call]
+
+
 class MeshServer:
     """Runs services under mutual TLS with authorisation, field rules, health and reflection."""
 
-    def __init__(self, *, config: ServerConfig, identity: Identity) -> None:
+    def __init__(self, *, config: ServerConfig, identity: Identity, admits_strangers: bool = False) -> None:
         self.config = config
         self.identity = identity
         self.address = ""
-        self._names: list[str] = []
-        self._draining: list[Callable[[], None]] = []
+        self.audit = AuditLog(config.audit_log)
+        self.limit = ConcurrencyLimit(config.concurrency)
+        self._admits_strangers = admits_strangers
+        self._trust = PeerTrust(DenyList(config.deny_list))
+        self._identities = IdentityInterceptor(self._trust, self.audit, admits_strangers=admits_strangers)
+        self._servicers: dict[str, Any] = {}
+        self._chores: list[asyncio.Task[None]] = []
         self._health = HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=server_interceptors(),
+            interceptors=server_interceptors(self._identities, Quotas(config.quota), self.limit, self.audit),
             options=[("grpc.so_reuseport", 0), *channel.KEEPALIVE_OPTIONS, *channel.MESSAGE_OPTIONS],
         )
 
@@ -77,29 +111,46 @@ class MeshServer:
 
         Methods in `raw_methods` get and return bytes, and check them by themselves.
         """
-        handlers = {m.name: _handler(m, servicer, raw=m.name in raw_methods) for m in descriptor.methods}
+        age = self.config.stream_age_seconds
+        handlers = {m.name: _handler(m, servicer, age, raw=m.name in raw_methods) for m in descriptor.methods}
         generic = grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
         self._server.add_generic_rpc_handlers((generic,))
-        self._names.append(descriptor.full_name)
-        if hasattr(servicer, "begin_drain"):
-            self._draining.append(servicer.begin_drain)
+        self._servicers[descriptor.full_name] = servicer
 
     async def start(self) -> str:
         """Bind and serve; returns `host:port`. Raises ConfigError when the address cannot be bound."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
-            [*self._names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME],
+            [*self._servicers, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME],
             self._server,
         )
         try:
-            port = self._server.add_secure_port(self.config.address, self.identity.server_credentials())
+            port = self._server.add_secure_port(self.config.address, self._credentials())
         except RuntimeError as error:
             raise ConfigError(f"Cannot listen on {self.config.address}: is the port taken?") from error
         await self._server.start()
         self.address = f"{self.config.address.rpartition(':')[0]}:{port}"
-        for name in ("", *self._names):
-            await self.set_serving(name, True)
+        await self._report_health()
+        self.every(CHORE_SECONDS, self._renew_trust)
+        self.every(CHORE_SECONDS, self._report_health)
         return self.address
+
+    def every(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+        """Do something again and again until the server ends; what it raises is logged."""
+        self._chores.append(asyncio.create_task(_repeat(seconds, work)))
+
+    def _credentials(self) -> grpc.ServerCredentials:
+        return self.identity.server_credentials(admits_strangers=self._admits_strangers)
+
+    async def _renew_trust(self) -> None:
+        self._trust.refresh()
+        self._identities.end_untrusted_streams()
+
+    async def _report_health(self) -> None:
+        able = {name: await _is_able(servicer) for name, servicer in self._servicers.items()}
+        for name, is_able in able.items():
+            await self.set_serving(name, is_able)
+        await self.set_serving("", all(able.values()))
 
     async def set_serving(self, service: str, is_serving: bool) -> None:
         """Tell health checks whether a service can do its job."""
@@ -109,9 +160,13 @@ class MeshServer:
     async def drain(self) -> None:
         """Stop in order: say NOT_SERVING, tell the streams, finish what is in flight, end."""
         await self._health.enter_graceful_shutdown()
-        for begin in self._draining:
-            begin()
+        for chore in self._chores:
+            chore.cancel()
+        for servicer in self._servicers.values():
+            if hasattr(servicer, "begin_drain"):
+                servicer.begin_drain()
         await self._server.stop(self.config.drain_seconds)
+        self.audit.close()
 
     async def run_until_signal(self) -> None:
         """Serve until SIGTERM or SIGINT, then drain."""
@@ -123,7 +178,27 @@ class MeshServer:
         await self.drain()
 
 
-def _handler(method: MethodDescriptor, servicer: object, *, raw: bool) -> Any:
+async def _is_able(servicer: Any) -> bool:
+    """Ask a servicer that can tell; one that fails to answer is not able."""
+    if not hasattr(servicer, "is_able_to_serve"):
+        return True
+    try:
+        return bool(await servicer.is_able_to_serve())
+    except Exception as error:  # Whatever it is, it is not health.
+        log.error("health_unknown", servicer=type(servicer).__name__, exc_info=error)
+        return False
+
+
+async def _repeat(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await work()
+        except Exception as error:  # A chore that fails once is done again.
+            log.error("chore_failed", chore=getattr(work, "__qualname__", repr(work)), exc_info=error)
+
+
+def _handler(method: MethodDescriptor, servicer: object, stream_age_seconds: float, *, raw: bool) -> Any:
     behaviour = getattr(servicer, method.name, None) or _not_offered(method)
     path = f"/{method.containing_service.full_name}/{method.name}"
     kind = ("stream" if method.client_streaming else "unary") + "_" + ("stream" if method.server_streaming else "unary")
@@ -132,7 +207,21 @@ def _handler(method: MethodDescriptor, servicer: object, *, raw: bool) -> Any:
     checked = not raw and getattr(servicer, method.name, None) is not None
     request = None if raw else GetMessageClass(method.input_type).FromString
     response = None if raw else GetMessageClass(method.output_type).SerializeToString
-    return make(adapt(behaviour, path, checked, method.client_streaming), request, response)
+
+    def call_of(context: Any) -> Call:
+        peer = CURRENT_PEER.get()
+        left = _seconds_until_leaving(peer, stream_age_seconds)
+        return Call(path, peer.spiffe_id, context, seconds_until_leaving=left)
+
+    return make(adapt(behaviour, call_of, checked, method.client_streaming), request, response)
+
+
+def _seconds_until_leaving(peer: Peer, stream_age_seconds: float) -> float:
+    """A stream has a greatest age, and should have moved well before its peer's certificate ends."""
+    if peer.not_after is None:
+        return stream_age_seconds
+    left = (peer.not_after - utc_now()).total_seconds()
+    return max(0.0, min(stream_age_seconds, left - min(CERTIFICATE_MARGIN_SECONDS, 0.2 * left)))
 
 
 def _not_offered(method: MethodDescriptor) -> Callable[..., Any]:
@@ -148,20 +237,20 @@ def _not_offered(method: MethodDescriptor) -> Callable[..., Any]:
     return refuse_stream if method.server_streaming else refuse
 
 
-def _adapt_unary(behaviour: Any, path: str, checked: bool, streaming: bool) -> Any:
+def _adapt_unary(behaviour: Any, call_of: CallOf, checked: bool, streaming: bool) -> Any:
     async def handle(request: Any, context: Any) -> Any:
         try:
-            return await behaviour(_admitted(request, checked, streaming), Call(path, peer_of(context), context))
+            return await behaviour(_admitted(request, checked, streaming), call_of(context))
         except Exception as error:  # noqa: BLE001  # The edge: whatever it is becomes a status.
             await abort(context, error)
 
     return handle
 
 
-def _adapt_stream(behaviour: Any, path: str, checked: bool, streaming: bool) -> Any:
+def _adapt_stream(behaviour: Any, call_of: CallOf, checked: bool, streaming: bool) -> Any:
     async def handle(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            responses = behaviour(_admitted(request, checked, streaming), Call(path, peer_of(context), context))
+            responses = behaviour(_admitted(request, checked, streaming), call_of(context))
             async for response in responses:
                 yield response
         except Exception as error:  # noqa: BLE001  # The edge: whatever it is becomes a status.

@@ -91,6 +91,10 @@ def hide_unexpected(error: Exception) -> errors.EsperError:
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
     """End a call with the status of an error."""
-    status = rpc_status.to_status(to_status(hide_unexpected(error)))
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    known = hide_unexpected(error)
+    status = rpc_status.to_status(to_status(known))
+    metadata = tuple(status.trailing_metadata)
+    if isinstance(known, errors.ResourceExhausted) and known.retry_after_ms:
+        metadata += (("grpc-retry-pushback-ms", str(known.retry_after_ms)),)
+    await context.abort(status.code, status.details, metadata)
     raise AssertionError("abort returns never")

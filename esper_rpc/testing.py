@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 from google.protobuf.descriptor import ServiceDescriptor
@@ -16,6 +17,7 @@ from .envelope import Keyring, RootKeys, sign
 from .envelope.trust import keyring_for
 from .envelope.verification import COMMAND_TYPE
 from .identity import Authority, Identity, SpiffeId
+from .identity.authority import LEAF_LIFETIME
 from .inbox import Inbox
 from .proto.leyline.v1 import AdaptationCommand, SignedEnvelope
 from .proto.tamiyo.v1 import (
@@ -57,12 +59,12 @@ class TemporaryMesh:
         self._authority = Authority.create(directory / "pki")
         self._root_keys = RootKeys.create(directory / "keys" / "root.json")
 
-    def identity(self, role: str, instance: str = "local") -> Identity:
+    def identity(self, role: str, instance: str = "local", *, lifetime: timedelta = LEAF_LIFETIME) -> Identity:
         """Issue, or return, the identity of a member; its keyring lies beside it."""
         directory = self.identity_dir(role, instance)
         if not (directory / "cert.pem").exists():
             spiffe_id = SpiffeId(role, instance)
-            Identity.of(self._authority.issue(spiffe_id)).save(directory)
+            Identity.of(self._authority.issue(spiffe_id, lifetime=lifetime)).save(directory)
             keyring_for(self._root_keys, spiffe_id).save(directory / "keyring.json")
         return Identity.load(directory)
 
@@ -127,7 +129,7 @@ class FakeTamiyo:
 
     async def EvaluateSteps(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
         """Answer every step as `decide` says."""
-        async with Inbox(requests) as inbox:
+        async with Inbox(requests, leave_after_seconds=call.seconds_until_leaving) as inbox:
             self._inboxes.append(inbox)
             async for raw in inbox:
                 yield (await self._answer(raw, str(call.peer))).SerializeToString()

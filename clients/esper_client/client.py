@@ -175,7 +175,7 @@ class MeshClient:
 class IdentityClient(MeshClient):
     """IdentityService issues certificates to members of the mesh."""
 
-    role = "identity"
+    role = "weatherlight"  # Whoever starts the mesh holds the intermediate.
     service = "esper.identity.v1.IdentityService"
 
     async def renew_certificate(

@@ -5,7 +5,7 @@ import hashlib
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol, Self
 
@@ -32,6 +32,7 @@ log = structlog.get_logger(__name__)
 
 PROTOCOL_VERSION = 1
 FEATURES = ("seed", "pause", "optimizer")
+CLOSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +106,7 @@ class TrainingSession:
             is_awaited=self._exchange.guard.awaits,
         )
         self._started = False
+        self._closing: list[Callable[[], Coroutine[Any, Any, Any]]] = []
 
     @property
     def is_connected(self) -> bool:
@@ -166,10 +168,18 @@ class TrainingSession:
         """Run a coroutine beside the training, on the session's loop."""
         self._thread.spawn(work)
 
+    def close_with(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Have something that runs beside the training ended with the session, on its loop."""
+        self._closing.append(work)
+
     def close(self) -> None:
         """End the session. The model stays as it is."""
         with contextlib.suppress(Exception):
             self.host.close()
+        for work in self._closing:
+            with contextlib.suppress(Exception):
+                self._thread.run(work(), timeout=CLOSE_SECONDS)
+        self._closing.clear()
         with contextlib.suppress(Exception):
             self._thread.stop()
 

@@ -7,6 +7,7 @@ from esper_rpc.errors import PermissionDenied
 from .spiffe import SpiffeId
 
 ROLES = frozenset({"trainer", "tamiyo", "urza", "operator", "simic", "nissa", "oona", "weatherlight"})
+"""Who has a certificate. `stranger` is not one of them: it may enrol, where that is served, and nothing else."""
 
 _TRAINING = frozenset({"trainer", "operator"})
 _OPERATOR = frozenset({"operator"})
@@ -53,13 +54,29 @@ TABLE: dict[str, frozenset[str]] = {
     _URZA + "SaveBlueprint": _OPERATOR,
     _URZA + "UploadKernel": _OPERATOR,
     _IDENTITY + "RenewCertificate": ROLES,
-    _IDENTITY + "Enroll": ROLES,
+    _IDENTITY + "Enroll": frozenset({"stranger"}),
     "/grpc.health.v1.Health/Check": ROLES,
     "/grpc.health.v1.Health/Watch": ROLES,
     "/grpc.health.v1.Health/List": ROLES,
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": _OPERATOR,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _OPERATOR,
 }
+
+
+ADMIN_METHODS = frozenset(
+    {
+        _TAMIYO + "IngestPolicyUpdate",
+        _TAMIYO + "RollbackPolicy",
+        _TAMIYO + "SetConservativeMode",
+        _TAMIYO + "RequestPause",
+        _KASMINA + "ApplyCommand",
+        _URZA + "SaveBlueprint",
+        _URZA + "UploadKernel",
+        _IDENTITY + "RenewCertificate",
+        _IDENTITY + "Enroll",
+    }
+)
+"""What changes something beyond the caller's own run: each call is written to the audit log."""
 
 
 def authorise(peer: SpiffeId, method: str) -> None:

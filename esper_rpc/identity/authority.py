@@ -19,7 +19,7 @@ ROOT_LIFETIME = timedelta(days=3650)
 INTERMEDIATE_LIFETIME = timedelta(days=30)
 LEAF_LIFETIME = timedelta(hours=24)
 # A peer whose clock runs behind must still accept a certificate that was just issued.
-BACKDATING = timedelta(minutes=5)
+BACKDATING = timedelta(minutes=15)
 
 
 def utc_now() -> datetime:
@@ -91,7 +91,7 @@ class Authority:
     ) -> IssuedLeaf:
         """Issue a leaf; from a signing request only the key is taken, never a name."""
         key = None if csr_pem else ec.generate_private_key(ec.SECP256R1())
-        public = _public_key_of(csr_pem) if csr_pem else key.public_key()  # type: ignore[union-attr]  # one of the two
+        public = check_signing_request(csr_pem) if csr_pem else key.public_key()  # type: ignore[union-attr]  # one of the two
         now = self._clock()
         end = min(now + lifetime, self.not_after)
         leaf = _sign_leaf(self._intermediate, spiffe_id, public, now, end)
@@ -157,7 +157,8 @@ def _builder(
     )
 
 
-def _public_key_of(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
+def check_signing_request(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
+    """Return the key of a signing request; raises InvalidRequest unless it is P-256 and signs itself."""
     try:
         csr = x509.load_pem_x509_csr(csr_pem)
     except ValueError as error:

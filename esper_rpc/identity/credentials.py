@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
 import grpc
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 from esper_rpc.errors import ConfigError
 
@@ -42,6 +43,7 @@ class Identity:
         """Read an identity; raises ConfigError when a file is missing, readable by others, or the leaf has ended."""
         parts = {part: read_secret(directory / name) for part, name in _FILES.items()}
         identity = cls(spiffe_id=_spiffe_id_of(parts["chain_pem"]), directory=directory, **parts)
+        _check_pair(identity)
         if identity.not_after <= utc_now():
             raise ConfigError(
                 f"The certificate of {identity.spiffe_id} ended at {identity.not_after:%F %T} UTC;"
@@ -60,16 +62,28 @@ class Identity:
         """When the leaf ends."""
         return x509.load_pem_x509_certificate(self.chain_pem).not_valid_after_utc
 
+    @property
+    def not_before(self) -> datetime:
+        """When the leaf begins."""
+        return x509.load_pem_x509_certificate(self.chain_pem).not_valid_before_utc
+
+    def with_leaf(self, chain_pem: bytes, key_pem: bytes) -> Identity:
+        """Return this identity with a renewed leaf."""
+        return replace(self, chain_pem=chain_pem, key_pem=key_pem)
+
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """Credentials for calling a peer."""
         return grpc.ssl_channel_credentials(self.root_pem, self.key_pem, self.chain_pem)
 
-    def server_credentials(self) -> grpc.ServerCredentials:
-        """Credentials for serving: peers must show a certificate, and a renewed leaf on disk is taken up."""
+    def server_credentials(self, *, admits_strangers: bool = False) -> grpc.ServerCredentials:
+        """Credentials for serving: a renewed leaf on disk is taken up, and peers must show a certificate.
+
+        With `admits_strangers` none is asked of them, which serves enrolment and nothing else.
+        """
         return grpc.dynamic_ssl_server_credentials(
             self._configuration(),
             _Fetcher(self),  # type: ignore[arg-type]  # None is how gRPC is told that nothing changed.
-            require_client_authentication=True,
+            require_client_authentication=not admits_strangers,
         )
 
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
@@ -102,6 +116,17 @@ class _Fetcher:
             return (directory / _FILES["chain_pem"]).stat().st_mtime_ns if directory else 0
         except FileNotFoundError:
             return 0
+
+
+def _check_pair(identity: Identity) -> None:
+    """Two files are not replaced at once: a reader in between must see that they do not fit."""
+    leaf = x509.load_pem_x509_certificate(identity.chain_pem)
+    try:
+        key = serialization.load_pem_private_key(identity.key_pem, password=None)
+    except ValueError as error:
+        raise ConfigError(f"{identity.directory}/key.pem is not a private key.") from error
+    if key.public_key() != leaf.public_key():
+        raise ConfigError(f"{identity.directory}: key.pem does not belong to cert.pem; issue both again.")
 
 
 def _spiffe_id_of(chain_pem: bytes) -> SpiffeId:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import grpc
 
+from esper_rpc.audit import AuditLog
+from esper_rpc.concurrency import ConcurrencyLimit
+from esper_rpc.quota import Quotas
+
+from .admission import AdmissionInterceptor
 from .authorisation import AuthorisationInterceptor
-from .identity import IdentityInterceptor, peer_of
+from .identity import IdentityInterceptor
 from .metrics import MetricsInterceptor
 
-__all__ = ["peer_of", "server_interceptors"]
+__all__ = ["IdentityInterceptor", "server_interceptors"]
 
 
-def server_interceptors() -> list[grpc.aio.ServerInterceptor]:
+def server_interceptors(
+    identity: IdentityInterceptor, quotas: Quotas, limit: ConcurrencyLimit, audit: AuditLog
+) -> list[grpc.aio.ServerInterceptor]:
     """Return the interceptors, outermost first."""
     return [
         MetricsInterceptor(),  # Around all: what is refused counts as well.
-        IdentityInterceptor(),  # Then: nothing is decided about a peer that has not said who it is.
-        AuthorisationInterceptor(),  # Last: what this peer may do.
+        identity,  # Nothing is decided about a peer that has not said who it is.
+        AuthorisationInterceptor(audit),  # What this peer may do.
+        AdmissionInterceptor(quotas, limit, audit),  # Last: only what would be served uses up room.
     ]

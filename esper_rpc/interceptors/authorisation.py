@@ -3,31 +3,34 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
-import structlog
 
+from esper_rpc.audit import AuditLog
 from esper_rpc.errors import PermissionDenied
-from esper_rpc.identity import authorise
+from esper_rpc.identity.authorisation import ADMIN_METHODS, authorise
+from esper_rpc.identity.peer import CURRENT_PEER
 from esper_rpc.status import abort
 
 from .handlers import guarded
-from .identity import peer_of
-
-log = structlog.get_logger(__name__)
 
 
 class AuthorisationInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses a call that the peer's role may not make, and logs the refusal."""
+    """Refuses a call that the peer's role may not make; refusals and admin calls go to the audit log."""
+
+    def __init__(self, audit: AuditLog) -> None:
+        self._audit = audit
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Check the role before the method runs."""
         method = handler_call_details.method
 
         async def check(context: grpc.aio.ServicerContext[Any, Any]) -> None:
-            peer = peer_of(context)
+            peer = CURRENT_PEER.get().spiffe_id
             try:
                 authorise(peer, method)
             except PermissionDenied as error:
-                log.warning("call_refused", peer=str(peer), method=method)
+                self._audit.refused(str(peer), method, error.reason)
                 await abort(context, error)
+            if method in ADMIN_METHODS:
+                self._audit.admitted(str(peer), method)
 
         return guarded(await continuation(handler_call_details), check)

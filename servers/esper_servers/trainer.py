@@ -131,7 +131,9 @@ def _attach(
         thread=thread,
     )
     session.spawn(_prefetch(mesh.urza, identity, library))
-    session.kasmina_address = thread.run(_serve_kasmina(host, identity, kasmina_address, session.run_id), timeout=10)
+    kasmina = thread.run(_serve_kasmina(host, identity, kasmina_address, session.run_id), timeout=10)
+    session.kasmina_address = kasmina.address
+    session.close_with(kasmina.drain)
     return session
 
 
@@ -199,7 +201,8 @@ async def _prefetch(address: str, identity: Identity, library: KernelLibrary) ->
             library.add(Kernel(blueprint))
 
 
-async def _serve_kasmina(host: InProcessSeedHost, identity: Identity, address: str, run_id: str) -> str:
-    server = MeshServer(config=ServerConfig(address=address), identity=identity)
+async def _serve_kasmina(host: InProcessSeedHost, identity: Identity, address: str, run_id: str) -> MeshServer:
+    server = MeshServer(config=ServerConfig(address=address, drain_seconds=0.5), identity=identity)
     server.add_service(KASMINA, KasminaServicer(host, run_id))
-    return await server.start()
+    await server.start()
+    return server

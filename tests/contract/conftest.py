@@ -79,7 +79,7 @@ async def addresses(mesh, tamiyo, kasmina, urza, identity):
     """Every service on a server of its own, under the certificate of its role."""
     services = [
         ("tamiyo", TAMIYO, tamiyo), ("trainer", KASMINA, kasmina), ("urza", URZA, urza),
-        ("identity", IDENTITY, identity),
+        ("weatherlight", IDENTITY, identity),
     ]  # fmt: skip
     async with contextlib.AsyncExitStack() as stack:
         found = {}

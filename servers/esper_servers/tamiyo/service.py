@@ -95,7 +95,7 @@ class TamiyoServicer:
     async def EvaluateSteps(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
         """Answer steps until the client ends the stream or the server drains."""
         owner = str(call.peer)
-        async with Inbox(requests) as inbox:
+        async with Inbox(requests, leave_after_seconds=call.seconds_until_leaving) as inbox:
             self._inboxes.add(inbox)
             try:
                 async for raw in inbox:

@@ -26,7 +26,7 @@ from esper_rpc.proto.leyline.v1 import rules_pb2 as esper_dot_leyline_dot_v1_dot
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(esper/identity/v1/identity_service.proto\x12\x11\x65sper.identity.v1\x1a\x1c\x65sper/leyline/v1/rules.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"6\n\x17RenewCertificateRequest\x12\x1b\n\x07\x63sr_pem\x18\x01 \x01(\tB\n\x8a\xd3\x18\x06\x08\x01\x38\x80\x80\x01\"\\\n\x18RenewCertificateResponse\x12\x11\n\tchain_pem\x18\x01 \x01(\t\x12-\n\tnot_after\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"F\n\rEnrollRequest\x12\x18\n\x05token\x18\x01 \x01(\tB\t\x8a\xd3\x18\x05\x08\x01\x38\x80\x04\x12\x1b\n\x07\x63sr_pem\x18\x02 \x01(\tB\n\x8a\xd3\x18\x06\x08\x01\x38\x80\x80\x01\"d\n\x0e\x45nrollResponse\x12\x11\n\tchain_pem\x18\x01 \x01(\t\x12\x10\n\x08root_pem\x18\x02 \x01(\t\x12-\n\tnot_after\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xcd\x01\n\x0fIdentityService\x12k\n\x10RenewCertificate\x12*.esper.identity.v1.RenewCertificateRequest\x1a+.esper.identity.v1.RenewCertificateResponse\x12M\n\x06\x45nroll\x12 .esper.identity.v1.EnrollRequest\x1a!.esper.identity.v1.EnrollResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(esper/identity/v1/identity_service.proto\x12\x11\x65sper.identity.v1\x1a\x1c\x65sper/leyline/v1/rules.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"6\n\x17RenewCertificateRequest\x12\x1b\n\x07\x63sr_pem\x18\x01 \x01(\tB\n\x8a\xd3\x18\x06\x08\x01\x38\x80\x80\x01\"\\\n\x18RenewCertificateResponse\x12\x11\n\tchain_pem\x18\x01 \x01(\t\x12-\n\tnot_after\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"F\n\rEnrollRequest\x12\x18\n\x05token\x18\x01 \x01(\tB\t\x8a\xd3\x18\x05\x08\x01\x38\x80\x04\x12\x1b\n\x07\x63sr_pem\x18\x02 \x01(\tB\n\x8a\xd3\x18\x06\x08\x01\x38\x80\x80\x01\"z\n\x0e\x45nrollResponse\x12\x11\n\tchain_pem\x18\x01 \x01(\t\x12\x10\n\x08root_pem\x18\x02 \x01(\t\x12-\n\tnot_after\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0ckeyring_json\x18\x04 \x01(\t2\xcd\x01\n\x0fIdentityService\x12k\n\x10RenewCertificate\x12*.esper.identity.v1.RenewCertificateRequest\x1a+.esper.identity.v1.RenewCertificateResponse\x12M\n\x06\x45nroll\x12 .esper.identity.v1.EnrollRequest\x1a!.esper.identity.v1.EnrollResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,7 +46,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENROLLREQUEST']._serialized_start=276
   _globals['_ENROLLREQUEST']._serialized_end=346
   _globals['_ENROLLRESPONSE']._serialized_start=348
-  _globals['_ENROLLRESPONSE']._serialized_end=448
-  _globals['_IDENTITYSERVICE']._serialized_start=451
-  _globals['_IDENTITYSERVICE']._serialized_end=656
+  _globals['_ENROLLRESPONSE']._serialized_end=470
+  _globals['_IDENTITYSERVICE']._serialized_start=473
+  _globals['_IDENTITYSERVICE']._serialized_end=678
 # @@protoc_insertion_point(module_scope)

@@ -95,10 +95,13 @@ class EnrollResponse(_message.Message):
     CHAIN_PEM_FIELD_NUMBER: _builtins.int
     ROOT_PEM_FIELD_NUMBER: _builtins.int
     NOT_AFTER_FIELD_NUMBER: _builtins.int
+    KEYRING_JSON_FIELD_NUMBER: _builtins.int
     chain_pem: _builtins.str
     """The leaf and the intermediate in PEM, leaf first."""
     root_pem: _builtins.str
     """The root in PEM."""
+    keyring_json: _builtins.str
+    """The keyring of the new member as JSON, derived when the token was made."""
     @_builtins.property
     def not_after(self) -> _timestamp_pb2.Timestamp:
         """When the leaf ends."""
@@ -109,10 +112,11 @@ class EnrollResponse(_message.Message):
         chain_pem: _builtins.str = ...,
         root_pem: _builtins.str = ...,
         not_after: _timestamp_pb2.Timestamp | None = ...,
+        keyring_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["not_after", b"not_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_pem", b"chain_pem", "not_after", b"not_after", "root_pem", b"root_pem"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_pem", b"chain_pem", "keyring_json", b"keyring_json", "not_after", b"not_after", "root_pem", b"root_pem"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___EnrollResponse: _TypeAlias = EnrollResponse  # noqa: Y015

@@ -59,7 +59,7 @@ class IdentityServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Enroll(self, request, context):
-        """Issues a first leaf for a one-time token.
+        """Issues a first leaf for a one-time token. It is served on a port that asks for no client certificate, and alone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,7 @@ class IdentityServiceStub:
     RenewCertificate: _grpc.UnaryUnaryMultiCallable[_identity_service_pb2.RenewCertificateRequest, _identity_service_pb2.RenewCertificateResponse]
     """Issues a new leaf to the holder of a valid one, with the same names. The signing request's own names are ignored."""
     Enroll: _grpc.UnaryUnaryMultiCallable[_identity_service_pb2.EnrollRequest, _identity_service_pb2.EnrollResponse]
-    """Issues a first leaf for a one-time token."""
+    """Issues a first leaf for a one-time token. It is served on a port that asks for no client certificate, and alone."""
 
 @_typing.type_check_only
 class IdentityServiceAsyncStub(IdentityServiceStub):
@@ -46,7 +46,7 @@ class IdentityServiceAsyncStub(IdentityServiceStub):
     RenewCertificate: _aio.UnaryUnaryMultiCallable[_identity_service_pb2.RenewCertificateRequest, _identity_service_pb2.RenewCertificateResponse]  # type: ignore[assignment]
     """Issues a new leaf to the holder of a valid one, with the same names. The signing request's own names are ignored."""
     Enroll: _aio.UnaryUnaryMultiCallable[_identity_service_pb2.EnrollRequest, _identity_service_pb2.EnrollResponse]  # type: ignore[assignment]
-    """Issues a first leaf for a one-time token."""
+    """Issues a first leaf for a one-time token. It is served on a port that asks for no client certificate, and alone."""
 
 class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
     """IdentityService issues certificates to members of the mesh."""
@@ -65,6 +65,6 @@ class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _identity_service_pb2.EnrollRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_identity_service_pb2.EnrollResponse, _abc.Awaitable[_identity_service_pb2.EnrollResponse]]:
-        """Issues a first leaf for a one-time token."""
+        """Issues a first leaf for a one-time token. It is served on a port that asks for no client certificate, and alone."""
 
 def add_IdentityServiceServicer_to_server(servicer: IdentityServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper_rpc.audit import AuditLog
+from esper_rpc.concurrency import BULK, EPOCH, STEP, ConcurrencyConfig, ConcurrencyLimit
+from esper_rpc.errors import ResourceExhausted
+from esper_rpc.quota import QuotaConfig, Quotas
+from esper_rpc.testing import FakeClock
+
+
+def test_a_quota_refuses_beyond_the_burst_and_says_when_to_come_back():
+    clock = FakeClock()
+    quotas = Quotas(QuotaConfig(calls_per_second=10, burst=3), clock)
+    for _ in range(3):
+        quotas.take("a")
+    with pytest.raises(ResourceExhausted) as caught:
+        quotas.take("a")
+    assert (caught.value.reason, caught.value.retry_after_ms) == ("QUOTA_CALLS", 100)
+    clock.advance(0.1001)
+    quotas.take("a")
+
+
+def test_one_identity_does_not_use_up_the_quota_of_another():
+    quotas = Quotas(QuotaConfig(calls_per_second=1, burst=1), FakeClock())
+    quotas.take("a")
+    quotas.take("b")
+
+
+def test_streams_are_counted_until_they_close():
+    quotas = Quotas(QuotaConfig(streams=1), FakeClock())
+    quotas.open_stream("a")
+    with pytest.raises(ResourceExhausted, match="streams open"):
+        quotas.open_stream("a")
+    quotas.close_stream("a")
+    quotas.open_stream("a")
+
+
+def test_identities_that_never_come_back_are_forgotten():
+    quotas = Quotas(clock=FakeClock())
+    quotas.open_stream("kept")
+    for number in range(10_000):
+        quotas.take(f"passer-by {number}")
+    assert len(quotas._accounts) <= 4097
+    quotas.close_stream("kept")
+
+
+def test_bulk_gives_way_first_and_a_step_last():
+    limit = ConcurrencyLimit(ConcurrencyConfig(initial=10, least=10, most=10), FakeClock())
+    admitted = dict.fromkeys((BULK, EPOCH, STEP), 0)
+    for rank in admitted:
+        with pytest.raises(ResourceExhausted):
+            while True:
+                limit.acquire(rank)
+                admitted[rank] += 1
+    assert admitted == {BULK: 5, EPOCH: 3, STEP: 2}
+    assert limit.refused == 3
+
+
+def served(limit, clock, seconds, calls):
+    for _ in range(calls):
+        places = []
+        with pytest.raises(ResourceExhausted):
+            while True:
+                places.append(limit.acquire(STEP))
+        clock.advance(seconds)
+        for place in places:
+            limit.release(place)
+
+
+def test_the_limit_shrinks_when_latency_grows_and_recovers():
+    clock = FakeClock()
+    limit = ConcurrencyLimit(ConcurrencyConfig(initial=50, least=4, most=100), clock)
+    served(limit, clock, 0.001, 40)
+    healthy = limit.limit
+    served(limit, clock, 0.1, 1)
+    overloaded = limit.limit
+    served(limit, clock, 0.001, 200)
+    assert overloaded < healthy
+    assert limit.limit > overloaded
+
+
+@given(st.lists(st.floats(0, 10, allow_nan=False), max_size=200))
+def test_the_limit_stays_in_its_bounds_and_places_are_conserved(latencies):
+    clock = FakeClock()
+    limit = ConcurrencyLimit(ConcurrencyConfig(initial=8, least=4, most=16), clock)
+    for seconds in latencies:
+        place = limit.acquire(STEP)
+        clock.advance(seconds)
+        limit.release(place)
+        assert 4 <= limit.limit <= 16
+    assert limit.in_flight == 0
+
+
+def test_refusals_and_admin_calls_are_written_and_a_flood_is_written_once(tmp_path):
+    clock = FakeClock()
+    audit = AuditLog(tmp_path / "audit" / "log.jsonl", clock=clock)
+    for _ in range(1000):
+        audit.refused("a", "/m", "DENIED")
+    clock.advance(1.5)
+    audit.refused("a", "/m", "DENIED")
+    audit.admitted("operator", "/n")
+    audit.close()
+    lines = [json.loads(line) for line in (tmp_path / "audit" / "log.jsonl").read_text().splitlines()]
+    assert [(line["event"], line.get("repeated_before")) for line in lines] == [
+        ("refused", 0), ("refused", 999), ("admin_call", None),
+    ]  # fmt: skip

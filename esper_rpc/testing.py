@@ -68,6 +68,11 @@ class TemporaryMesh:
             keyring_for(self._root_keys, spiffe_id).save(directory / "keyring.json")
         return Identity.load(directory)
 
+    def reissue(self, role: str, instance: str = "local", *, lifetime: timedelta = LEAF_LIFETIME) -> Identity:
+        """Issue the leaf of a member again, as a renewal does."""
+        leaf = self._authority.issue(SpiffeId(role, instance), lifetime=lifetime)
+        return Identity.of(leaf).save(self.identity_dir(role, instance))
+
     def identity_dir(self, role: str, instance: str = "local") -> Path:
         """Where a member's files lie."""
         return self.directory / "identities" / f"{role}-{instance}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any, Protocol, Self, TypeVar
 
@@ -9,7 +10,7 @@ from esper_rpc.channel import ForkGuard, open_channel
 
 import grpc  # isort: skip  # After channel, which sets how grpc behaves around forks.
 
-from esper_rpc.identity import Identity
+from esper_rpc.identity import Identity, LiveIdentity
 from esper_rpc.proto.identity.v1 import (
     EnrollRequest,
     EnrollResponse,
@@ -98,6 +99,8 @@ from esper_rpc.proto.urza.v1 import (
 )
 from esper_rpc.status import from_rpc_error
 
+HAND_OVER_SECONDS = 30.0
+
 
 class Parsed(Protocol):
     """A generated message class, as far as a client needs it."""
@@ -112,17 +115,26 @@ Response = TypeVar("Response", bound=Parsed)
 
 
 class MeshClient:
-    """A channel to one service. Make it on the event loop that uses it; close it there."""
+    """A channel to one service. Make it on the event loop that uses it; close it there.
+
+    When the identity's files are renewed, the next call goes over a new channel; calls in flight end on the old one.
+    """
 
     role = ""
     service = ""
 
     def __init__(self, address: str, *, identity: Identity) -> None:
         self._fork = ForkGuard()
+        self._address = address
+        self._live = LiveIdentity(identity)
+        self._identity = identity
         self._channel = open_channel(address, identity=identity, role=self.role)
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
         """Close the channel; calls in flight are cancelled."""
+        for task in self._closing:
+            task.cancel()
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -133,10 +145,22 @@ class MeshClient:
 
     def _path(self, method: str) -> str:
         self._fork.check()
+        self._follow_identity()
         return f"/{self.service}/{method}"
 
+    def _follow_identity(self) -> None:
+        current = self._live.current()
+        if current is self._identity:
+            return
+        closing = asyncio.create_task(self._channel.close(HAND_OVER_SECONDS))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        self._identity = current
+        self._channel = open_channel(self._address, identity=current, role=self.role)
+
     async def _unary(self, method: str, request: Any, response: type[Response], timeout: float) -> Response:
-        call: Any = self._channel.unary_unary(self._path(method), type(request).SerializeToString, response.FromString)
+        path = self._path(method)
+        call: Any = self._channel.unary_unary(path, type(request).SerializeToString, response.FromString)
         try:
             return await call(request, timeout=timeout)  # type: ignore[no-any-return]  # response.FromString made it.
         except grpc.RpcError as error:
@@ -145,7 +169,8 @@ class MeshClient:
     async def _upload(
         self, method: str, requests: AsyncIterable[Any], request: Any, response: type[Response], timeout: float
     ) -> Response:
-        call: Any = self._channel.stream_unary(self._path(method), request.SerializeToString, response.FromString)
+        path = self._path(method)
+        call: Any = self._channel.stream_unary(path, request.SerializeToString, response.FromString)
         try:
             return await call(requests, timeout=timeout)  # type: ignore[no-any-return]  # response.FromString made it.
         except grpc.RpcError as error:
@@ -154,7 +179,8 @@ class MeshClient:
     async def _download(
         self, method: str, request: Any, response: type[Response], timeout: float | None
     ) -> AsyncIterator[Response]:
-        call: Any = self._channel.unary_stream(self._path(method), type(request).SerializeToString, response.FromString)
+        path = self._path(method)
+        call: Any = self._channel.unary_stream(path, type(request).SerializeToString, response.FromString)
         try:
             async for message in call(request, timeout=timeout):
                 yield message
@@ -164,7 +190,8 @@ class MeshClient:
     async def _bidi(
         self, method: str, requests: AsyncIterable[Any], request: Any, response: type[Response]
     ) -> AsyncIterator[Response]:
-        call: Any = self._channel.stream_stream(self._path(method), request.SerializeToString, response.FromString)
+        path = self._path(method)
+        call: Any = self._channel.stream_stream(path, request.SerializeToString, response.FromString)
         try:
             async for message in call(requests):
                 yield message

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 import structlog
 
 from esper_rpc.errors import EsperError
-from esper_rpc.identity import Identity
+from esper_rpc.identity import Identity, LiveIdentity
 from esper_rpc.proto.tamiyo.v1 import OpenRunRequest, StepDecision
 
 from .connection import StepConnection
@@ -14,6 +15,8 @@ from .connection import StepConnection
 log = structlog.get_logger(__name__)
 
 BACKOFF_SECONDS = (0.05, 1.0)
+STREAM_AGE_SECONDS = 0.6 * 3600
+"""Before the server asks for it: the default age of a stream there is an hour."""
 
 
 class DecisionStream:
@@ -33,7 +36,7 @@ class DecisionStream:
         is_awaited: Callable[[int], bool],
     ) -> None:
         self._address = address
-        self._identity = identity
+        self._live = LiveIdentity(identity)
         self._describe = describe
         self._on_decision = on_decision
         self._on_open = on_open
@@ -54,6 +57,11 @@ class DecisionStream:
         if self._current is not None and self._current.is_alive:
             self._current.send(raw)
 
+    def replace(self) -> None:
+        """Move to a new connection, for example because the certificate was renewed; call it on the loop."""
+        if self._current is not None:
+            self._current.must_be_replaced.set()
+
     async def run(self) -> None:
         """Serve until cancelled."""
         backoff, longest = BACKOFF_SECONDS
@@ -67,12 +75,13 @@ class DecisionStream:
                 continue
             backoff = BACKOFF_SECONDS[0]
             assert self._current is not None
-            await self._current.must_be_replaced.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._current.must_be_replaced.wait(), STREAM_AGE_SECONDS)
             log.info("decision_stream_replaced", address=self._address, lost=not self._current.is_alive)
 
     async def _open(self) -> StepConnection:
         connection = StepConnection(
-            self._address, identity=self._identity, on_decision=self._on_decision, on_lost=self._resend
+            self._address, identity=self._live.current(), on_decision=self._on_decision, on_lost=self._resend
         )
         return await connection.open(self._describe())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from esper_rpc.errors import ConfigError
 
 MESH_FILE = "mesh.toml"
+KEYS = ("tamiyo", "urza", "identity", "weatherlight", "deny_list")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,16 +19,19 @@ class MeshAddress:
     urza: str
     identity_dir: Path
     """Holds cert.pem, key.pem, ca.pem and keyring.json."""
+    weatherlight: str | None = None
+    """Who renews certificates; without it they are renewed by hand."""
+    deny_list: Path | None = None
 
 
 def find_mesh(environ: Mapping[str, str]) -> MeshAddress | None:
-    """Look in the environment (ESPER_TAMIYO, ESPER_URZA, ESPER_IDENTITY), then in $ESPER_HOME/mesh.toml.
+    """Look in the environment (ESPER_TAMIYO, _URZA, _IDENTITY, _WEATHERLIGHT), then in $ESPER_HOME/mesh.toml.
 
     Raises:
         ConfigError: When something is there, but not whole.
     """
     if "ESPER_TAMIYO" in environ:
-        return _whole({k: environ.get(f"ESPER_{k.upper()}") for k in ("tamiyo", "urza", "identity")}, "the environment")
+        return _whole({k: environ.get(f"ESPER_{k.upper()}") for k in KEYS}, "the environment")
     home = Path(environ.get("ESPER_HOME", Path.home() / ".esper"))
     path = home / MESH_FILE
     if not path.exists():
@@ -42,4 +46,11 @@ def _whole(settings: Mapping[str, str | None], source: str) -> MeshAddress:
     tamiyo, urza, identity = (settings.get(key) for key in ("tamiyo", "urza", "identity"))
     if not (tamiyo and urza and identity):
         raise ConfigError(f"{source} must name tamiyo, urza and identity; `esper up` writes all three.")
-    return MeshAddress(tamiyo=tamiyo, urza=urza, identity_dir=Path(identity))
+    deny_list = settings.get("deny_list")
+    return MeshAddress(
+        tamiyo=tamiyo,
+        urza=urza,
+        identity_dir=Path(identity),
+        weatherlight=settings.get("weatherlight"),
+        deny_list=Path(deny_list) if deny_list else None,
+    )

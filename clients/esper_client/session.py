@@ -164,6 +164,10 @@ class TrainingSession:
         """Return the model without the mesh."""
         return self.host.export()
 
+    def move(self) -> None:
+        """Move to a new connection without a pause, for example with a renewed certificate; call it on the loop."""
+        self._stream.replace()
+
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run a coroutine beside the training, on the session's loop."""
         self._thread.spawn(work)

@@ -4,7 +4,7 @@ import base64
 import json
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,34 @@ class RootKeys:
             raise ConfigError(f"{path} holds signing roots already; remove it to start afresh.")
         key_id = secrets.token_hex(8)
         keys = cls(active_key_id=key_id, roots={key_id: secrets.token_bytes(KEY_BYTES)})
-        document = {"active_key_id": key_id, "roots": {k: _to_text(v) for k, v in keys.roots.items()}}
-        write_secret(path, json.dumps(document).encode())
+        keys.save(path)
         return keys
+
+    def save(self, path: Path) -> None:
+        """Write the file, mode 0600."""
+        document = {"active_key_id": self.active_key_id, "roots": {k: _to_text(v) for k, v in self.roots.items()}}
+        write_secret(path, json.dumps(document).encode())
+
+    def with_new_root(self) -> RootKeys:
+        """Add a root that receivers learn to verify before anybody signs with it."""
+        return replace(self, roots={**self.roots, secrets.token_hex(8): secrets.token_bytes(KEY_BYTES)})
+
+    def with_active(self, key_id: str) -> RootKeys:
+        """Sign with this root from now on; raises ConfigError when it is unknown."""
+        if key_id not in self.roots:
+            raise ConfigError(f"There is no root {key_id}; there are {', '.join(self.roots)}.")
+        return replace(self, active_key_id=key_id)
+
+    def without(self, key_id: str) -> RootKeys:
+        """Forget a root: what it signed is refused from now on; raises ConfigError for the active one."""
+        if key_id == self.active_key_id:
+            raise ConfigError(f"{key_id} is active; rotate first.")
+        return replace(self, roots={k: root for k, root in self.roots.items() if k != key_id})
+
+    @property
+    def newest_key_id(self) -> str:
+        """The root that was added last."""
+        return list(self.roots)[-1]
 
     @classmethod
     def load(cls, path: Path) -> RootKeys:
@@ -80,6 +105,8 @@ class Keyring:
         self._issuer_keys = dict(issuer_keys)
         self._received = dict(received)
         self._signing: dict[tuple[str, str], bytes] = {}
+        self._path: Path | None = None
+        self._stamp = 0
 
     def __repr__(self) -> str:
         return f"Keyring(role={self.role!r}, active_key_id={self.active_key_id!r}, received={len(self._received)})"
@@ -146,7 +173,19 @@ class Keyring:
     @classmethod
     def load(cls, path: Path) -> Keyring:
         """Read a keyring file, which only its owner may read."""
-        return cls.parse(read_secret(path), source=str(path))
+        stamp = path.stat().st_mtime_ns if path.exists() else 0
+        keyring = cls.parse(read_secret(path), source=str(path))
+        keyring._path, keyring._stamp = path, stamp
+        return keyring
+
+    async def refresh(self) -> None:
+        """Read the file again if it has changed, so that keys rotate without a restart; raises ConfigError."""
+        stamp = self._path.stat().st_mtime_ns if self._path is not None and self._path.exists() else self._stamp
+        if stamp == self._stamp or self._path is None:
+            return
+        read = Keyring.load(self._path)
+        self._received, self._issuer_keys = read._received, read._issuer_keys
+        self._signing, self.active_key_id, self._stamp = {}, read.active_key_id, stamp
 
     def save(self, path: Path) -> None:
         """Write the file, mode 0600."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .authorisation import authorise
 from .authority import Authority, IssuedLeaf
-from .credentials import Identity
+from .credentials import Identity, LiveIdentity
 from .spiffe import SpiffeId
 
-__all__ = ["Authority", "Identity", "IssuedLeaf", "SpiffeId", "authorise"]
+__all__ = ["Authority", "Identity", "IssuedLeaf", "LiveIdentity", "SpiffeId", "authorise"]

@@ -69,12 +69,17 @@ class Authority:
     @classmethod
     def load(cls, directory: Path, *, clock: Callable[[], datetime] = utc_now) -> Authority:
         """Read the intermediate and the root certificate; the root key is not touched."""
-        root_pem = read_secret(directory / "root.pem")
-        certificate = x509.load_pem_x509_certificate(read_secret(directory / "intermediate.pem"))
-        key = serialization.load_pem_private_key(read_secret(directory / "intermediate.key"), password=None)
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ConfigError(f"{directory / 'intermediate.key'} is not an EC key.")
-        return cls(root_pem, _Signer(certificate, key), clock)
+        return cls(read_secret(directory / "root.pem"), _read_signer(directory, "intermediate"), clock)
+
+    @classmethod
+    def renew_intermediate(cls, directory: Path, *, clock: Callable[[], datetime] = utc_now) -> Authority:
+        """Sign a new intermediate with the root key, which must be at hand. Leaves of the old one stay valid."""
+        root = _read_signer(directory, "root")
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = _certify_authority("esper intermediate", key, root, clock(), INTERMEDIATE_LIFETIME, 0)
+        write_secret(directory / "intermediate.key", _key_pem(key))
+        write_secret(directory / "intermediate.pem", _pem(certificate))
+        return cls(_pem(root.certificate), _Signer(certificate, key), clock)
 
     @property
     def root_pem(self) -> bytes:
@@ -99,6 +104,14 @@ class Authority:
         return IssuedLeaf(
             chain_pem=chain, key_pem=_key_pem(key) if key else b"", root_pem=self._root_pem, not_after=end
         )
+
+
+def _read_signer(directory: Path, name: str) -> _Signer:
+    certificate = x509.load_pem_x509_certificate(read_secret(directory / f"{name}.pem"))
+    key = serialization.load_pem_private_key(read_secret(directory / f"{name}.key"), password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{directory / name}.key is not an EC key.")
+    return _Signer(certificate, key)
 
 
 def _certify_authority(

@@ -10,11 +10,12 @@ from cryptography.hazmat.primitives import serialization
 
 from esper_rpc.errors import ConfigError
 
-from .authority import IssuedLeaf, utc_now
+from .authority import BACKDATING, IssuedLeaf, utc_now
 from .secret_files import read_secret, write_secret
 from .spiffe import SpiffeId
 
-_FILES = {"chain_pem": "cert.pem", "key_pem": "key.pem", "root_pem": "ca.pem"}
+# Written in this order: whoever sees a new certificate finds its key.
+_FILES = {"root_pem": "ca.pem", "key_pem": "key.pem", "chain_pem": "cert.pem"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +42,7 @@ class Identity:
     @classmethod
     def load(cls, directory: Path) -> Identity:
         """Read an identity; raises ConfigError when a file is missing, readable by others, or the leaf has ended."""
-        parts = {part: read_secret(directory / name) for part, name in _FILES.items()}
+        parts = {part: read_secret(directory / name) for part, name in reversed(_FILES.items())}
         identity = cls(spiffe_id=_spiffe_id_of(parts["chain_pem"]), directory=directory, **parts)
         _check_pair(identity)
         if identity.not_after <= utc_now():
@@ -63,9 +64,10 @@ class Identity:
         return x509.load_pem_x509_certificate(self.chain_pem).not_valid_after_utc
 
     @property
-    def not_before(self) -> datetime:
-        """When the leaf begins."""
-        return x509.load_pem_x509_certificate(self.chain_pem).not_valid_before_utc
+    def renewal_due(self) -> datetime:
+        """When two thirds of the leaf's life have passed."""
+        issued = x509.load_pem_x509_certificate(self.chain_pem).not_valid_before_utc + BACKDATING
+        return issued + (self.not_after - issued) * 2 / 3
 
     def with_leaf(self, chain_pem: bytes, key_pem: bytes) -> Identity:
         """Return this identity with a renewed leaf."""
@@ -92,30 +94,46 @@ class Identity:
         )
 
 
+class LiveIdentity:
+    """An identity that follows its files: a renewed leaf is taken up when it is whole."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+        self._stamp = _stamp_of(identity.directory)
+
+    def current(self) -> Identity:
+        """Return the newest identity; the same object while nothing changed."""
+        stamp = _stamp_of(self._identity.directory)
+        if stamp == self._stamp or self._identity.directory is None:
+            return self._identity
+        try:
+            self._identity = Identity.load(self._identity.directory)
+        except ConfigError:
+            return self._identity  # A half-written renewal: the old leaf serves until the new one is whole.
+        self._stamp = stamp
+        return self._identity
+
+
 class _Fetcher:
     """Called by gRPC at each handshake. None means that nothing changed."""
 
     def __init__(self, identity: Identity) -> None:
-        self._identity = identity
-        self._stamp = self._read_stamp()
+        self._live = LiveIdentity(identity)
+        self._serving = identity
 
     def __call__(self) -> grpc.ServerCertificateConfiguration | None:
-        stamp = self._read_stamp()
-        if stamp == self._stamp or self._identity.directory is None:
+        current = self._live.current()
+        if current is self._serving:
             return None
-        try:
-            renewed = Identity.load(self._identity.directory)
-        except ConfigError:
-            return None  # A half-written renewal: the old leaf serves until the new one is whole.
-        self._stamp = stamp
-        return renewed._configuration()
+        self._serving = current
+        return current._configuration()
 
-    def _read_stamp(self) -> int:
-        directory = self._identity.directory
-        try:
-            return (directory / _FILES["chain_pem"]).stat().st_mtime_ns if directory else 0
-        except FileNotFoundError:
-            return 0
+
+def _stamp_of(directory: Path | None) -> int:
+    try:
+        return (directory / _FILES["chain_pem"]).stat().st_mtime_ns if directory else 0
+    except FileNotFoundError:
+        return 0
 
 
 def _check_pair(identity: Identity) -> None:

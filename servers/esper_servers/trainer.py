@@ -15,6 +15,7 @@ from torch import nn
 from esper_client.client import UrzaClient
 from esper_client.discovery import MeshAddress, find_mesh
 from esper_client.event_loop import LoopThread
+from esper_client.renewal import CHECK_SECONDS, CertificateRenewer
 from esper_client.session import SessionConfig, TrainingSession
 from esper_rpc.envelope import Keyring
 from esper_rpc.errors import ConfigError, DataLoss, EsperError
@@ -131,7 +132,11 @@ def _attach(
         thread=thread,
     )
     session.spawn(_prefetch(mesh.urza, identity, library))
-    kasmina = thread.run(_serve_kasmina(host, identity, kasmina_address, session.run_id), timeout=10)
+    config = ServerConfig(address=kasmina_address, drain_seconds=0.5, deny_list=mesh.deny_list)
+    kasmina = thread.run(_serve_kasmina(host, identity, config, session.run_id), timeout=10)
+    renewer = CertificateRenewer(identity, address=mesh.weatherlight, on_renewed=lambda _identity: session.move())
+    thread.loop.call_soon_threadsafe(kasmina.every, CHECK_SECONDS, renewer.check)
+    thread.loop.call_soon_threadsafe(kasmina.every, CHECK_SECONDS, keyring.refresh)
     session.kasmina_address = kasmina.address
     session.close_with(kasmina.drain)
     return session
@@ -201,8 +206,8 @@ async def _prefetch(address: str, identity: Identity, library: KernelLibrary) ->
             library.add(Kernel(blueprint))
 
 
-async def _serve_kasmina(host: InProcessSeedHost, identity: Identity, address: str, run_id: str) -> MeshServer:
-    server = MeshServer(config=ServerConfig(address=address, drain_seconds=0.5), identity=identity)
+async def _serve_kasmina(host: InProcessSeedHost, identity: Identity, config: ServerConfig, run_id: str) -> MeshServer:
+    server = MeshServer(config=config, identity=identity)
     server.add_service(KASMINA, KasminaServicer(host, run_id))
     await server.start()
     return server

@@ -71,7 +71,7 @@ def urza(tmp_path):
 
 @pytest.fixture
 def identity(mesh):
-    return IdentityServicer(Authority.load(mesh.directory / "pki"))
+    return IdentityServicer(lambda: Authority.load(mesh.directory / "pki"))
 
 
 @pytest.fixture

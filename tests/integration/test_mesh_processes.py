@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from esper_client import MeshAddress, attach
+from esper_client import attach, find_mesh
 from esper_rpc.proto.leyline.v1 import CommandOutcome
 from esper_servers.cli.home import Home
 from esper_servers.cli.processes import Supervisor, cli_command, end
@@ -44,7 +44,7 @@ class TinyTraining:
         self.model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05)
         self.generator = torch.Generator().manual_seed(0)
-        address = MeshAddress(identity_dir=home.identity_dir("trainer"), **mesh.addresses)
+        address = find_mesh({"ESPER_HOME": str(home.directory)})
         self.session = attach(self.model, self.optimizer, mesh=address, run_id=run_id, step_budget_ms=BUDGET_MS)
         self.outcomes = []
 

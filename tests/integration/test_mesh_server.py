@@ -185,7 +185,7 @@ async def test_a_leaf_is_renewed_under_the_callers_own_name(mesh):
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
     csr = request.sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())
     pem = csr.public_bytes(serialization.Encoding.PEM).decode()
-    async with serving(mesh.identity("weatherlight"), (descriptor, IdentityServicer(authority))) as running:
+    async with serving(mesh.identity("weatherlight"), (descriptor, IdentityServicer(lambda: authority))) as running:
         async with IdentityClient(running.address, identity=mesh.identity("trainer", "me")) as client:
             response = await client.renew_certificate(RenewCertificateRequest(csr_pem=pem))
     leaf = x509.load_pem_x509_certificate(response.chain_pem.encode())

@@ -15,10 +15,11 @@ from esper_rpc.errors import ConfigError
 from esper_rpc.identity import Authority, Identity, SpiffeId
 from esper_rpc.identity.authority import utc_now
 
-MEMBERS = ("urza", "tamiyo", "trainer", "operator")
+MEMBERS = ("weatherlight", "urza", "tamiyo", "trainer", "operator")
 INSTANCE = "local"
 # A leaf with less left is issued again at a start, so that a laptop that slept just works.
 RENEWAL_MARGIN = timedelta(hours=8)
+INTERMEDIATE_MARGIN = timedelta(days=10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,20 @@ class Home:
         """Where an operator writes settings, by section."""
         return self.directory / "esper.toml"
 
+    @property
+    def deny_list(self) -> Path:
+        """Members that are refused although their certificates are valid."""
+        return self.pki / "denied.json"
+
+    @property
+    def tokens_dir(self) -> Path:
+        """Enrolment tokens that wait to be redeemed."""
+        return self.pki / "tokens"
+
+    def audit_log(self, service: str) -> Path:
+        """Where a service writes refusals and admin calls."""
+        return self.directory / "logs" / f"{service}.audit.jsonl"
+
     def identity_dir(self, role: str, instance: str = INSTANCE) -> Path:
         """The certificate, key and keyring of one member."""
         return self.directory / "identities" / f"{role}-{instance}"
@@ -85,10 +100,19 @@ class Home:
         keyring.save(self.identity_dir(spiffe_id.role, spiffe_id.instance) / "keyring.json")
         return keyring
 
+    def reissue_keyrings(self) -> list[str]:
+        """Derive again every keyring that lies here, after the roots changed; returns whose."""
+        names = sorted(file.parent.name for file in (self.directory / "identities").glob("*/keyring.json"))
+        for name in names:
+            role, _, instance = name.partition("-")
+            self.issue_keyring(SpiffeId(role, instance))
+        return names
+
     def prepare(self) -> None:
         """Make whatever a mesh on this machine still lacks: authority, roots, identities, keyrings."""
         if not (self.pki / "root.pem").exists():
             Authority.create(self.pki)
+        self._renew_intermediate()
         if not self.root_keys.exists():
             RootKeys.create(self.root_keys)
         for role in MEMBERS:
@@ -102,6 +126,7 @@ class Home:
         """Publish the addresses of running services, for `attach` and the other commands."""
         lines = ["[mesh]", *(f"{service} = {json.dumps(address)}" for service, address in addresses.items())]
         lines.append(f"identity = {json.dumps(str(self.identity_dir('trainer')))}")
+        lines.append(f"deny_list = {json.dumps(str(self.deny_list))}")
         scratch = self.mesh_file.with_suffix(".part")
         scratch.write_text("\n".join(lines) + "\n")
         scratch.replace(self.mesh_file)
@@ -123,6 +148,27 @@ class Home:
             return dict(tomllib.loads(self.mesh_file.read_text()).get("mesh", {}))
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{self.mesh_file} is not valid TOML: {error}.") from error
+
+    def _renew_intermediate(self) -> None:
+        """Sign a new intermediate in time where the root key is at hand; elsewhere `esper pki status` warns."""
+        left = Authority.load(self.pki).not_after - utc_now()
+        if left < INTERMEDIATE_MARGIN and (self.pki / "root.key").exists():
+            Authority.renew_intermediate(self.pki)
+
+    def renew_leaves(self) -> list[str]:
+        """Issue again the local leaves that no process renewed, because there is none or the machine slept."""
+        overdue = [role for role in MEMBERS if self._is_overdue(role)]
+        for role in overdue:
+            self.issue_identity(SpiffeId(role, INSTANCE))
+        return overdue
+
+    def _is_overdue(self, role: str) -> bool:
+        try:
+            identity = self.identity(role)
+        except ConfigError:
+            return True
+        # Halfway between the time when its process should have renewed it and its end.
+        return utc_now() > identity.renewal_due + (identity.not_after - identity.renewal_due) / 2
 
     def _needs_leaf(self, role: str) -> bool:
         if not (self.identity_dir(role) / "cert.pem").exists():

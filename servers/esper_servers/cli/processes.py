@@ -16,6 +16,7 @@ from typing import IO, Self
 
 from esper_rpc.errors import ConfigError, Unavailable
 
+from .authority_thread import AuthorityThread
 from .home import Home
 
 START_SECONDS = 60.0
@@ -50,10 +51,18 @@ class ServiceProcess:
 class Supervisor:
     """Runs the services of a mesh on this machine; a context manager that drains them."""
 
-    def __init__(self, home: Home, environ: Mapping[str, str], plans: Sequence[ServicePlan] = SERVICES) -> None:
-        self._home = home
+    def __init__(
+        self,
+        home: Home,
+        environ: Mapping[str, str],
+        plans: Sequence[ServicePlan] = SERVICES,
+        *,
+        enrolment_address: str = FREE_PORT,
+    ) -> None:
+        self.home = home
         self._environ = child_environ(home, environ)
         self._plans = plans
+        self._authority = AuthorityThread(home, environ, enrolment_address)
         self.services: dict[str, ServiceProcess] = {}
 
     def __enter__(self) -> Self:
@@ -72,13 +81,14 @@ class Supervisor:
     @property
     def addresses(self) -> dict[str, str]:
         """Where each service listens."""
-        return {name: service.address for name, service in self.services.items()}
+        return {name: service.address for name, service in self.services.items()} | self._authority.addresses
 
     def start(self) -> None:
         """Start every service in order, wait until it serves, and write mesh.toml."""
+        self._authority.start()
         for plan in self._plans:
             self.services[plan.name] = self._start(plan)
-        self._home.write_mesh(self.addresses)
+        self.home.write_mesh(self.addresses)
 
     def restart(self, name: str) -> None:
         """Start a service that ended again, at the address it had: its peers know no other."""
@@ -95,12 +105,14 @@ class Supervisor:
         """Drain every service, the last started first; what does not end in time is killed."""
         for service in reversed(self.services.values()):
             end(service.process)
+        self._authority.stop()
 
     def _start(self, plan: ServicePlan) -> ServiceProcess:
-        command = [*cli_command(), "serve", plan.name, "--home", str(self._home.directory), "--address", plan.address]
+        command = [*cli_command(), "serve", plan.name, "--home", str(self.home.directory), "--address", plan.address]
+        command += ["--weatherlight", self._authority.addresses["weatherlight"]]
         for need in plan.needs:
             command += [f"--{need}", self.services[need].address]
-        log_file = self._home.log_file(plan.name)
+        log_file = self.home.log_file(plan.name)
         log_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with log_file.open("ab") as log:
             process = subprocess.Popen(
@@ -122,11 +134,11 @@ class Supervisor:
                 return str(event["address"])
         name = service.plan.name
         if service.process.poll() is None and not _exits_soon(service.process):
-            raise Unavailable(f"{name} does not serve after {START_SECONDS:g} s; see {self._home.log_file(name)}.")
+            raise Unavailable(f"{name} does not serve after {START_SECONDS:g} s; see {self.home.log_file(name)}.")
         raise ConfigError(f"{name} ended before it served. Its last words:\n{self._last_words(name)}")
 
     def _last_words(self, name: str) -> str:
-        lines = self._home.log_file(name).read_text(errors="replace").splitlines()
+        lines = self.home.log_file(name).read_text(errors="replace").splitlines()
         return "\n".join(lines[-_LOG_LINES_SHOWN:])
 
 

@@ -4,15 +4,21 @@ from typing import Annotated
 
 import typer
 
+from esper_rpc.concurrency import ConcurrencyConfig
 from esper_rpc.config import load
 from esper_rpc.logging import log_json_lines
+from esper_rpc.quota import QuotaConfig
+from esper_rpc.server import ServerConfig
 
 from .console import Commands, HomeOption, environ_of, home_of, run
-from .home import INSTANCE
+from .home import INSTANCE, Home
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Run one service in the foreground.")
 
 BindOption = Annotated[str, typer.Option("--address", help="host:port to listen on; port 0 takes a free one.")]
+WeatherlightOption = Annotated[
+    str | None, typer.Option("--weatherlight", help="host:port of whoever renews certificates. Default: nobody does.")
+]
 InstanceOption = Annotated[str, typer.Option(help="Which identity of the role to use.")]
 
 
@@ -21,6 +27,7 @@ def urza(
     context: typer.Context,
     address: BindOption = "127.0.0.1:0",
     instance: InstanceOption = INSTANCE,
+    weatherlight: WeatherlightOption = None,
     home: HomeOption = None,
 ) -> None:
     """Serve the blueprint library."""
@@ -29,7 +36,10 @@ def urza(
     log_json_lines()
     place = home_of(context, home)
     config = UrzaServerConfig(
-        identity_dir=place.identity_dir("urza", instance), state_dir=place.state_dir("urza"), address=address
+        identity_dir=place.identity_dir("urza", instance),
+        state_dir=place.state_dir("urza"),
+        server=_server_config(context, place, "urza", address),
+        weatherlight_address=weatherlight,
     )
     run(serve(config))
 
@@ -40,6 +50,7 @@ def tamiyo(
     address: BindOption = "127.0.0.1:0",
     urza: Annotated[str | None, typer.Option("--urza", help="host:port of Urza. Default: as in mesh.toml.")] = None,
     instance: InstanceOption = INSTANCE,
+    weatherlight: WeatherlightOption = None,
     home: HomeOption = None,
 ) -> None:
     """Serve the controller that decides what a training run does next."""
@@ -52,9 +63,21 @@ def tamiyo(
     config = TamiyoServerConfig(
         identity_dir=place.identity_dir("tamiyo", instance),
         state_dir=place.state_dir("tamiyo"),
-        address=address,
+        server=_server_config(context, place, "tamiyo", address),
+        weatherlight_address=weatherlight,
         urza_address=place.address("urza", urza),
         gates=load(GateConfig, "gates", path=place.settings_file, environ=environ),
         prior=load(PriorConfig, "prior", path=place.settings_file, environ=environ),
     )
     run(serve(config))
+
+
+def _server_config(context: typer.Context, home: Home, service: str, address: str) -> ServerConfig:
+    environ = environ_of(context)
+    return ServerConfig(
+        address=address,
+        deny_list=home.deny_list,
+        audit_log=home.audit_log(service),
+        quota=load(QuotaConfig, "quota", path=home.settings_file, environ=environ),
+        concurrency=load(ConcurrencyConfig, "concurrency", path=home.settings_file, environ=environ),
+    )

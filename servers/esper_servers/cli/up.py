@@ -18,6 +18,7 @@ def up(
     context: typer.Context,
     tamiyo_address: Annotated[str, typer.Option(help="Where Tamiyo listens.")] = "127.0.0.1:0",
     urza_address: Annotated[str, typer.Option(help="Where Urza listens.")] = "127.0.0.1:0",
+    enrolment_address: Annotated[str, typer.Option(help="Where new machines redeem tokens.")] = "127.0.0.1:0",
     home: HomeOption = None,
 ) -> None:
     """Start the mesh on this machine, watch it, and drain it on Ctrl-C."""
@@ -29,7 +30,7 @@ def up(
     )
     stop = _stop_on_signals()
     console = Console(stderr=True)
-    with Supervisor(place, environ_of(context), plans) as supervisor:
+    with Supervisor(place, environ_of(context), plans, enrolment_address=enrolment_address) as supervisor:
         for name, address in supervisor.addresses.items():
             console.print(f"[green]serving[/] {name} at {address}")
         console.print(f"wrote {place.mesh_file}; training finds it with ESPER_HOME={place.directory}. Ctrl-C drains.")
@@ -38,6 +39,8 @@ def up(
 
 def _watch(supervisor: Supervisor, stop: threading.Event, console: Console) -> None:
     while not stop.wait(_WATCH_SECONDS):
+        for role in supervisor.home.renew_leaves():
+            console.print(f"issued the certificate of {role} again")
         for name in supervisor.ended():
             console.print(
                 f"[red]{name} ended[/] with {supervisor.services[name].process.returncode}; starting it again"

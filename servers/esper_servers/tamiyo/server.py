@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from esper_client.client import UrzaClient
+from esper_client.renewal import CHECK_SECONDS, CertificateRenewer
 from esper_rpc.envelope import Keyring
 from esper_rpc.identity import Identity
 from esper_rpc.journal import Journal
@@ -39,7 +40,9 @@ class TamiyoServerConfig:
 
     identity_dir: Path
     state_dir: Path
-    address: str = "127.0.0.1:0"
+    server: ServerConfig = field(default_factory=ServerConfig)
+    weatherlight_address: str | None = None
+    """Who renews the certificate."""
     urza_address: str | None = None
     gates: GateConfig = field(default_factory=GateConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
@@ -63,7 +66,7 @@ async def serve(config: TamiyoServerConfig) -> None:
         gate_config=config.gates,
     )
     servicer = TamiyoServicer(pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode)
-    server = MeshServer(config=ServerConfig(address=config.address), identity=identity)
+    server = MeshServer(config=config.server, identity=identity)
     server.add_service(SERVICE, servicer, raw_methods=RAW_METHODS)
     async with contextlib.AsyncExitStack() as stack:
         if config.urza_address:
@@ -73,6 +76,8 @@ async def serve(config: TamiyoServerConfig) -> None:
             stack.callback(refresher.cancel)
         prepare(policy)
         announce("tamiyo", await server.start())
+        server.every(CHECK_SECONDS, CertificateRenewer(identity, address=config.weatherlight_address).check)
+        server.every(CHECK_SECONDS, keyring.refresh)
         await server.run_until_signal()
     journal.close()
 

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from esper_client.renewal import CHECK_SECONDS, CertificateRenewer
 from esper_rpc.identity import Identity
 from esper_rpc.proto.urza.v1 import urza_service_pb2
 from esper_rpc.server import MeshServer, ServerConfig, announce
@@ -19,15 +20,18 @@ class UrzaServerConfig:
 
     identity_dir: Path
     state_dir: Path
-    address: str = "127.0.0.1:0"
+    server: ServerConfig = field(default_factory=ServerConfig)
+    weatherlight_address: str | None = None
+    """Who renews the certificate."""
 
 
 async def serve(config: UrzaServerConfig) -> None:
     """Serve until SIGTERM or SIGINT; raises ConfigError before anything listens."""
     library = BlueprintLibrary(config.state_dir)
     identity = Identity.load(config.identity_dir)
-    server = MeshServer(config=ServerConfig(address=config.address), identity=identity)
+    server = MeshServer(config=config.server, identity=identity)
     server.add_service(SERVICE, UrzaServicer(library))
     announce("urza", await server.start())
+    server.every(CHECK_SECONDS, CertificateRenewer(identity, address=config.weatherlight_address).check)
     await server.run_until_signal()
     library.close()

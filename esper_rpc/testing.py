@@ -16,6 +16,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from .envelope import Keyring, RootKeys, sign
 from .envelope.trust import keyring_for
 from .envelope.verification import COMMAND_TYPE
+from .errors import EsperError
 from .identity import Authority, Identity, SpiffeId
 from .identity.authority import LEAF_LIFETIME
 from .inbox import Inbox
@@ -30,9 +31,11 @@ from .proto.tamiyo.v1 import (
     OpenRunResponse,
     Step,
     StepDecision,
+    StepStatus,
     tamiyo_service_pb2,
 )
 from .server import Call, MeshServer, ServerConfig
+from .status import to_status
 
 TAMIYO = tamiyo_service_pb2.DESCRIPTOR.services_by_name["TamiyoService"]
 
@@ -116,6 +119,8 @@ class FakeTamiyo:
     keyring: Keyring
     decide: Decide = lambda _step: None
     before_answer: Callable[[Step], object] | None = None
+    refuse: Callable[[Step], EsperError] | None = None
+    """When set, every step is answered with this error."""
     steps: list[Step] = field(default_factory=list)
     runs: dict[str, OpenRunRequest] = field(default_factory=dict)
     _inboxes: list[Inbox[bytes]] = field(default_factory=list)
@@ -153,6 +158,10 @@ class FakeTamiyo:
             waiting = self.before_answer(step)
             if hasattr(waiting, "__await__"):
                 await waiting
+        if self.refuse is not None:
+            status = to_status(self.refuse(step))
+            error = StepStatus(code=status.code, message=status.message, details=status.details)
+            return EvaluateStepsResponse(decision=StepDecision(sequence=step.sequence, error=error))
         return EvaluateStepsResponse(decision=self._decision(step, hashlib.sha256(raw).digest(), peer))
 
     def _decision(self, step: Step, digest: bytes, audience: str) -> StepDecision:

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+import time
+
+from google.rpc.status_pb2 import Status
+
 from esper_rpc.breaker import BreakerConfig, CircuitBreaker
+from esper_rpc.errors import ResourceExhausted
 from esper_rpc.guard import StepGuard
-from esper_rpc.proto.tamiyo.v1 import StepDecision
+from esper_rpc.proto.tamiyo.v1 import StepDecision, StepStatus
+from esper_rpc.status import from_status
 
 from .decision_stream import DecisionStream
 from .event_loop import LoopThread
 
-MISSED, UNREACHABLE, BREAKER_OPEN = "deadline_missed", "mesh_unreachable", "breaker_open"
+MISSED, UNREACHABLE, BREAKER_OPEN, PUSHED_BACK = (
+    "deadline_missed", "mesh_unreachable", "breaker_open", "pushed_back",
+)  # fmt: skip
+LONGEST_PUSHBACK_SECONDS = 10.0
 
 
 class StepExchange:
@@ -19,6 +28,7 @@ class StepExchange:
         self._budget_seconds = budget_seconds
         self._breaker = CircuitBreaker(config=breaker)
         self._stream: DecisionStream | None = None
+        self._not_before = 0.0
         self.last_answered = 0
 
     @property
@@ -39,6 +49,8 @@ class StepExchange:
         """Return the answer, or None and why there is none."""
         if self._stream is None or not self._stream.is_open:
             return None, UNREACHABLE
+        if time.monotonic() < self._not_before:
+            return None, PUSHED_BACK
         if not self._breaker.allow():
             return None, BREAKER_OPEN
         started = self.guard.arm(sequence)
@@ -49,4 +61,12 @@ class StepExchange:
             return None, MISSED
         self._breaker.record_success()
         self.last_answered = sequence
+        if decision.HasField("error"):
+            self._heed(decision.error)
         return decision, ""
+
+    def _heed(self, status: StepStatus) -> None:
+        """An overloaded server says when to ask again; asking sooner would only cost both sides."""
+        error = from_status(Status.FromString(status.SerializeToString()))
+        if isinstance(error, ResourceExhausted):
+            self._not_before = time.monotonic() + min(error.retry_after_ms / 1000, LONGEST_PUSHBACK_SECONDS)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import time
@@ -57,8 +58,11 @@ def run(pipeline):
 
 
 def decide(pipeline, request):
-    raw = request.SerializeToString()
-    return EvaluateStepsResponse.FromString(pipeline.evaluate_in_band(raw, OWNER)).decision
+    return answer(pipeline, request.SerializeToString())
+
+
+def answer(pipeline, raw):
+    return EvaluateStepsResponse.FromString(asyncio.run(pipeline.evaluate_in_band(raw, OWNER))).decision
 
 
 def command_of(decision):
@@ -123,24 +127,24 @@ def test_another_step_under_a_used_sequence_is_refused_in_band(run):
     ids=["not protobuf", "empty", "unknown run"],
 )
 def test_a_bad_message_is_answered_in_band(run, raw, code):
-    assert EvaluateStepsResponse.FromString(run.evaluate_in_band(raw, OWNER)).decision.error.code == code
+    assert answer(run, raw).error.code == code
 
 
 def test_the_in_band_error_names_field_and_rule(run):
-    error = EvaluateStepsResponse.FromString(run.evaluate_in_band(b"\x0a\x00", OWNER)).decision.error
+    error = answer(run, b"\x0a\x00").error
     bad = error_details_pb2.BadRequest()
     assert any(detail.Unpack(bad) for detail in error.details)
     assert bad.field_violations[0].field == "step.run_id"
 
 
 def test_an_empty_message_is_a_greeting_and_gets_an_empty_decision(run):
-    assert EvaluateStepsResponse.FromString(run.evaluate_in_band(b"", OWNER)).decision.ByteSize() == 0
+    assert answer(run, b"").ByteSize() == 0
 
 
 def test_another_identity_cannot_ask_for_the_run(run):
     raw = step(1).SerializeToString()
     with pytest.raises(errors.PermissionDenied):
-        run.evaluate(raw, "spiffe://esper/trainer/thief", time.perf_counter())
+        asyncio.run(run.evaluate(raw, "spiffe://esper/trainer/thief", time.perf_counter()))
 
 
 def test_a_spent_budget_is_no_action(run):

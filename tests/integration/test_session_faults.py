@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from esper_client import LoopThread, RunDescription, SessionConfig, TrainingSession
+from esper_rpc.errors import ResourceExhausted
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, MetricPoint, TelemetryPacket
 from esper_rpc.testing import TAMIYO, FakeTamiyo, serving
 
@@ -179,6 +180,17 @@ def test_a_controller_that_goes_away_is_left_without_a_missed_step(session, serv
     step_until(session, lambda: len(fake.steps) > last + 20)
     assert set(session.reasons) <= {"mesh_unreachable", "nominal"}
     assert session.guard.misses == 0
+
+
+def test_a_session_that_is_pushed_back_asks_later(session, fake):
+    step_until(session, lambda: session.reasons["nominal"] > 3)
+    fake.refuse = lambda _step: ResourceExhausted("full", retry_after_ms=60)
+    step_until(session, lambda: session.reasons["error_8"] > 2)
+    refused, pushed_back = session.reasons["error_8"], session.reasons["pushed_back"]
+    assert pushed_back > refused
+    fake.refuse = None
+    seen = session.reasons["nominal"]
+    step_until(session, lambda: session.reasons["nominal"] > seen + 3)
 
 
 def test_a_step_whose_stream_breaks_is_sent_again_on_the_next(mesh, server, fake):

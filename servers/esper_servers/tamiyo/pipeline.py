@@ -37,6 +37,7 @@ from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
 from .gates import GateConfig
 from .run_state import Runs, RunState, build_graph
+from .step_queue import StepQueue
 
 log = structlog.get_logger(__name__)
 
@@ -48,7 +49,7 @@ GREETING_ANSWER = EvaluateStepsResponse(decision=StepDecision()).SerializeToStri
 
 
 class _Stopwatch:
-    """Fills a ledger: each `lap` stores the time since the one before."""
+    """Fills a ledger: each `lap` adds the time since the one before."""
 
     def __init__(self, arrived: float) -> None:
         self.arrived = arrived
@@ -58,7 +59,7 @@ class _Stopwatch:
 
     def lap(self, field: str) -> None:
         now = time.perf_counter()
-        setattr(self.ledger, field, _microseconds(now - self._last))
+        setattr(self.ledger, field, getattr(self.ledger, field) + _microseconds(now - self._last))
         self._last = now
 
     def close(self) -> StepLedger:
@@ -98,6 +99,7 @@ class StepPipeline:
     ) -> None:
         self.policy = policy
         self.runs = runs
+        self.queue = StepQueue(clock=clock)
         self.breaker = CircuitBreaker(on_transition=self._on_breaker)
         self._blueprints = blueprints
         self._keyring = keyring
@@ -109,27 +111,35 @@ class StepPipeline:
         self.reasons: Counter[str] = Counter()
         self._unreported: deque[Reported] = deque(maxlen=4096)
 
-    def evaluate_in_band(self, raw: bytes, owner: str) -> bytes:
+    async def evaluate_in_band(self, raw: bytes, owner: str) -> bytes:
         """Answer a message of the stream; a refusal is an answer too, and the stream goes on."""
         if not raw:
             return GREETING_ANSWER
         arrived = self._clock()
         try:
-            return self.evaluate(raw, owner, arrived)
+            return await self.evaluate(raw, owner, arrived)
         except EsperError as error:
             return _refusal(raw, error)
         except Exception as error:  # noqa: BLE001  # One bad step must not end the stream.
             return _refusal(raw, hide_unexpected(error))
 
-    def evaluate(self, raw: bytes, owner: str, arrived: float) -> bytes:
+    async def evaluate(self, raw: bytes, owner: str, arrived: float) -> bytes:
         """Answer one serialised EvaluateStep(s)Request; raises EsperError."""
         watch = _Stopwatch(arrived)
         step = _parse(raw)
         run = self.runs.get(step.run_id, owner)
         digest = hashlib.sha256(raw).digest()
+        watch.lap("validate_us")
+        await self.queue.take_turn(arrived, step.budget_us / 1e6)
+        try:
+            watch.lap("queue_us")
+            return self._answer(step, run, digest, watch)
+        finally:
+            self.queue.end_turn()
+
+    def _answer(self, step: Step, run: RunState, digest: bytes, watch: _Stopwatch) -> bytes:
         if step.sequence <= run.last_sequence:
             return _answer_again(run, step.sequence, digest)
-        watch.lap("validate_us")
         decision = self._decide(step, run, digest, watch)
         decision.sequence = step.sequence
         decision.ledger.CopyFrom(watch.close())

@@ -99,21 +99,22 @@ class TamiyoServicer:
             self._inboxes.add(inbox)
             try:
                 async for raw in inbox:
-                    yield FAREWELL if raw is None else self._pipeline.evaluate_in_band(raw, owner)
+                    yield FAREWELL if raw is None else await self._pipeline.evaluate_in_band(raw, owner)
                     self._pipeline.report()
             finally:
                 self._inboxes.discard(inbox)
 
     async def EvaluateStep(self, raw: bytes, call: Call) -> bytes:
         """Answer one step."""
+        reply = await self._pipeline.evaluate(raw, str(call.peer), time.perf_counter())
         asyncio.get_running_loop().call_soon(self._pipeline.report)
-        return self._pipeline.evaluate(raw, str(call.peer), time.perf_counter())
+        return reply
 
     async def EvaluateEpoch(self, request: EvaluateEpochRequest, call: Call) -> EvaluateEpochResponse:
         """Decide on a state without the hurry of a step."""
         step = Step(run_id=request.run_id, sequence=request.sequence, budget_us=EPOCH_BUDGET_US, packet=request.packet)
         raw = EvaluateStepsRequest(step=step).SerializeToString()
-        reply = self._pipeline.evaluate(raw, str(call.peer), time.perf_counter())
+        reply = await self._pipeline.evaluate(raw, str(call.peer), time.perf_counter())
         return EvaluateEpochResponse(decision=EvaluateStepsResponse.FromString(reply).decision)
 
     async def GetPolicy(self, request: GetPolicyRequest, call: Call) -> GetPolicyResponse:

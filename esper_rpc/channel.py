@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 
 # Forked DataLoader workers crash a trainer whose gRPC supports forks; must be set before grpc loads.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -32,9 +34,28 @@ RECONNECT_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-def open_channel(address: str, *, identity: Identity, role: str) -> grpc.aio.Channel:
+RETRY_POLICY = {
+    "maxAttempts": 3,
+    "initialBackoff": "0.05s",
+    "maxBackoff": "0.5s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+}
+# Ten failures in a row end retries, and ten successes earn one back (gRPC proposal A6).
+RETRY_THROTTLING = {"maxTokens": 10, "tokenRatio": 0.1}
+
+
+def retry_config(service: str, methods: Sequence[str]) -> str:
+    """Write a gRPC service config that retries these methods, throttled, and heeds the server's pushback."""
+    names = [{"service": service, "method": method} for method in methods]
+    method_config = [{"name": names, "retryPolicy": RETRY_POLICY}] if names else []
+    return json.dumps({"methodConfig": method_config, "retryThrottling": RETRY_THROTTLING})
+
+
+def open_channel(address: str, *, identity: Identity, role: str, service_config: str = "{}") -> grpc.aio.Channel:
     """Open a channel to a peer that must prove to be of `role`; call it on the loop that will use it."""
     options = [
+        ("grpc.service_config", service_config),
         ("grpc.ssl_target_name_override", f"{role}.esper"),
         ("grpc.use_local_subchannel_pool", 1),
         *KEEPALIVE_OPTIONS,

@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any, Protocol, Self, TypeVar
 
-from esper_rpc.channel import ForkGuard, open_channel
+from esper_rpc.channel import ForkGuard, open_channel, retry_config
 
 import grpc  # isort: skip  # After channel, which sets how grpc behaves around forks.
 
+from esper_rpc.breaker import BreakerConfig, CircuitBreaker
+from esper_rpc.errors import DeadlineExceeded, Internal, Unavailable
 from esper_rpc.identity import Identity, LiveIdentity
 from esper_rpc.proto.identity.v1 import (
     EnrollRequest,
@@ -99,7 +101,12 @@ from esper_rpc.proto.urza.v1 import (
 )
 from esper_rpc.status import from_rpc_error
 
+from .hedging import Hedge, HedgeConfig
+
 HAND_OVER_SECONDS = 30.0
+CLIENT_BREAKER = BreakerConfig(failures=5, cool_down_seconds=5.0, successes=1)
+FAILURES = (Unavailable, DeadlineExceeded, Internal)
+"""What says that the peer is not well; any other error is an answer."""
 
 
 class Parsed(Protocol):
@@ -122,13 +129,17 @@ class MeshClient:
 
     role = ""
     service = ""
+    retried: tuple[str, ...] = ()
+    """Idempotent methods, which gRPC retries when the server is unavailable or pushes back."""
 
-    def __init__(self, address: str, *, identity: Identity) -> None:
+    def __init__(self, address: str, *, identity: Identity, breaker: BreakerConfig = CLIENT_BREAKER) -> None:
         self._fork = ForkGuard()
         self._address = address
         self._live = LiveIdentity(identity)
         self._identity = identity
-        self._channel = open_channel(address, identity=identity, role=self.role)
+        self._channel = self._open(identity)
+        self._breaker_config = breaker
+        self._breakers: dict[str, CircuitBreaker] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -156,15 +167,38 @@ class MeshClient:
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
         self._identity = current
-        self._channel = open_channel(self._address, identity=current, role=self.role)
+        self._channel = self._open(current)
+
+    def _open(self, identity: Identity) -> grpc.aio.Channel:
+        return open_channel(
+            self._address, identity=identity, role=self.role, service_config=retry_config(self.service, self.retried)
+        )
+
+    def _breaker(self, method: str) -> CircuitBreaker:
+        """The breaker of this peer and method; raises Unavailable while it is open."""
+        breaker = self._breakers.setdefault(method, CircuitBreaker(config=self._breaker_config))
+        if not breaker.allow():
+            raise Unavailable(
+                f"{self.service}/{method} at {self._address} failed too often; it is asked again in"
+                f" {self._breaker_config.cool_down_seconds:g} s.",
+                reason="BREAKER_OPEN",
+            )
+        return breaker
 
     async def _unary(self, method: str, request: Any, response: type[Response], timeout: float) -> Response:
-        path = self._path(method)
+        path, breaker = self._path(method), self._breaker(method)
         call: Any = self._channel.unary_unary(path, type(request).SerializeToString, response.FromString)
         try:
-            return await call(request, timeout=timeout)  # type: ignore[no-any-return]  # response.FromString made it.
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+            answer = await call(request, timeout=timeout)
+        except grpc.RpcError as rpc_error:
+            error = from_rpc_error(rpc_error)
+            (breaker.record_failure if isinstance(error, FAILURES) else breaker.record_success)()
+            raise error from rpc_error
+        except asyncio.CancelledError:
+            breaker.record_success()  # The caller gave up: that says nothing about the peer.
+            raise
+        breaker.record_success()
+        return answer  # type: ignore[no-any-return]  # response.FromString made it.
 
     async def _upload(
         self, method: str, requests: AsyncIterable[Any], request: Any, response: type[Response], timeout: float
@@ -221,6 +255,7 @@ class KasminaClient(MeshClient):
 
     role = "trainer"  # It lives where the tensors are, under the trainer's certificate.
     service = "esper.kasmina.v1.KasminaService"
+    retried = ("ApplyCommand", "ExportSeedStates", "GetStatus")  # An envelope that comes twice is applied once.
 
     async def apply_command(self, request: ApplyCommandRequest, *, timeout: float = 2.0) -> ApplyCommandResponse:
         """Verifies a command and queues it for the next safe point of the training loop."""
@@ -260,6 +295,7 @@ class TamiyoClient(MeshClient):
 
     role = "tamiyo"
     service = "esper.tamiyo.v1.TamiyoService"
+    retried = ("OpenRun", "GetPolicy", "GetStatus", "ExplainDecision", "ListPauseGrants", "ListFieldReports")
 
     async def open_run(self, request: OpenRunRequest, *, timeout: float = 2.0) -> OpenRunResponse:
         """Opens a run, or opens it again after a reconnect."""
@@ -345,22 +381,34 @@ class UrzaClient(MeshClient):
 
     role = "urza"
     service = "esper.urza.v1.UrzaService"
+    retried = ("GetBlueprint", "GetExtras", "BatchGetExtras", "ListBlueprints")
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        identity: Identity,
+        breaker: BreakerConfig = CLIENT_BREAKER,
+        hedge: HedgeConfig | None = None,
+    ) -> None:
+        super().__init__(address, identity=identity, breaker=breaker)
+        self.hedge = Hedge(hedge)
 
     async def get_blueprint(self, request: GetBlueprintRequest, *, timeout: float = 2.0) -> GetBlueprintResponse:
         """Returns one blueprint."""
-        return await self._unary("GetBlueprint", request, GetBlueprintResponse, timeout)
+        return await self.hedge.first(lambda: self._unary("GetBlueprint", request, GetBlueprintResponse, timeout))
 
     async def get_extras(self, request: GetExtrasRequest, *, timeout: float = 2.0) -> GetExtrasResponse:
         """Returns the extras of one blueprint."""
-        return await self._unary("GetExtras", request, GetExtrasResponse, timeout)
+        return await self.hedge.first(lambda: self._unary("GetExtras", request, GetExtrasResponse, timeout))
 
     async def batch_get_extras(self, request: BatchGetExtrasRequest, *, timeout: float = 2.0) -> BatchGetExtrasResponse:
         """Returns the extras of several blueprints; unknown ones are named, not refused."""
-        return await self._unary("BatchGetExtras", request, BatchGetExtrasResponse, timeout)
+        return await self.hedge.first(lambda: self._unary("BatchGetExtras", request, BatchGetExtrasResponse, timeout))
 
     async def list_blueprints(self, request: ListBlueprintsRequest, *, timeout: float = 2.0) -> ListBlueprintsResponse:
         """Lists blueprints by identifier."""
-        return await self._unary("ListBlueprints", request, ListBlueprintsResponse, timeout)
+        return await self.hedge.first(lambda: self._unary("ListBlueprints", request, ListBlueprintsResponse, timeout))
 
     async def save_blueprint(self, request: SaveBlueprintRequest, *, timeout: float = 2.0) -> SaveBlueprintResponse:
         """Saves a blueprint with its extras."""

@@ -119,6 +119,8 @@ class FakeTamiyo:
     keyring: Keyring
     decide: Decide = lambda _step: None
     before_answer: Callable[[Step], object] | None = None
+    protocol_version: int = 2
+    """The version it answers OpenRun with; 1 knows neither the greeting nor `going_away`."""
     refuse: Callable[[Step], EsperError] | None = None
     """When set, every step is answered with this error."""
     steps: list[Step] = field(default_factory=list)
@@ -130,7 +132,10 @@ class FakeTamiyo:
         created = request.run_id not in self.runs
         self.runs[request.run_id] = request
         return OpenRunResponse(
-            protocol_version=1, policy_version="fake", server_time_ns=time.time_ns(), created=created
+            protocol_version=self.protocol_version,
+            policy_version="fake",
+            server_time_ns=time.time_ns(),
+            created=created,
         )
 
     async def CloseRun(self, request: CloseRunRequest, call: Call) -> CloseRunResponse:
@@ -142,6 +147,8 @@ class FakeTamiyo:
         async with Inbox(requests, leave_after_seconds=call.seconds_until_leaving) as inbox:
             self._inboxes.append(inbox)
             async for raw in inbox:
+                if not raw and self.protocol_version < 2:
+                    continue
                 yield (await self._answer(raw, str(call.peer))).SerializeToString()
 
     def begin_drain(self) -> None:

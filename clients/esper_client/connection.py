@@ -18,6 +18,7 @@ from esper_rpc.status import from_rpc_error
 SERVICE = "/esper.tamiyo.v1.TamiyoService/"
 OPEN_TIMEOUT_SECONDS = 2.0
 GRACE_SECONDS = 30.0
+GREETING_PROTOCOL = 2
 GREETING = b""
 """A question without a step: its answer shows that the stream works."""
 
@@ -97,6 +98,8 @@ class StepConnection:
         call: Any = self._channel.stream_stream(SERVICE + "EvaluateSteps")()
         self._tasks = [asyncio.create_task(self._write(call)), asyncio.create_task(self._read(call))]
         self.is_alive = True
+        if self.run.protocol_version < GREETING_PROTOCOL:
+            return
         self.send(GREETING)
         await self._greeted.wait()
         if not self.is_alive:

@@ -30,7 +30,7 @@ from .step_exchange import StepExchange
 
 log = structlog.get_logger(__name__)
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSIONS = (1, 2)
 FEATURES = ("seed", "pause", "optimizer")
 CLOSE_SECONDS = 5.0
 
@@ -312,7 +312,7 @@ class TrainingSession:
         run = self.host.describe()
         return OpenRunRequest(
             run_id=self.run_id,
-            protocol_versions=[PROTOCOL_VERSION],
+            protocol_versions=PROTOCOL_VERSIONS,
             features=FEATURES,
             receiver_epoch=self.host.receiver_epoch,
             host_topology=run.host_topology,

@@ -5,6 +5,7 @@ import hashlib
 import math
 import time
 
+import grpc
 import pytest
 from google.rpc import error_details_pb2
 
@@ -28,6 +29,7 @@ from esper_rpc.proto.tamiyo.v1 import (
     Step,
 )
 from esper_rpc.proto.urza.v1 import BatchGetExtrasResponse
+from esper_rpc.testing import TAMIYO, FakeTamiyo, serving
 from esper_servers.policy import sample
 from esper_servers.urza.seeding import installed_blueprints
 
@@ -215,7 +217,7 @@ async def test_a_run_opens_once_and_again_and_belongs_to_the_first(client, mesh,
 
 
 async def test_incompatible_peers_are_told_both_versions(client):
-    with pytest.raises(errors.FailedPrecondition, match=r"protocol \[7\], this server \[1\]"):
+    with pytest.raises(errors.FailedPrecondition, match=r"protocol \[7\], this server \[1, 2\]"):
         await client.open_run(open_run(protocol_versions=[7]))
 
 
@@ -230,6 +232,26 @@ async def test_the_stream_goes_on_after_a_malformed_message(client, mesh, addres
     await call.done_writing()
     await channel.close()
     assert codes == [3, 0, 3, 0]
+
+
+@pytest.mark.parametrize(("versions", "in_force"), [([1], 1), ([1, 2], 2), ([2, 9], 2)])
+async def test_the_newest_common_protocol_is_in_force(client, versions, in_force):
+    assert (await client.open_run(open_run(protocol_versions=versions))).protocol_version == in_force
+
+
+@pytest.mark.parametrize(("versions", "is_told"), [([1], False), ([1, 2], True)])
+async def test_only_a_client_that_knows_it_is_told_to_go_away(mesh, tamiyo, versions, is_told):
+    async with serving(mesh.identity("tamiyo"), (TAMIYO, tamiyo), raw_methods=FakeTamiyo.RAW_METHODS) as server:
+        async with TamiyoClient(server.address, identity=mesh.identity("trainer")) as client:
+            await client.open_run(open_run(protocol_versions=versions))
+            channel = open_channel(server.address, identity=mesh.identity("trainer"), role="tamiyo")
+            call = channel.stream_stream(f"/{SERVICE}/EvaluateSteps")()
+            await call.write(step(1).SerializeToString())
+            await call.read()
+            tamiyo.begin_drain()
+            last = await call.read()
+            assert (last is not grpc.aio.EOF) == is_told
+            await channel.close()
 
 
 async def test_the_unary_call_decides_like_the_stream(client):

@@ -182,6 +182,16 @@ def test_a_controller_that_goes_away_is_left_without_a_missed_step(session, serv
     assert session.guard.misses == 0
 
 
+def test_a_controller_of_the_older_protocol_decides_too_and_may_drain(session, server, fake):
+    fake.protocol_version = 1
+    step_until(session, lambda: session.reasons["nominal"] > 3)
+    opened = session.streams_opened
+    server.thread.loop.call_soon_threadsafe(fake.begin_drain)
+    step_until(session, lambda: session.streams_opened > opened)
+    seen = session.reasons["nominal"]
+    step_until(session, lambda: session.reasons["nominal"] > seen + 3)
+
+
 def test_a_session_that_is_pushed_back_asks_later(session, fake):
     step_until(session, lambda: session.reasons["nominal"] > 3)
     fake.refuse = lambda _step: ResourceExhausted("full", retry_after_ms=60)

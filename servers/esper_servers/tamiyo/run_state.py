@@ -58,6 +58,7 @@ class RunState:
     owner: str
     graph: RunGraph
     catalogue_version: int
+    protocol_version: int = 1
     loss: LossWindow = field(default_factory=LossWindow)
     steps: int = 0
     germinated_at: int = -NEVER
@@ -106,22 +107,32 @@ class Runs:
         return list(self._runs.values())
 
     def open(
-        self, request: OpenRunRequest, owner: str, blueprints: Sequence[BlueprintCandidate], catalogue_version: int
+        self,
+        request: OpenRunRequest,
+        owner: str,
+        blueprints: Sequence[BlueprintCandidate],
+        catalogue_version: int,
+        protocol_version: int = 1,
     ) -> bool:
         """Open or reopen a run; returns whether it is new. Raises PermissionDenied for another's run."""
         known = self._runs.get(request.run_id)
         if known is not None:
             _check_owner(known, owner)
             if known.request.receiver_epoch == request.receiver_epoch:
-                known.request = request
+                known.request, known.protocol_version = request, protocol_version
                 known.graph, known.catalogue_version = build_graph(request, blueprints), catalogue_version
                 return False
-        state = RunState(request, owner, build_graph(request, blueprints), catalogue_version)
+        graph = build_graph(request, blueprints)
+        state = RunState(request, owner, graph, catalogue_version, protocol_version)
         self._runs[request.run_id] = state
         self._runs.move_to_end(request.run_id)
         while len(self._runs) > self._capacity:
             self._runs.popitem(last=False)
         return known is None
+
+    def protocol_of(self, owner: str) -> int:
+        """The oldest protocol among the runs of an identity: what one stream of it must be able to read."""
+        return min((state.protocol_version for state in self._runs.values() if state.owner == owner), default=1)
 
     def get(self, run_id: str, owner: str) -> RunState:
         """Return a run of this owner; raises NotFound or PermissionDenied."""

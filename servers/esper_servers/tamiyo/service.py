@@ -8,7 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from esper_rpc.errors import FailedPrecondition
 from esper_rpc.inbox import Inbox
-from esper_rpc.proto.leyline.v1 import HealthStatus
+from esper_rpc.proto.leyline.v1 import CircuitState, HealthStatus
 from esper_rpc.proto.tamiyo.v1 import (
     BreakerStatus,
     CloseRunRequest,
@@ -39,7 +39,8 @@ from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
 from .pipeline import StepPipeline
 
-PROTOCOL_VERSIONS = frozenset({1})
+PROTOCOL_VERSIONS = frozenset({1, 2})
+"""1: steps and decisions. 2: also the greeting, `going_away` and the pushback of an overloaded server."""
 FEATURES = frozenset({"seed", "pause", "optimizer"})
 EPOCH_BUDGET_US = 2_000_000
 RAW_METHODS = frozenset({"EvaluateStep", "EvaluateSteps"})
@@ -78,7 +79,9 @@ class TamiyoServicer:
                 reason="NO_COMMON_PROTOCOL_VERSION",
             )
         candidates = self._blueprints.candidates(request.sites)
-        created = self._pipeline.runs.open(request, str(call.peer), candidates, self._blueprints.version)
+        created = self._pipeline.runs.open(
+            request, str(call.peer), candidates, self._blueprints.version, protocol_version=max(common)
+        )
         return OpenRunResponse(
             protocol_version=max(common),
             features=sorted(FEATURES & set(request.features)),
@@ -99,8 +102,11 @@ class TamiyoServicer:
             self._inboxes.add(inbox)
             try:
                 async for raw in inbox:
-                    yield FAREWELL if raw is None else await self._pipeline.evaluate_in_band(raw, owner)
-                    self._pipeline.report()
+                    if raw is not None:
+                        yield await self._pipeline.evaluate_in_band(raw, owner)
+                        self._pipeline.report()
+                    elif self._pipeline.runs.protocol_of(owner) >= 2:
+                        yield FAREWELL
             finally:
                 self._inboxes.discard(inbox)
 
@@ -170,6 +176,10 @@ class TamiyoServicer:
     async def ExplainDecision(self, request: ExplainDecisionRequest, call: Call) -> ExplainDecisionResponse:
         """Return the record of a decision."""
         return await asyncio.to_thread(self._decisions.explain, request.command_id)
+
+    async def is_able_to_serve(self) -> bool:
+        """Whether steps get decisions; without inference they would all be NoAction."""
+        return self._pipeline.breaker.state != CircuitState.CIRCUIT_STATE_OPEN
 
     def begin_drain(self) -> None:
         """Ask every stream to go elsewhere."""

@@ -45,6 +45,11 @@ class UrzaServicer:
         self._library = library
         self._watchers: set[asyncio.Queue[Blueprint | None]] = set()
 
+    async def is_able_to_serve(self) -> bool:
+        """Whether the library can be read."""
+        await asyncio.to_thread(self._library.list_from, "", 1)
+        return True
+
     async def GetBlueprint(self, request: GetBlueprintRequest, call: Call) -> GetBlueprintResponse:
         """Return one blueprint."""
         return GetBlueprintResponse(blueprint=(await self._get(request.blueprint_id)).blueprint)

@@ -143,7 +143,9 @@ class OpenRunRequest(_message.Message):
     """The last sequence that was answered, 0 for none."""
     @_builtins.property
     def protocol_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Every protocol version that the client speaks. At present there is version 1."""
+        """Every protocol version that the client speaks; the newest common one is in force. Version 2 adds to version 1 the
+        greeting of a new stream, `going_away`, and RESOURCE_EXHAUSTED with a RetryInfo in band.
+        """
 
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

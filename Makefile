@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
+FLOOR_VENV := .venv-floor
 BENCH ?= step
 
-.PHONY: demo test check proto bench install wheel clean
+.PHONY: demo test check floor proto bench install wheel clean
 
 demo: install
 	$(BIN)/esper demo
@@ -22,7 +23,12 @@ check: install $(PROTO_VENV)/.installed
 	$(BIN)/buf format -d --exit-code
 	sh protos/breaking.sh $(BIN)/buf
 	$(PROTO_VENV)/bin/python protos/generate.py --check
+	$(MAKE) floor
 	sh tests/wheel/run.sh $(PYTHON) $(BIN)
+
+floor: $(FLOOR_VENV)/.installed
+	PEER_PYTHON=$(CURDIR)/$(BIN)/python $(FLOOR_VENV)/bin/python -m pytest tests/floor tests/unit/envelope \
+	    tests/unit/identity tests/unit/runtime tests/contract/test_wire_contract.py
 
 proto: $(PROTO_VENV)/.installed install
 	$(BIN)/buf format -w
@@ -38,6 +44,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# Its own packages come first, everything else (torch above all) from the environment it is laid over.
+$(FLOOR_VENV)/.installed: constraints-floor.txt tests/floor/layer.py $(VENV)/.installed
+	$(PYTHON) -m venv $(FLOOR_VENV)
+	$(FLOOR_VENV)/bin/pip install --quiet --requirement constraints-floor.txt
+	$(FLOOR_VENV)/bin/python tests/floor/layer.py $(VENV)
+	touch $@
+
 # The generator is older than the runtime on purpose, and cannot share its environment.
 $(PROTO_VENV)/.installed: Makefile
 	$(PYTHON) -m venv $(PROTO_VENV)
@@ -45,4 +58,4 @@ $(PROTO_VENV)/.installed: Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) .build dist var
+	rm -rf $(VENV) $(PROTO_VENV) $(FLOOR_VENV) .build dist var

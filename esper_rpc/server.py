@@ -36,6 +36,7 @@ from .status import abort
 log = structlog.get_logger(__name__)
 
 CHORE_SECONDS = 1.0
+LEAST_GRPC = (1, 85)
 CERTIFICATE_MARGIN_SECONDS = 60.0
 
 
@@ -88,6 +89,7 @@ class MeshServer:
     """Runs services under mutual TLS with authorisation, field rules, health and reflection."""
 
     def __init__(self, *, config: ServerConfig, identity: Identity, admits_strangers: bool = False) -> None:
+        _check_grpc_version()
         self.config = config
         self.identity = identity
         self.address = ""
@@ -176,6 +178,14 @@ class MeshServer:
             loop.add_signal_handler(number, stop.set)
         await stop.wait()
         await self.drain()
+
+
+def _check_grpc_version() -> None:
+    if tuple(int(part) for part in grpc.__version__.split(".")[:2]) < LEAST_GRPC:
+        raise ConfigError(
+            f"Serving needs grpcio 1.85 or newer, this is {grpc.__version__}: older ones do not tell the TLS version of"
+            " a connection. Run: pip install 'grpcio>=1.85'."
+        )
 
 
 async def _is_able(servicer: Any) -> bool:

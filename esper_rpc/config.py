@@ -22,13 +22,20 @@ class Range:
     most: float
 
 
-def load(config_class: type[Config], section: str, *, path: Path | None, environ: Mapping[str, str]) -> Config:
-    """Read `[section]` of a TOML file, then `ESPER_<SECTION>_<KEY>`, which wins.
+def load(
+    config_class: type[Config],
+    section: str,
+    *,
+    path: Path | None,
+    environ: Mapping[str, str],
+    base: Config | None = None,
+) -> Config:
+    """Read `[section]` of a TOML file, then `ESPER_<SECTION>_<KEY>`, which wins; the rest is as in `base`.
 
     Raises:
         ConfigError: Naming the key, its value and what is allowed.
     """
-    hints = typing.get_type_hints(config_class)
+    hints = {k: hint for k, hint in typing.get_type_hints(config_class).items() if not dataclasses.is_dataclass(hint)}
     settings = _from_toml(section, path)
     for key in hints:
         name = f"ESPER_{section}_{key}".upper()
@@ -37,7 +44,11 @@ def load(config_class: type[Config], section: str, *, path: Path | None, environ
     unknown = sorted(set(settings) - set(hints))
     if unknown:
         raise ConfigError(f"[{section}] has no setting {unknown[0]!r}; it has {', '.join(sorted(hints))}.")
-    return config_class(**{key: _convert(section, key, value, hints[key]) for key, value in settings.items()})
+    values = {key: _convert(section, key, value, hints[key]) for key, value in settings.items()}
+    try:
+        return config_class(**values) if base is None else dataclasses.replace(base, **values)  # type: ignore[type-var]
+    except ConfigError as error:
+        raise ConfigError(f"[{section}] {error.message}") from error
 
 
 def validate(config: Any) -> None:
@@ -59,6 +70,8 @@ def _from_toml(section: str, path: Path | None) -> dict[str, Any]:
 
 
 def _convert(section: str, key: str, value: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) is tuple:
+        return _convert_tuple(section, key, value, typing.get_args(hint))
     kind = next((k for k in (bool, int, float, Path, str) if k is hint or k in typing.get_args(hint)), None)
     if kind is None:
         return value
@@ -71,3 +84,10 @@ def _convert(section: str, key: str, value: Any, hint: Any) -> Any:
     except (TypeError, ValueError):
         pass
     raise ConfigError(f"[{section}] {key} = {value!r} is not a {kind.__name__}.")
+
+
+def _convert_tuple(section: str, key: str, value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list) or len(parts) != len(kinds):
+        raise ConfigError(f"[{section}] {key} = {value!r} must have {len(kinds)} values.")
+    return tuple(_convert(section, key, part, kind) for part, kind in zip(parts, kinds, strict=True))

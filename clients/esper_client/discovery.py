@@ -8,6 +8,7 @@ from pathlib import Path
 from esper_rpc.errors import ConfigError
 
 MESH_FILE = "mesh.toml"
+SETTINGS_FILE = "esper.toml"
 KEYS = ("tamiyo", "urza", "identity", "weatherlight", "deny_list")
 
 
@@ -32,14 +33,18 @@ def find_mesh(environ: Mapping[str, str]) -> MeshAddress | None:
     """
     if "ESPER_TAMIYO" in environ:
         return _whole({k: environ.get(f"ESPER_{k.upper()}") for k in KEYS}, "the environment")
-    home = Path(environ.get("ESPER_HOME", Path.home() / ".esper"))
-    path = home / MESH_FILE
+    path = home_directory(environ) / MESH_FILE
     if not path.exists():
         return None
     try:
         return _whole(tomllib.loads(path.read_text()).get("mesh", {}), str(path))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+
+
+def home_directory(environ: Mapping[str, str]) -> Path:
+    """Where a mesh on this machine keeps its files: ESPER_HOME, else ~/.esper."""
+    return Path(environ.get("ESPER_HOME") or Path.home() / ".esper")
 
 
 def _whole(settings: Mapping[str, str | None], source: str) -> MeshAddress:

@@ -41,9 +41,7 @@ class SessionConfig:
 
     step_budget_ms: Annotated[float, Range(2, 1000)] = 5.0
     """2 to 50 in training; more only in a benchmark."""
-    breaker: BreakerConfig = field(
-        default_factory=lambda: BreakerConfig(failures=5, cool_down_seconds=0.5, successes=1)
-    )
+    breaker: BreakerConfig = field(default_factory=lambda: BreakerConfig(cool_down_seconds=0.5, successes=1))
     optimizer_family: str = ""
     world_size: int = 1
 

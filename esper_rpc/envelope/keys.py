@@ -16,6 +16,7 @@ from esper_rpc.identity.secret_files import read_secret, write_secret
 from esper_rpc.identity.spiffe import SpiffeId
 
 KEY_BYTES = 32
+SECRET_VARIABLE = "ESPER_LEYLINE_SECRET"  # noqa: S105  # A name, no secret.
 
 
 def length_prefixed(*parts: str) -> bytes:
@@ -160,6 +161,8 @@ class Keyring:
     def parse(cls, text: bytes | str, *, source: str = "the keyring") -> Keyring:
         """Read what `to_json` wrote, for example from ESPER_LEYLINE_SECRET; raises ConfigError."""
         document = _parse(text, source)
+        if isinstance(document, dict) and "roots" in document:
+            raise ConfigError(f"{source} holds signing roots, which no service may have; give it a keyring instead.")
         try:
             return cls(
                 role=document["role"],
@@ -177,6 +180,20 @@ class Keyring:
         keyring = cls.parse(read_secret(path), source=str(path))
         keyring._path, keyring._stamp = path, stamp
         return keyring
+
+    @classmethod
+    def find(cls, directory: Path, environ: Mapping[str, str], *, role: str) -> Keyring:
+        """Read ESPER_LEYLINE_SECRET if it is set, else the keyring.json of an identity; only the file can rotate.
+
+        Raises:
+            ConfigError: When it is not the keyring of this role.
+        """
+        secret = environ.get(SECRET_VARIABLE)
+        found = cls.parse(secret, source=SECRET_VARIABLE) if secret else cls.load(directory / "keyring.json")
+        if found.role != role:
+            source = SECRET_VARIABLE if secret else directory / "keyring.json"
+            raise ConfigError(f"{source} holds the keyring of {found.role}, and this is {role}.")
+        return found
 
     async def refresh(self) -> None:
         """Read the file again if it has changed, so that keys rotate without a restart; raises ConfigError."""

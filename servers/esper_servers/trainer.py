@@ -6,6 +6,8 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import structlog
@@ -13,10 +15,12 @@ import torch
 from torch import nn
 
 from esper_client.client import UrzaClient
-from esper_client.discovery import MeshAddress, find_mesh
+from esper_client.discovery import SETTINGS_FILE, MeshAddress, find_mesh, home_directory
 from esper_client.event_loop import LoopThread
 from esper_client.renewal import CHECK_SECONDS, CertificateRenewer
 from esper_client.session import SessionConfig, TrainingSession
+from esper_rpc.breaker import BreakerConfig
+from esper_rpc.config import load
 from esper_rpc.envelope import Keyring
 from esper_rpc.errors import ConfigError, DataLoss, EsperError
 from esper_rpc.identity import Identity
@@ -83,33 +87,45 @@ def attach(
     mesh: MeshAddress | None = None,
     sites: Sequence[str] | None = None,
     run_id: str = "",
-    step_budget_ms: float = 5.0,
+    step_budget_ms: float | None = None,
     limits: LocalLimits | None = None,
     kasmina_address: str = "127.0.0.1:0",
 ) -> TrainingSession | DetachedSession:
     """Wrap sites of the model, open the run and serve Kasmina. See esper_client.attach.
 
-    Without `sites` every hidden Linear or convolution becomes one; the last layer does not.
+    Without `sites` every hidden Linear or convolution becomes one; the last layer does not. What is not given comes
+    from [session], [breaker] and [limits] of $ESPER_HOME/esper.toml or the environment.
     """
     found = mesh or find_mesh(environ)
     if found is None:
         warnings.warn("No mesh found: training runs on without it. `esper up` starts one.", stacklevel=3)
         return DetachedSession(model)
-    return _attach(model, optimizer, found, sites, run_id, step_budget_ms, limits, kasmina_address)
+    settings = partial(load, path=home_directory(environ) / SETTINGS_FILE, environ=environ)
+    config = settings(SessionConfig, "session")
+    config = replace(
+        config,
+        breaker=settings(BreakerConfig, "breaker", base=config.breaker),
+        step_budget_ms=config.step_budget_ms if step_budget_ms is None else step_budget_ms,
+        optimizer_family=type(optimizer).__name__.lower(),
+    )
+    limits = limits or settings(LocalLimits, "limits")
+    identity = Identity.load(found.identity_dir)
+    keyring = Keyring.find(found.identity_dir, environ, role=identity.spiffe_id.role)
+    return _attach(model, optimizer, found, identity, keyring, sites, run_id, config, limits, kasmina_address)
 
 
 def _attach(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     mesh: MeshAddress,
+    identity: Identity,
+    keyring: Keyring,
     site_names: Sequence[str] | None,
     run_id: str,
-    step_budget_ms: float,
-    limits: LocalLimits | None,
+    config: SessionConfig,
+    limits: LocalLimits,
     kasmina_address: str,
 ) -> TrainingSession:
-    identity = Identity.load(mesh.identity_dir)
-    keyring = Keyring.load(mesh.identity_dir / "keyring.json")
     thread = LoopThread()
     library = KernelLibrary(_fetcher(mesh.urza, identity), thread.spawn)
     host = InProcessSeedHost(
@@ -128,12 +144,12 @@ def _attach(
         identity=identity,
         tamiyo_address=mesh.tamiyo,
         run_id=run_id,
-        config=SessionConfig(step_budget_ms=step_budget_ms, optimizer_family=type(optimizer).__name__.lower()),
+        config=config,
         thread=thread,
     )
     session.spawn(_prefetch(mesh.urza, identity, library))
-    config = ServerConfig(address=kasmina_address, drain_seconds=0.5, deny_list=mesh.deny_list)
-    kasmina = thread.run(_serve_kasmina(host, identity, config, session.run_id), timeout=10)
+    served = ServerConfig(address=kasmina_address, drain_seconds=0.5, deny_list=mesh.deny_list)
+    kasmina = thread.run(_serve_kasmina(host, identity, served, session.run_id), timeout=10)
     renewer = CertificateRenewer(identity, address=mesh.weatherlight, on_renewed=lambda _identity: session.move())
     thread.loop.call_soon_threadsafe(kasmina.every, CHECK_SECONDS, renewer.check)
     thread.loop.call_soon_threadsafe(kasmina.every, CHECK_SECONDS, keyring.refresh)

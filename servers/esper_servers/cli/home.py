@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from esper_client.discovery import MESH_FILE, SETTINGS_FILE, home_directory
 from esper_rpc.envelope import Keyring, RootKeys
 from esper_rpc.envelope.trust import keyring_for
 from esper_rpc.errors import ConfigError
@@ -31,7 +32,7 @@ class Home:
     @classmethod
     def find(cls, option: Path | None, environ: Mapping[str, str]) -> Home:
         """Take the option, then ESPER_HOME, then ~/.esper."""
-        chosen = option or Path(environ.get("ESPER_HOME") or Path.home() / ".esper")
+        chosen = option or home_directory(environ)
         return cls(chosen.expanduser().resolve())
 
     @property
@@ -47,12 +48,12 @@ class Home:
     @property
     def mesh_file(self) -> Path:
         """Where `esper up` writes the addresses."""
-        return self.directory / "mesh.toml"
+        return self.directory / MESH_FILE
 
     @property
     def settings_file(self) -> Path:
         """Where an operator writes settings, by section."""
-        return self.directory / "esper.toml"
+        return self.directory / SETTINGS_FILE
 
     @property
     def deny_list(self) -> Path:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, Self
 
+from esper_rpc.envelope.keys import SECRET_VARIABLE
 from esper_rpc.errors import ConfigError, Unavailable
 
 from .authority_thread import AuthorityThread
@@ -150,7 +151,9 @@ def cli_command() -> list[str]:
 def child_environ(home: Home, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a process of the mesh: threads that do not spin, gRPC that survives forks."""
     defaults = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GRPC_ENABLE_FORK_SUPPORT": "0"}
-    return {**defaults, **environ, "ESPER_HOME": str(home.directory)}
+    # A keyring in the environment is of one role; children read their own from the home.
+    inherited = {name: value for name, value in environ.items() if name != SECRET_VARIABLE}
+    return {**defaults, **inherited, "ESPER_HOME": str(home.directory)}
 
 
 def lines_until(stream: IO[bytes], seconds: float, clock: Callable[[], float] = time.monotonic) -> Iterable[bytes]:

@@ -6,6 +6,7 @@ import typer
 
 from esper_rpc.concurrency import ConcurrencyConfig
 from esper_rpc.config import load
+from esper_rpc.envelope import Keyring
 from esper_rpc.logging import log_json_lines
 from esper_rpc.quota import QuotaConfig
 from esper_rpc.server import ServerConfig
@@ -63,6 +64,7 @@ def tamiyo(
     config = TamiyoServerConfig(
         identity_dir=place.identity_dir("tamiyo", instance),
         state_dir=place.state_dir("tamiyo"),
+        keyring=Keyring.find(place.identity_dir("tamiyo", instance), environ, role="tamiyo"),
         server=_server_config(context, place, "tamiyo", address),
         weatherlight_address=weatherlight,
         urza_address=place.address("urza", urza),

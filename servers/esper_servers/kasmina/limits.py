@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from esper_rpc.config import Range, validate
+from esper_rpc.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,3 +19,9 @@ class LocalLimits:
 
     def __post_init__(self) -> None:
         validate(self)
+        least, most = self.learning_rate_multiplier
+        if not 0 < least <= 1 <= most <= 100:
+            raise ConfigError(
+                f"learning_rate_multiplier = {least:g}, {most:g} is out of range;"
+                " allowed is 0 < least <= 1 <= most <= 100."
+            )

@@ -40,6 +40,7 @@ class TamiyoServerConfig:
 
     identity_dir: Path
     state_dir: Path
+    keyring: Keyring
     server: ServerConfig = field(default_factory=ServerConfig)
     weatherlight_address: str | None = None
     """Who renews the certificate."""
@@ -52,7 +53,7 @@ async def serve(config: TamiyoServerConfig) -> None:
     """Serve until SIGTERM or SIGINT; raises ConfigError before anything listens."""
     require_writable(config.state_dir)
     identity = Identity.load(config.identity_dir)
-    keyring = Keyring.load(config.identity_dir / "keyring.json")
+    keyring = config.keyring
     journal = Journal(config.state_dir / "journal.sqlite")
     blueprints, mode, decisions = BlueprintCache(), ConservativeMode(), DecisionLog(journal)
     policy = Policy.initial(prior_config=config.prior)

@@ -100,6 +100,7 @@ from esper_rpc.proto.urza.v1 import (
     WatchCatalogResponse,
 )
 from esper_rpc.status import from_rpc_error
+from esper_rpc.telemetry.tracing import TRACEPARENT, current_traceparent
 
 from .hedging import Hedge, HedgeConfig
 
@@ -119,6 +120,11 @@ class Parsed(Protocol):
 
 
 Response = TypeVar("Response", bound=Parsed)
+
+
+def _trace_metadata() -> tuple[tuple[str, str], ...] | None:
+    traceparent = current_traceparent()
+    return ((TRACEPARENT, traceparent),) if traceparent else None
 
 
 class MeshClient:
@@ -189,7 +195,7 @@ class MeshClient:
         path, breaker = self._path(method), self._breaker(method)
         call: Any = self._channel.unary_unary(path, type(request).SerializeToString, response.FromString)
         try:
-            answer = await call(request, timeout=timeout)
+            answer = await call(request, timeout=timeout, metadata=_trace_metadata())
         except grpc.RpcError as rpc_error:
             error = from_rpc_error(rpc_error)
             (breaker.record_failure if isinstance(error, FAILURES) else breaker.record_success)()

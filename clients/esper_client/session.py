@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol, Self
 
 import structlog
+from opentelemetry import trace
 
 from esper_rpc.breaker import BreakerConfig
 from esper_rpc.config import Range, validate
@@ -20,6 +21,7 @@ from esper_rpc.proto.leyline.v1 import CommandOutcome, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import EvaluateStepsRequest, OpenRunRequest, Step, StepDecision
 from esper_rpc.telemetry import PacketSink, record_packets
 from esper_rpc.telemetry.metrics import STEP_ANSWERS, observe_outcome, observe_step
+from esper_rpc.telemetry.tracing import TRACER, current_traceparent, record_span
 
 from .connection import StepConnection
 from .decision_stream import DecisionStream
@@ -136,7 +138,8 @@ class TrainingSession:
         if self._thread.fork.is_child:
             return []
         try:
-            return self._step(_number(loss), samples, gradient_norm, metrics or {})
+            with TRACER.start_as_current_span("esper.step"):
+                return self._step(_number(loss), samples, gradient_norm, metrics or {})
         except Exception as error:  # The trainer's loop never sees a mesh exception.
             self._count("internal_error")
             if not self._failed:
@@ -208,6 +211,8 @@ class TrainingSession:
         outcomes += self._finish()
         ended = time.perf_counter()
         self._remember(outcomes)
+        if step_span := current_traceparent():
+            self._trace(step_span, outcomes, ended - answered)
         self._time(begun, built, answered, verified, ended, decision)
         return outcomes
 
@@ -242,6 +247,7 @@ class TrainingSession:
             run_id=self.run_id,
             sequence=self._sequence,
             budget_us=int(self.config.step_budget_ms * 1000),
+            traceparent=current_traceparent(),
             packet=packet,
             outcomes=[outcome for _, outcome in self._unacknowledged],
         )
@@ -284,6 +290,17 @@ class TrainingSession:
         # What this request carried was remembered in an earlier step.
         while self._unacknowledged and self._unacknowledged[0][0] < self._sequence:
             self._unacknowledged.popleft()
+
+    def _trace(self, traceparent: str, outcomes: list[CommandOutcome], apply_seconds: float) -> None:
+        trace.get_current_span().set_attributes({"esper.run_id": self.run_id, "esper.global_step": self.global_step})
+        now = time.time_ns()
+        record_span(
+            "kasmina.apply",
+            start_ns=now - int(apply_seconds * 1e9),
+            end_ns=now,
+            traceparent=traceparent,
+            attributes={"esper.command_ids": ",".join(outcome.command_id for outcome in outcomes)},
+        )
 
     def _time(
         self,

@@ -12,6 +12,7 @@ from .admission import AdmissionInterceptor
 from .authorisation import AuthorisationInterceptor
 from .identity import IdentityInterceptor
 from .metrics import MetricsInterceptor
+from .tracing import TracingInterceptor
 
 __all__ = ["IdentityInterceptor", "server_interceptors"]
 
@@ -22,6 +23,7 @@ def server_interceptors(
     """Return the interceptors, outermost first."""
     return [
         MetricsInterceptor(),  # Around all: what is refused counts as well.
+        TracingInterceptor(),  # So that a refusal shows in the trace that led to it.
         identity,  # Nothing is decided about a peer that has not said who it is.
         AuthorisationInterceptor(audit),  # What this peer may do.
         AdmissionInterceptor(quotas, limit, audit),  # Last: only what would be served uses up room.

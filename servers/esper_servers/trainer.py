@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import os
 import warnings
@@ -12,6 +13,7 @@ from typing import Any, Self
 
 import structlog
 import torch
+from opentelemetry import trace
 from torch import nn
 
 from esper_client.client import UrzaClient
@@ -27,6 +29,7 @@ from esper_rpc.identity import Identity
 from esper_rpc.proto.kasmina.v1 import kasmina_service_pb2
 from esper_rpc.proto.urza.v1 import FetchKernelRequest, GetBlueprintRequest, ListBlueprintsRequest
 from esper_rpc.server import MeshServer, ServerConfig
+from esper_rpc.telemetry.tracing import configure_tracing
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina.host import InProcessSeedHost
 from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
@@ -100,6 +103,7 @@ def attach(
     if found is None:
         warnings.warn("No mesh found: training runs on without it. `esper up` starts one.", stacklevel=3)
         return DetachedSession(model)
+    flush_spans = (lambda: None) if _traces_already() else configure_tracing("trainer", environ)
     settings = partial(load, path=home_directory(environ) / SETTINGS_FILE, environ=environ)
     config = settings(SessionConfig, "session")
     config = replace(
@@ -111,7 +115,9 @@ def attach(
     limits = limits or settings(LocalLimits, "limits")
     identity = Identity.load(found.identity_dir)
     keyring = Keyring.find(found.identity_dir, environ, role=identity.spiffe_id.role)
-    return _attach(model, optimizer, found, identity, keyring, sites, run_id, config, limits, kasmina_address)
+    session = _attach(model, optimizer, found, identity, keyring, sites, run_id, config, limits, kasmina_address)
+    session.close_with(partial(asyncio.to_thread, flush_spans))
+    return session
 
 
 def _attach(
@@ -156,6 +162,11 @@ def _attach(
     session.kasmina_address = kasmina.address
     session.close_with(kasmina.drain)
     return session
+
+
+def _traces_already() -> bool:
+    """A program that set up OpenTelemetry itself keeps its own provider."""
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
 
 
 def choose_sites(model: nn.Module) -> list[str]:

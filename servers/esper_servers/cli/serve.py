@@ -10,6 +10,7 @@ from esper_rpc.envelope import Keyring
 from esper_rpc.logging import log_json_lines
 from esper_rpc.quota import QuotaConfig
 from esper_rpc.server import ServerConfig
+from esper_rpc.telemetry.tracing import configure_tracing
 
 from .console import Commands, HomeOption, environ_of, home_of, run
 from .home import INSTANCE, Home
@@ -35,6 +36,7 @@ def urza(
     from esper_servers.urza.server import UrzaServerConfig, serve
 
     log_json_lines()
+    flush_spans = configure_tracing("urza", environ_of(context))
     place = home_of(context, home)
     config = UrzaServerConfig(
         identity_dir=place.identity_dir("urza", instance),
@@ -43,6 +45,7 @@ def urza(
         weatherlight_address=weatherlight,
     )
     run(serve(config))
+    flush_spans()
 
 
 @app.command(epilog="Example: esper serve tamiyo --address 127.0.0.1:7401 --urza 127.0.0.1:7402")
@@ -60,6 +63,7 @@ def tamiyo(
     from esper_servers.tamiyo.server import TamiyoServerConfig, serve
 
     log_json_lines()
+    flush_spans = configure_tracing("tamiyo", environ_of(context))
     place, environ = home_of(context, home), environ_of(context)
     config = TamiyoServerConfig(
         identity_dir=place.identity_dir("tamiyo", instance),
@@ -72,6 +76,7 @@ def tamiyo(
         prior=load(PriorConfig, "prior", path=place.settings_file, environ=environ),
     )
     run(serve(config))
+    flush_spans()
 
 
 def _server_config(context: typer.Context, home: Home, service: str, address: str) -> ServerConfig:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 from google.protobuf.message import DecodeError
+from opentelemetry.trace import SpanKind
 
 from esper_rpc import rules
 from esper_rpc.breaker import CircuitBreaker
@@ -26,6 +27,7 @@ from esper_rpc.proto.tamiyo.v1 import (
 )
 from esper_rpc.status import hide_unexpected, to_status
 from esper_rpc.telemetry.metrics import observe_decision
+from esper_rpc.telemetry.tracing import record_span
 from esper_servers.policy import masks, schema
 from esper_servers.policy.masks import Choice
 from esper_servers.policy.policy import Policy, PolicyOutput
@@ -70,8 +72,15 @@ class _Stopwatch:
         return time.perf_counter() - self.arrived
 
 
-Reported = tuple[StepLedger, str, str]
-"""A ledger, the kind of decision and its reason."""
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """What is told of a decision once its answer is on its way."""
+
+    step: Step
+    ledger: StepLedger
+    kind: str
+    reason: str
+    command_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,21 +157,24 @@ class StepPipeline:
         return reply
 
     def report(self) -> None:
-        """Record the metrics of what was answered; call it when the answer is on its way."""
+        """Record metrics and spans of what was answered; call it when the answer is on its way."""
         while self._unreported:
-            observe_decision(*self._unreported.popleft())
+            reported = self._unreported.popleft()
+            observe_decision(reported.ledger, reported.kind, reported.reason)
+            if reported.step.traceparent:
+                _record_span(reported)
 
     def _decide(self, step: Step, run: RunState, digest: bytes, watch: _Stopwatch) -> StepDecision:
         packet = step.packet
         self._note(run, step)
         decided = self._choose(packet, run, watch, step.budget_us / 1e6)
         if decided.choice is None:
-            self._count("NO_ACTION", decided.reason, watch.ledger)
+            self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason))
             return StepDecision(no_action=NoAction(reason=decided.reason))
         command = build_command(run, decided.choice, reason=decided.reason, policy_version=self.policy.version)
         envelope = sign_command(command, keyring=self._keyring, run=run, sequence=step.sequence, request_digest=digest)
         watch.lap("signing_us")
-        self._issued(run, command, decided.reason, watch.ledger)
+        self._count(Reported(step, watch.ledger, self._issued(run, command), decided.reason, command.command_id))
         self._decisions.record(command, packet, decided.reason, self.policy.version, watch.ledger)
         return StepDecision(command=envelope)
 
@@ -226,7 +238,8 @@ class StepPipeline:
             return Decided(None, verdict.reason or NOMINAL)
         return Decided(choice, verdict.reason or POLICY)
 
-    def _issued(self, run: RunState, command: AdaptationCommand, reason: str, ledger: StepLedger) -> None:
+    def _issued(self, run: RunState, command: AdaptationCommand) -> str:
+        """Note a command; returns what kind it is."""
         run.commands += 1
         kind = CommandType.Name(command.command_type).removeprefix("COMMAND_TYPE_")
         if command.command_type == CommandType.COMMAND_TYPE_SEED:
@@ -238,12 +251,12 @@ class StepPipeline:
             run.optimizer_at = run.steps
         else:
             run.paused_at = run.steps
-        self._count(kind, reason, ledger)
+        return kind
 
-    def _count(self, kind: str, reason: str, ledger: StepLedger) -> None:
-        self.kinds[kind] += 1
-        self.reasons[reason] += 1
-        self._unreported.append((ledger, kind, reason))
+    def _count(self, reported: Reported) -> None:
+        self.kinds[reported.kind] += 1
+        self.reasons[reported.reason] += 1
+        self._unreported.append(reported)
 
     def _on_breaker(self, before: int, after: int) -> None:
         log.warning("breaker_moved", breaker="inference", before=before, after=after)
@@ -280,6 +293,26 @@ def _forced(verdict: gates.Verdict, run: RunState) -> Decided:
     if kind is None or feature not in run.features or run.steps - last < gates.PAUSE_COOL_DOWN_STEPS:
         return Decided(None, verdict.reason)
     return Decided(Choice(kind), verdict.reason)
+
+
+def _record_span(reported: Reported) -> None:
+    parts = {f"esper.{field.name}": getattr(reported.ledger, field.name) for field in StepLedger.DESCRIPTOR.fields}
+    now = time.time_ns()
+    record_span(
+        "tamiyo.evaluate",
+        start_ns=now - reported.ledger.total_us * 1000,
+        end_ns=now,
+        traceparent=reported.step.traceparent,
+        kind=SpanKind.SERVER,
+        attributes={
+            "esper.run_id": reported.step.run_id,
+            "esper.global_step": reported.step.packet.global_step,
+            "esper.decision": reported.kind,
+            "esper.reason": reported.reason,
+            "esper.command_id": reported.command_id,
+            **parts,
+        },
+    )
 
 
 def _refusal(raw: bytes, error: EsperError) -> bytes:

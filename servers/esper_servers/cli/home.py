@@ -65,6 +65,11 @@ class Home:
         """Enrolment tokens that wait to be redeemed."""
         return self.pki / "tokens"
 
+    @property
+    def metrics_dir(self) -> Path:
+        """Where the processes of a running mesh count."""
+        return self.directory / "run" / "metrics"
+
     def audit_log(self, service: str) -> Path:
         """Where a service writes refusals and admin calls."""
         return self.directory / "logs" / f"{service}.audit.jsonl"

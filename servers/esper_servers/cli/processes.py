@@ -16,6 +16,7 @@ from typing import IO, Self
 
 from esper_rpc.envelope.keys import SECRET_VARIABLE
 from esper_rpc.errors import ConfigError, Unavailable
+from esper_rpc.telemetry.exposition import DIRECTORY_VARIABLE, MetricsEndpoint
 
 from .authority_thread import AuthorityThread
 from .home import Home
@@ -59,9 +60,11 @@ class Supervisor:
         plans: Sequence[ServicePlan] = SERVICES,
         *,
         enrolment_address: str = FREE_PORT,
+        metrics_port: int = 0,
     ) -> None:
         self.home = home
-        self._environ = child_environ(home, environ)
+        self._environ = {**child_environ(home, environ), DIRECTORY_VARIABLE: str(home.metrics_dir)}
+        self._metrics = MetricsEndpoint(home.metrics_dir, self._pids, port=metrics_port)
         self._plans = plans
         self._authority = AuthorityThread(home, environ, enrolment_address)
         self.services: dict[str, ServiceProcess] = {}
@@ -82,10 +85,12 @@ class Supervisor:
     @property
     def addresses(self) -> dict[str, str]:
         """Where each service listens."""
-        return {name: service.address for name, service in self.services.items()} | self._authority.addresses
+        services = {name: service.address for name, service in self.services.items()}
+        return services | self._authority.addresses | {"metrics": self._metrics.address}
 
     def start(self) -> None:
         """Start every service in order, wait until it serves, and write mesh.toml."""
+        self._metrics.start()
         self._authority.start()
         for plan in self._plans:
             self.services[plan.name] = self._start(plan)
@@ -96,6 +101,7 @@ class Supervisor:
         plan = self.services[name].plan
         address = self.services[name].address or plan.address
         end(self.services[name].process)
+        self._metrics.forget(self.services[name].process.pid)
         self.services[name] = self._start(ServicePlan(name=plan.name, address=address, needs=plan.needs))
 
     def ended(self) -> list[str]:
@@ -107,6 +113,11 @@ class Supervisor:
         for service in reversed(self.services.values()):
             end(service.process)
         self._authority.stop()
+        self._metrics.stop()
+
+    def _pids(self) -> dict[str, int]:
+        running = {name: service.process for name, service in self.services.items()}
+        return {"up": os.getpid(), **{name: process.pid for name, process in running.items() if process.poll() is None}}
 
     def _start(self, plan: ServicePlan) -> ServiceProcess:
         command = [*cli_command(), "serve", plan.name, "--home", str(self.home.directory), "--address", plan.address]

@@ -94,7 +94,7 @@ class KasminaServicer:
             global_step=host.global_step,
             queued_commands=host.queued_commands,
             fences=[IssuerFence(issuer=i, sequence=s) for i, s in sorted(host.verifier.fences().items())],
-            outcomes=list(host.recent_outcomes),
+            outcomes=host.recent_outcomes,
             rejections=host.verifier.rejections,
             seeds=host.export_seed_states(),
         )

@@ -20,10 +20,11 @@ from esper_rpc.proto.urza.v1 import Blueprint
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.alpha import SCHEDULES, AlphaSchedule
-from esper_servers.kasmina.host import EMBARGO_STEPS, InProcessSeedHost
+from esper_servers.kasmina.host import InProcessSeedHost
 from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
 from esper_servers.kasmina.learning_rate import OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
+from esper_servers.kasmina.surgery import EMBARGO_STEPS
 from esper_servers.trainer import wrap_sites
 
 FACTORIES = load_factories()

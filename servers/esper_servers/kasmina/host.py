@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -89,6 +89,11 @@ class InProcessSeedHost:
         return self.verifier.receiver_epoch
 
     @property
+    def last_sequence(self) -> int:
+        """The last sequence accepted from Tamiyo."""
+        return self.verifier.fences().get("tamiyo", 0)
+
+    @property
     def global_step(self) -> int:
         """The last step that was observed or finalised."""
         return self._progress.global_step
@@ -135,6 +140,10 @@ class InProcessSeedHost:
     ) -> tuple[CommandOutcome, bool]:
         """Like `submit`, and tell whether the identical envelope had come before."""
         return self._inbox.receive(envelope, expected_sequence=expected_sequence, request_digest=request_digest)
+
+    def outcomes_of(self, command_ids: Iterable[str]) -> list[CommandOutcome]:
+        """Return what is known of accepted commands; those of more than five minutes ago are forgotten."""
+        return [found for each in command_ids if (found := self.verifier.outcome_of(each)) is not None]
 
     def observe(self, loss: float, global_step: int) -> None:
         """Note the loss of the step that just ended."""

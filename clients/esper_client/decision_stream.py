@@ -41,13 +41,19 @@ class DecisionStream:
         self._describe = describe
         self._on_decision = on_decision
         self._on_open = on_open
-        self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[bytes | None] = asyncio.Queue()
         self.is_open = False
         self.opened = 0
 
     def send(self, raw: bytes) -> None:
         """Queue a request; call it on the loop."""
         self._outgoing.put_nowait(raw)
+
+    def reopen(self) -> None:
+        """End the stream and open the run again, because the host is another; call it on the loop."""
+        if self.is_open:
+            self.is_open = False
+            self._outgoing.put_nowait(None)
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -95,8 +101,9 @@ class DecisionStream:
         self._on_open(response, response.server_time_ns - middle)
 
     async def _write(self, call: Any) -> None:
-        while True:
-            await call.write(await self._outgoing.get())
+        while (raw := await self._outgoing.get()) is not None:
+            await call.write(raw)
+        await call.done_writing()
 
     async def _read(self, call: Any) -> None:
         async for raw in call:

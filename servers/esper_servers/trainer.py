@@ -97,6 +97,55 @@ def attach(
     return _attach(model, optimizer, found, sites, run_id, step_budget_ms, limits, kasmina_address)
 
 
+def serve(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    mesh: MeshAddress | None = None,
+    sites: Sequence[str] | None = None,
+    run_id: str = "",
+    limits: LocalLimits | None = None,
+    address: str = "127.0.0.1:0",
+) -> ServedModel:
+    """Wrap sites of a model that a loop in another process drives, and serve Kasmina for its RemoteSeedHost.
+
+    Between its own calls that loop ends a step here by RPC: nothing else may run the model meanwhile.
+
+    Raises:
+        ConfigError: When there is no mesh, or the model cannot be wrapped.
+    """
+    found = mesh or find_mesh(environ)
+    if found is None:
+        raise ConfigError("No mesh found: `esper up` starts one.")
+    identity, thread = Identity.load(found.identity_dir), LoopThread("esper-kasmina")
+    host = _make_host(model, optimizer, found, identity, sites, limits, thread, has_training_thread=False)
+    server = thread.run(_serve_kasmina(host, identity, address, run_id), timeout=10)
+    return ServedModel(host, server, thread)
+
+
+class ServedModel:
+    """A model that another process trains, while its KasminaService runs."""
+
+    def __init__(self, host: InProcessSeedHost, server: MeshServer, thread: LoopThread) -> None:
+        self.host = host
+        self.address = server.address
+        self._server = server
+        self._thread = thread
+
+    def close(self) -> None:
+        """Stop serving. The model stays as it is."""
+        self.host.close()
+        self._thread.run(self._server.drain(), timeout=self._server.config.drain_seconds + 5)
+        self._thread.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def _attach(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -107,9 +156,33 @@ def _attach(
     limits: LocalLimits | None,
     kasmina_address: str,
 ) -> TrainingSession:
-    identity = Identity.load(mesh.identity_dir)
+    identity, thread = Identity.load(mesh.identity_dir), LoopThread()
+    host = _make_host(model, optimizer, mesh, identity, site_names, limits, thread, has_training_thread=True)
+    session = TrainingSession(
+        host=host,
+        identity=identity,
+        tamiyo_address=mesh.tamiyo,
+        run_id=run_id,
+        config=SessionConfig(step_budget_ms=step_budget_ms, optimizer_family=type(optimizer).__name__.lower()),
+        thread=thread,
+    )
+    server = thread.run(_serve_kasmina(host, identity, kasmina_address, session.run_id), timeout=10)
+    session.kasmina_address = server.address
+    return session
+
+
+def _make_host(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    mesh: MeshAddress,
+    identity: Identity,
+    site_names: Sequence[str] | None,
+    limits: LocalLimits | None,
+    thread: LoopThread,
+    *,
+    has_training_thread: bool,
+) -> InProcessSeedHost:
     keyring = Keyring.load(mesh.identity_dir / "keyring.json")
-    thread = LoopThread()
     library = KernelLibrary(_fetcher(mesh.urza, identity), thread.spawn)
     host = InProcessSeedHost(
         model=model,
@@ -120,19 +193,10 @@ def _attach(
         factories=load_factories(),
         learning_rate=OptimizerAuthority(optimizer),
         limits=limits,
-        has_training_thread=True,
+        has_training_thread=has_training_thread,
     )
-    session = TrainingSession(
-        host=host,
-        identity=identity,
-        tamiyo_address=mesh.tamiyo,
-        run_id=run_id,
-        config=SessionConfig(step_budget_ms=step_budget_ms, optimizer_family=type(optimizer).__name__.lower()),
-        thread=thread,
-    )
-    session.spawn(_prefetch(mesh.urza, identity, library))
-    session.kasmina_address = thread.run(_serve_kasmina(host, identity, kasmina_address, session.run_id), timeout=10)
-    return session
+    thread.spawn(_prefetch(mesh.urza, identity, library))
+    return host
 
 
 def choose_sites(model: nn.Module) -> list[str]:
@@ -199,7 +263,8 @@ async def _prefetch(address: str, identity: Identity, library: KernelLibrary) ->
             library.add(Kernel(blueprint))
 
 
-async def _serve_kasmina(host: InProcessSeedHost, identity: Identity, address: str, run_id: str) -> str:
+async def _serve_kasmina(host: InProcessSeedHost, identity: Identity, address: str, run_id: str) -> MeshServer:
     server = MeshServer(config=ServerConfig(address=address), identity=identity)
     server.add_service(KASMINA, KasminaServicer(host, run_id))
-    return await server.start()
+    await server.start()
+    return server

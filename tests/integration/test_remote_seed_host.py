@@ -240,7 +240,8 @@ def test_the_loop_goes_on_when_the_model_dies_and_takes_it_up_when_it_is_back(me
     fake.decide = germinate_when_dormant
     step_until(session, lambda: again.seeds[SEED].stage == lifecycle.GERMINATED)
     assert fake.runs["run"].receiver_epoch == again.receiver_epoch
-    assert again.verifier.rejections == {}
+    # A command may still be addressed to the host that died, until the session hears the new challenge.
+    assert set(again.verifier.rejections) <= {"wrong_epoch"}
     assert inner.seeds[SEED].stage == lifecycle.DORMANT
 
 

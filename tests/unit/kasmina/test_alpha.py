@@ -9,9 +9,9 @@ from esper_servers.kasmina.alpha import SCHEDULES, AlphaSchedule
 fraction = st.floats(0, 1)
 
 
-@given(st.sampled_from(SCHEDULES), fraction, fraction)
-def test_alpha_rises_from_zero_to_exactly_one_whatever_the_window(method, a, b):
-    schedule = AlphaSchedule(method=method, start=min(a, b), end=max(a, b))
+@given(st.sampled_from(SCHEDULES), fraction, fraction, st.integers(1, 50))
+def test_alpha_rises_from_zero_to_exactly_one_whatever_the_window(method, a, b, steps):
+    schedule = AlphaSchedule(method=method, start=min(a, b), end=max(a, b), total_steps=steps)
     values = [schedule.advance() for _ in range(schedule.total_steps)]
     assert values == sorted(values)
     assert all(0.0 <= value <= 1.0 for value in values)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -44,7 +44,7 @@ class RemoteHostConfig:
     """How long a seed host in another process is waited for."""
 
     call_timeout_ms: Annotated[float, Range(2, 10_000)] = 50.0
-    """Of one call in a step. A step makes one, and one more when there is a command."""
+    """Of one call in a step. A step makes one, one more when there is a command, and one more after a failed step."""
     describe_timeout_ms: Annotated[float, Range(2, 10_000)] = 2000.0
     """When the run is opened, which no step waits for."""
     breaker: BreakerConfig = field(
@@ -86,7 +86,8 @@ class RemoteSeedHost:
         self._loss: float | None = None
         self._moves_alphas = False
         self._seeds: list[SeedState] | None = None
-        self._awaited: deque[str] = deque(maxlen=MAX_AWAITED)
+        self._awaited: dict[str, None] = {}
+        """Commands that the host has, or may have, in order."""
         self._settled: list[CommandOutcome] = []
 
     @property
@@ -126,8 +127,8 @@ class RemoteSeedHost:
             request.issuer_time_ns = time.monotonic_ns() + self._offset_ns
         response = self._ask(lambda kasmina, t: kasmina.apply_command(request, timeout=t))
         outcome = response.outcome if not isinstance(response, str) else _lost(envelope, response)
-        if outcome.result == CommandOutcome.RESULT_QUEUED or outcome.reason == MISSED:
-            self._awaited.append(envelope.nonce)
+        if outcome.result == CommandOutcome.RESULT_QUEUED or outcome.reason in (MISSED, UNREACHABLE):
+            self._await(envelope.nonce)
         return outcome
 
     def observe(self, loss: float, global_step: int) -> None:
@@ -145,14 +146,15 @@ class RemoteSeedHost:
 
     def finalize_step(self, step_index: int) -> list[TelemetryPacket]:
         """End the step there: commands, alphas, optimizers."""
+        awaited = list(self._awaited)
         request = FinalizeStepRequest(
-            step_index=step_index, loss=self._loss, advance_alphas=self._moves_alphas, awaited_commands=self._awaited
+            step_index=step_index, loss=self._loss, advance_alphas=self._moves_alphas, awaited_commands=awaited
         )
         self._loss, self._moves_alphas = None, False
         # Whatever happened there if no answer comes, what we knew is old.
         self._seeds = None
         response = self._ask(lambda kasmina, t: kasmina.finalize_step(request, timeout=t))
-        return self._finalized(response) if not isinstance(response, str) else []
+        return self._finalized(response, awaited) if not isinstance(response, str) else []
 
     def export_seed_states(self) -> list[SeedState]:
         """Return the state of every seed at the end of the last step, none while the host cannot be reached."""
@@ -201,18 +203,24 @@ class RemoteSeedHost:
         self._epoch = status.receiver_epoch
         self._description = RunDescription(tuple(status.sites), tuple(status.run_seeds), status.host_topology)
 
-    def _finalized(self, response: FinalizeStepResponse) -> list[TelemetryPacket]:
+    def _await(self, command_id: str) -> None:
+        if len(self._awaited) >= MAX_AWAITED:
+            del self._awaited[next(iter(self._awaited))]
+        self._awaited[command_id] = None
+
+    def _finalized(self, response: FinalizeStepResponse, awaited: Iterable[str]) -> list[TelemetryPacket]:
         self._seeds = list(response.seeds)
         self._epoch = response.receiver_epoch
-        self._settle(response.outcomes)
+        self._settle(response.outcomes, awaited)
         return list(response.packets)
 
-    def _settle(self, outcomes: Iterable[CommandOutcome]) -> None:
+    def _settle(self, outcomes: Iterable[CommandOutcome], awaited: Iterable[str]) -> None:
         known = list(outcomes)
-        queued = [each for each in known if each.result == CommandOutcome.RESULT_QUEUED]
-        self._settled += [each for each in known if each.result != CommandOutcome.RESULT_QUEUED]
+        queued = {each.command_id for each in known if each.result == CommandOutcome.RESULT_QUEUED}
+        self._settled += [each for each in known if each.command_id not in queued]
         # Those that the host does not know it will never settle.
-        self._awaited = deque((each.command_id for each in queued), maxlen=MAX_AWAITED)
+        for command_id in set(awaited) - queued:
+            self._awaited.pop(command_id, None)
 
     def _ask(self, call: Call[Response], timeout_ms: float | None = None) -> Response | str:
         """Make a call and wait for it; returns the reason, which is counted, when there is no answer."""

@@ -276,12 +276,20 @@ def test_a_command_whose_answer_was_lost_is_carried_out_once_and_told_later(mesh
     assert host.apply_pending() == []
 
 
-def test_a_command_that_never_arrived_is_not_waited_for(connect, kasmina, mesh, inner):
-    host = connect("127.0.0.1:1")
+def test_a_command_that_never_arrived_is_forgotten_when_the_host_answers(mesh, connect, kasmina, servicer, inner):
+    host = connect(kasmina.address)
+    host.describe()
+    kasmina.stop()
     fake = FakeTamiyo(mesh.keyring("tamiyo"))
-    outcome = host.submit(fake.sign(order("GERMINATE"), inner.verifier.audience, 1, bytes(16), b"", "run"))
+    outcome = host.submit(fake.sign(order("GERMINATE"), inner.verifier.audience, 1, host.receiver_epoch, b"", "run"))
     assert (outcome.result, outcome.reason) == (CommandOutcome.RESULT_FAILED, "host_unreachable")
-    assert not host._awaited
+    kasmina.start(KASMINA, servicer)
+    deadline = time.monotonic() + SECONDS
+    while not host.finalize_step(1):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert (host.apply_pending(), list(host._awaited)) == ([], [])
+    assert inner.seeds[SEED].stage == lifecycle.DORMANT
 
 
 def test_a_host_that_never_was_costs_no_exception(connect):

@@ -40,7 +40,7 @@ model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
 mesh = MeshAddress(tamiyo="127.0.0.1:1", urza="127.0.0.1:1", identity_dir=Path(sys.argv[1]))
 with serve(model, optim.SGD(model.parameters(), lr=0.1), mesh=mesh, sites=["0"]) as served:
     model(ones(2, 4))
-    print(served.address, flush=True)
+    print("serving", served.address, flush=True)
     sys.stdin.read()
 """
 
@@ -333,7 +333,8 @@ def test_the_loop_survives_the_kill_of_the_process_of_its_model(mesh, open_sessi
         [sys.executable, "-c", MODEL_PROCESS, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
-        session = open_session(process.stdout.readline().strip())
+        # Warnings of the mesh that is not there may come first.
+        session = open_session(next(line.split()[1] for line in process.stdout if line.startswith("serving ")))
         step_until(session, lambda: session.reasons["nominal"] > 3)
         assert session.host.export_seed_states()[0].seed_id == SEED
         process.kill()

@@ -12,6 +12,7 @@ from .blocking import Blocking
 from .client import IdentityClient, KasminaClient, TamiyoClient, UrzaClient
 from .discovery import MeshAddress, find_mesh
 from .event_loop import LoopThread
+from .remote_seed_host import RemoteHostConfig, RemoteSeedHost
 from .seed_host import RunDescription, SeedHost
 from .session import SessionConfig, TrainingSession
 
@@ -21,6 +22,8 @@ __all__ = [
     "KasminaClient",
     "LoopThread",
     "MeshAddress",
+    "RemoteHostConfig",
+    "RemoteSeedHost",
     "RunDescription",
     "SeedHost",
     "SessionConfig",

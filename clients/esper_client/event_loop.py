@@ -20,9 +20,13 @@ class LoopThread:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, Result], *, timeout: float | None = None) -> Result:
-        """Run a coroutine there and wait for it."""
+        """Run a coroutine there and wait for it; it is cancelled when the time is over."""
         self.fork.check()
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout)
+        running = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return running.result(timeout)
+        finally:
+            running.cancel()
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run a coroutine there without waiting."""

@@ -18,15 +18,24 @@ class RunDescription:
 
 
 class SeedHost(Protocol):
-    """Carries out commands on a live model. `submit` may be called from any thread, the rest from the trainer's."""
+    """Carries out commands on a live model. `submit` may be called from any thread, the rest from the trainer's.
+
+    A step is observe, export_seed_states, submit, apply_pending, advance_alphas, finalize_step, in this order. A host
+    may put the changes of a step off until finalize_step; their outcomes then come with the next apply_pending.
+    """
 
     @property
     def receiver_epoch(self) -> bytes:
-        """The 16 random bytes that every command must carry."""
+        """The 16 random bytes that every command must carry; other ones tell that the host was started anew."""
+        ...
+
+    @property
+    def last_sequence(self) -> int:
+        """The last sequence accepted from the controller; a session numbers its requests on from there."""
         ...
 
     def describe(self) -> RunDescription:
-        """Describe the model as it is at present."""
+        """Describe the model as it is at present. Called from the session's loop."""
         ...
 
     def submit(

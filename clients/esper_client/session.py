@@ -89,6 +89,7 @@ class TrainingSession:
         self.global_step = 0
         self._unacknowledged: deque[tuple[int, CommandOutcome]] = deque(maxlen=256)
         self._sequence = 0
+        self._told_epoch = b""
         self._hook_latency_ms = 0.0
         self._last_step_at: float | None = None
         self._failed = False
@@ -211,6 +212,7 @@ class TrainingSession:
         outcomes += self._finish()
         ended = time.perf_counter()
         self._remember(outcomes)
+        self._tell_of_new_host()
         if step_span := current_traceparent():
             self._trace(step_span, outcomes, ended - answered)
         self._time(begun, built, answered, verified, ended, decision)
@@ -242,7 +244,8 @@ class TrainingSession:
         )
 
     def _request(self, packet: SystemStatePacket) -> bytes:
-        self._sequence += 1
+        # A host in another process may have answered an earlier session of this run.
+        self._sequence = max(self._sequence, self.host.last_sequence) + 1
         step = Step(
             run_id=self.run_id,
             sequence=self._sequence,
@@ -286,6 +289,10 @@ class TrainingSession:
             observe_outcome(outcome)
             self._unacknowledged.append((self._sequence, outcome))
 
+    def _tell_of_new_host(self) -> None:
+        if self._exchange.is_connected and self.host.receiver_epoch != self._told_epoch:
+            self._thread.loop.call_soon_threadsafe(self._stream.replace)
+
     def _acknowledge(self) -> None:
         # What this request carried was remembered in an earlier step.
         while self._unacknowledged and self._unacknowledged[0][0] < self._sequence:
@@ -325,11 +332,12 @@ class TrainingSession:
 
     def _describe(self) -> OpenRunRequest:
         run = self.host.describe()
+        self._told_epoch = self.host.receiver_epoch
         return OpenRunRequest(
             run_id=self.run_id,
             protocol_versions=PROTOCOL_VERSIONS,
             features=FEATURES,
-            receiver_epoch=self.host.receiver_epoch,
+            receiver_epoch=self._told_epoch,
             host_topology=run.host_topology,
             sites=run.sites,
             seeds=run.seeds,

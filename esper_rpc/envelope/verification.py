@@ -134,6 +134,12 @@ class Verifier:
             if receipt is not None:
                 receipt.outcome = outcome
 
+    def outcome_of(self, nonce: str) -> CommandOutcome | None:
+        """What became of an accepted envelope, None when it is not known or no longer."""
+        with self._lock:
+            receipt = self._nonces.find(nonce)
+            return receipt.outcome if receipt is not None else None
+
     def _check_signature(self, envelope: SignedEnvelope) -> None:
         if len(envelope.payload) > self._config.max_payload_bytes:
             raise Rejected(reasons.OVERSIZE, f"{len(envelope.payload)} bytes")

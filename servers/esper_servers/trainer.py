@@ -6,9 +6,10 @@ import asyncio
 import copy
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import structlog
@@ -103,70 +104,132 @@ def attach(
     if found is None:
         warnings.warn("No mesh found: training runs on without it. `esper up` starts one.", stacklevel=3)
         return DetachedSession(model)
-    flush_spans = (lambda: None) if _traces_already() else configure_tracing("trainer", environ)
-    settings = partial(load, path=home_directory(environ) / SETTINGS_FILE, environ=environ)
-    config = settings(SessionConfig, "session")
-    config = replace(
-        config,
-        breaker=settings(BreakerConfig, "breaker", base=config.breaker),
-        step_budget_ms=config.step_budget_ms if step_budget_ms is None else step_budget_ms,
-        optimizer_family=type(optimizer).__name__.lower(),
+    member = Membership.read(found, environ)
+    config = member.session_config(step_budget_ms=step_budget_ms, optimizer_family=type(optimizer).__name__.lower())
+    limits, thread = limits or member.limits(), LoopThread()
+    host = _make_host(model, optimizer, member, sites, limits, thread, has_training_thread=True)
+    session = TrainingSession(
+        host=host, identity=member.identity, tamiyo_address=found.tamiyo, run_id=run_id, config=config, thread=thread
     )
-    limits = limits or settings(LocalLimits, "limits")
-    identity = Identity.load(found.identity_dir)
-    keyring = Keyring.find(found.identity_dir, environ, role=identity.spiffe_id.role)
-    session = _attach(model, optimizer, found, identity, keyring, sites, run_id, config, limits, kasmina_address)
-    session.close_with(partial(asyncio.to_thread, flush_spans))
+    kasmina = thread.run(_serve_kasmina(host, member, kasmina_address, session.run_id, session.move), timeout=10)
+    session.kasmina_address = kasmina.address
+    session.close_with(kasmina.drain)
+    session.close_with(partial(asyncio.to_thread, member.trace()))
     return session
 
 
-def _attach(
+def serve(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    mesh: MeshAddress,
-    identity: Identity,
-    keyring: Keyring,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    mesh: MeshAddress | None = None,
+    sites: Sequence[str] | None = None,
+    run_id: str = "",
+    limits: LocalLimits | None = None,
+    address: str = "127.0.0.1:0",
+) -> ServedModel:
+    """Wrap sites of a model that a loop in another process drives, and serve Kasmina for its RemoteSeedHost.
+
+    Between its own calls that loop ends a step here by RPC: nothing else may run the model meanwhile.
+
+    Raises:
+        ConfigError: When there is no mesh, or the model cannot be wrapped.
+    """
+    found = mesh or find_mesh(environ)
+    if found is None:
+        raise ConfigError("No mesh found: `esper up` starts one.")
+    member = Membership.read(found, environ)
+    limits, thread = limits or member.limits(), LoopThread("esper-kasmina")
+    host = _make_host(model, optimizer, member, sites, limits, thread, has_training_thread=False)
+    server = thread.run(_serve_kasmina(host, member, address, run_id, lambda: None), timeout=10)
+    return ServedModel(host, server, thread)
+
+
+class ServedModel:
+    """A model that another process trains, while its KasminaService runs."""
+
+    def __init__(self, host: InProcessSeedHost, server: MeshServer, thread: LoopThread) -> None:
+        self.host = host
+        self.address = server.address
+        self._server = server
+        self._thread = thread
+
+    def close(self) -> None:
+        """Stop serving. The model stays as it is."""
+        self.host.close()
+        self._thread.run(self._server.drain(), timeout=self._server.config.drain_seconds + 5)
+        self._thread.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """What a process needs to take part: where the mesh is, who it is, its keys, and its settings."""
+
+    mesh: MeshAddress
+    identity: Identity
+    keyring: Keyring
+    environ: Mapping[str, str]
+
+    @classmethod
+    def read(cls, mesh: MeshAddress, environ: Mapping[str, str]) -> Membership:
+        """Read the files; raises ConfigError."""
+        identity = Identity.load(mesh.identity_dir)
+        keyring = Keyring.find(mesh.identity_dir, environ, role=identity.spiffe_id.role)
+        return cls(mesh, identity, keyring, environ)
+
+    def limits(self) -> LocalLimits:
+        """Read [limits]."""
+        return load(LocalLimits, "limits", path=self._settings, environ=self.environ)
+
+    def session_config(self, *, step_budget_ms: float | None, optimizer_family: str) -> SessionConfig:
+        """Read [session] and [breaker]; a budget that is given wins."""
+        config = load(SessionConfig, "session", path=self._settings, environ=self.environ)
+        breaker = load(BreakerConfig, "breaker", path=self._settings, environ=self.environ, base=config.breaker)
+        budget = config.step_budget_ms if step_budget_ms is None else step_budget_ms
+        return replace(config, breaker=breaker, step_budget_ms=budget, optimizer_family=optimizer_family)
+
+    def trace(self) -> Callable[[], object]:
+        """Trace if the environment asks for it; a program that set up OpenTelemetry itself keeps its own provider."""
+        if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+            return configure_tracing("trainer", self.environ)
+        return lambda: None
+
+    @property
+    def _settings(self) -> Path:
+        return home_directory(self.environ) / SETTINGS_FILE
+
+
+def _make_host(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    member: Membership,
     site_names: Sequence[str] | None,
-    run_id: str,
-    config: SessionConfig,
     limits: LocalLimits,
-    kasmina_address: str,
-) -> TrainingSession:
-    thread = LoopThread()
-    library = KernelLibrary(_fetcher(mesh.urza, identity), thread.spawn)
+    thread: LoopThread,
+    *,
+    has_training_thread: bool,
+) -> InProcessSeedHost:
+    library = KernelLibrary(_fetcher(member.mesh.urza, member.identity), thread.spawn)
     host = InProcessSeedHost(
         model=model,
         sites=wrap_sites(model, site_names if site_names is not None else choose_sites(model)),
-        keyring=keyring,
-        audience=str(identity.spiffe_id),
+        keyring=member.keyring,
+        audience=str(member.identity.spiffe_id),
         library=library,
         factories=load_factories(),
         learning_rate=OptimizerAuthority(optimizer),
         limits=limits,
-        has_training_thread=True,
+        has_training_thread=has_training_thread,
     )
-    session = TrainingSession(
-        host=host,
-        identity=identity,
-        tamiyo_address=mesh.tamiyo,
-        run_id=run_id,
-        config=config,
-        thread=thread,
-    )
-    session.spawn(_prefetch(mesh.urza, identity, library))
-    served = ServerConfig(address=kasmina_address, drain_seconds=0.5, deny_list=mesh.deny_list)
-    kasmina = thread.run(_serve_kasmina(host, identity, served, session.run_id), timeout=10)
-    renewer = CertificateRenewer(identity, address=mesh.weatherlight, on_renewed=lambda _identity: session.move())
-    thread.loop.call_soon_threadsafe(kasmina.every, CHECK_SECONDS, renewer.check)
-    thread.loop.call_soon_threadsafe(kasmina.every, CHECK_SECONDS, keyring.refresh)
-    session.kasmina_address = kasmina.address
-    session.close_with(kasmina.drain)
-    return session
-
-
-def _traces_already() -> bool:
-    """A program that set up OpenTelemetry itself keeps its own provider."""
-    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+    thread.spawn(_prefetch(member.mesh.urza, member.identity, library))
+    return host
 
 
 def choose_sites(model: nn.Module) -> list[str]:
@@ -233,8 +296,16 @@ async def _prefetch(address: str, identity: Identity, library: KernelLibrary) ->
             library.add(Kernel(blueprint))
 
 
-async def _serve_kasmina(host: InProcessSeedHost, identity: Identity, config: ServerConfig, run_id: str) -> MeshServer:
-    server = MeshServer(config=config, identity=identity)
+async def _serve_kasmina(
+    host: InProcessSeedHost, member: Membership, address: str, run_id: str, on_renewed: Callable[[], object]
+) -> MeshServer:
+    config = ServerConfig(address=address, drain_seconds=0.5, deny_list=member.mesh.deny_list)
+    server = MeshServer(config=config, identity=member.identity)
     server.add_service(KASMINA, KasminaServicer(host, run_id))
     await server.start()
+    renewer = CertificateRenewer(
+        member.identity, address=member.mesh.weatherlight, on_renewed=lambda _identity: on_renewed()
+    )
+    server.every(CHECK_SECONDS, renewer.check)
+    server.every(CHECK_SECONDS, member.keyring.refresh)
     return server

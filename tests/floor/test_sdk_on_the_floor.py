@@ -39,6 +39,7 @@ class VerifyingHost:
     """Verifies what comes, and has no seeds."""
 
     receiver_epoch = bytes(range(16))
+    last_sequence = 0
 
     def __init__(self, directory):
         keyring = Keyring.load(directory / "keyring.json")

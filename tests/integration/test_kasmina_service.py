@@ -114,7 +114,7 @@ async def test_a_call_that_changes_the_model_waits_for_the_training_thread(tmp_p
     host = make_host(mesh, has_training_thread=True)
     async with operated(mesh, host) as client:
         call = asyncio.ensure_future(client.finalize_step(FinalizeStepRequest(step_index=3)))
-        while not host._at_safe_point:
+        while not host.waiting_work:
             await asyncio.sleep(0)
         assert host.global_step == 0
         host.apply_pending()

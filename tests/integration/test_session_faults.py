@@ -21,6 +21,7 @@ class RecordingHost:
     """A seed host without seeds."""
 
     receiver_epoch = bytes(range(16))
+    last_sequence = 0
 
     def __init__(self):
         self.envelopes = []

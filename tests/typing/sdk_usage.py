@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from esper_client import Blocking, TamiyoClient, TrainingSession
+from esper_client import Blocking, RemoteSeedHost, SeedHost, TamiyoClient, TrainingSession
 from esper_rpc.identity import Identity
 from esper_rpc.proto.tamiyo.v1 import GetPolicyRequest, GetPolicyResponse
 
@@ -19,3 +19,9 @@ def ask_for_the_policy(address: str, directory: Path) -> str:
 def train(session: TrainingSession, losses: list[float]) -> int:
     with session as mesh:
         return sum(len(mesh.step(loss, samples=32)) for loss in losses)
+
+
+def train_elsewhere(kasmina: str, tamiyo: str, directory: Path) -> TrainingSession:
+    identity = Identity.load(directory)
+    host: SeedHost = RemoteSeedHost(kasmina, identity=identity)
+    return TrainingSession(host=host, identity=identity, tamiyo_address=tamiyo)

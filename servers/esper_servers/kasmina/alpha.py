@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from esper_rpc.proto.leyline.v1 import AdaptationCommand
+
 # The order is the schedule index that commands carry.
 SCHEDULES: tuple[str, ...] = ("linear", "cosine", "warmup_hold", "sigmoid")
 DEFAULT_STEPS = 20
@@ -49,3 +51,13 @@ class AlphaSchedule:
             return 1.0
         progress = max(0.0, (fraction - self.start) / max(1e-9, self.end - self.start))
         return min(1.0, max(0.0, _CURVES[self.method](progress, self.temperature)))
+
+
+def schedule_of(command: AdaptationCommand) -> AlphaSchedule:
+    """Read the schedule a command asks for; fractions outside 0 to 1 are clamped, a swapped pair is ordered."""
+    parameters = command.seed_operation.parameters
+    bounds = [parameters.get("blending_schedule_start", 0.0), parameters.get("blending_schedule_end", 1.0)]
+    start, end = sorted(min(1.0, max(0.0, b)) for b in bounds)
+    index = int(parameters.get("blending_method_index", 0))
+    method = SCHEDULES[index] if 0 <= index < len(SCHEDULES) else SCHEDULES[0]
+    return AlphaSchedule(method=method, start=start, end=end)

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from esper_rpc.errors import FailedPrecondition, ResourceExhausted
+from esper_rpc.errors import FailedPrecondition, PermissionDenied, ResourceExhausted
 from esper_rpc.proto.kasmina.v1 import (
     AdvanceAlphaRequest,
     AdvanceAlphaResponse,
@@ -23,7 +24,7 @@ from esper_rpc.proto.kasmina.v1 import (
     WatchSeedEventsRequest,
     WatchSeedEventsResponse,
 )
-from esper_rpc.proto.leyline.v1 import HealthStatus, TelemetryPacket
+from esper_rpc.proto.leyline.v1 import HealthStatus
 from esper_rpc.server import Call
 
 from .host import InProcessSeedHost
@@ -41,7 +42,14 @@ class KasminaServicer:
 
     async def ApplyCommand(self, request: ApplyCommandRequest, call: Call) -> ApplyCommandResponse:
         """Verify a command and queue it."""
-        outcome, duplicate = self._host.receive(request.command)
+        if request.HasField("issuer_time_ns") and self._drives(call):
+            self._host.set_clock_offset(request.issuer_time_ns - time.monotonic_ns())
+        is_answer = request.HasField("expected_sequence")
+        outcome, duplicate = self._host.receive(
+            request.command,
+            expected_sequence=request.expected_sequence if is_answer else None,
+            request_digest=request.request_digest if is_answer else None,
+        )
         return ApplyCommandResponse(outcome=outcome, duplicate=duplicate)
 
     async def ExportSeedStates(self, request: ExportSeedStatesRequest, call: Call) -> ExportSeedStatesResponse:
@@ -50,14 +58,18 @@ class KasminaServicer:
 
     async def AdvanceAlpha(self, request: AdvanceAlphaRequest, call: Call) -> AdvanceAlphaResponse:
         """Move one alpha on."""
+        self._require_driver(call)
         return AdvanceAlphaResponse(alpha=await self._at_safe_point(lambda: self._host.advance_alpha(request.seed_id)))
 
     async def FinalizeStep(self, request: FinalizeStepRequest, call: Call) -> FinalizeStepResponse:
         """End a step."""
-        return FinalizeStepResponse(packets=await self._at_safe_point(lambda: self._end_step(request.step_index)))
+        self._require_driver(call)
+        response: FinalizeStepResponse = await self._at_safe_point(lambda: self._end_step(request))
+        return response
 
     async def UpdateEpoch(self, request: UpdateEpochRequest, call: Call) -> UpdateEpochResponse:
         """Begin an epoch."""
+        self._require_driver(call)
         self._host.update_epoch(request.epoch)
         return UpdateEpochResponse()
 
@@ -86,7 +98,7 @@ class KasminaServicer:
     async def GetStatus(self, request: GetStatusRequest, call: Call) -> GetStatusResponse:
         """Return a snapshot, with the challenge that a command must carry."""
         host = self._host
-        return GetStatusResponse(
+        response = GetStatusResponse(
             status=HealthStatus.HEALTH_STATUS_HEALTHY,
             run_id=self._run_id,
             receiver_epoch=host.receiver_epoch,
@@ -94,14 +106,38 @@ class KasminaServicer:
             global_step=host.global_step,
             queued_commands=host.queued_commands,
             fences=[IssuerFence(issuer=i, sequence=s) for i, s in sorted(host.verifier.fences().items())],
-            outcomes=list(host.recent_outcomes),
+            outcomes=host.recent_outcomes,
             rejections=host.verifier.rejections,
             seeds=host.export_seed_states(),
         )
+        if request.include_model:
+            model = host.describe()
+            response.host_topology = model.host_topology
+            response.sites.extend(model.sites)
+            response.run_seeds.extend(model.seeds)
+        return response
 
-    def _end_step(self, step_index: int) -> list[TelemetryPacket]:
-        self._host.apply_pending()
-        return self._host.finalize_step(step_index)
+    def _drives(self, call: Call) -> bool:
+        return str(call.peer) == self._host.verifier.audience
+
+    def _require_driver(self, call: Call) -> None:
+        # The table admits every trainer; what moves this model is for its own.
+        if not self._drives(call) and call.peer.role != "operator":
+            raise PermissionDenied(f"{call.peer} does not drive this host; {self._host.verifier.audience} does.")
+
+    def _end_step(self, request: FinalizeStepRequest) -> FinalizeStepResponse:
+        host = self._host
+        if request.HasField("loss"):
+            host.observe(request.loss, request.step_index)
+        host.apply_pending()
+        if request.advance_alphas:
+            host.advance_alphas()
+        return FinalizeStepResponse(
+            packets=host.finalize_step(request.step_index),
+            seeds=host.export_seed_states(),
+            outcomes=host.outcomes_of(request.awaited_commands),
+            receiver_epoch=host.receiver_epoch,
+        )
 
     async def _at_safe_point(self, work: Callable[[], Any]) -> Any:
         done = asyncio.wrap_future(self._host.at_safe_point(work))

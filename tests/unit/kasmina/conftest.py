@@ -122,7 +122,8 @@ class Rig:
             "issued_at_ns": time.time_ns(), "nonce": command.command_id,
             "receiver_epoch": self.host.receiver_epoch, "sequence": self.sequence,
         }  # fmt: skip
-        return sign(command.SerializeToString(), **{**values, **changes})
+        payload = changes.pop("payload", command.SerializeToString())
+        return sign(payload, **{**values, **changes})
 
     def order(self, command) -> CommandOutcome:
         """Submit a command, reach the safe point, and return what became of it."""

@@ -4,14 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_servers.kasmina.alpha import SCHEDULES, AlphaSchedule
+from esper_rpc.proto.leyline.v1 import AdaptationCommand
+from esper_servers.kasmina.alpha import SCHEDULES, AlphaSchedule, schedule_of
 
 fraction = st.floats(0, 1)
 
 
-@given(st.sampled_from(SCHEDULES), fraction, fraction)
-def test_alpha_rises_from_zero_to_exactly_one_whatever_the_window(method, a, b):
-    schedule = AlphaSchedule(method=method, start=min(a, b), end=max(a, b))
+@given(st.sampled_from(SCHEDULES), fraction, fraction, st.integers(1, 50))
+def test_alpha_rises_from_zero_to_exactly_one_whatever_the_window(method, a, b, steps):
+    schedule = AlphaSchedule(method=method, start=min(a, b), end=max(a, b), total_steps=steps)
     values = [schedule.advance() for _ in range(schedule.total_steps)]
     assert values == sorted(values)
     assert all(0.0 <= value <= 1.0 for value in values)
@@ -32,3 +33,22 @@ def test_the_curves_differ():
         for method in SCHEDULES
     }
     assert len({tuple(values) for values in at_a_quarter.values()}) == len(SCHEDULES)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "window"),
+    [(0.2, 0.8, (0.2, 0.8)), (0.8, 0.2, (0.2, 0.8)), (-1.0, 7.0, (0.0, 1.0))],
+    ids=["as asked", "swapped", "out of range"],
+)
+def test_a_schedule_pair_is_clamped_and_ordered(start, end, window):
+    command = AdaptationCommand()
+    command.seed_operation.parameters.update({"blending_schedule_start": start, "blending_schedule_end": end})
+    schedule = schedule_of(command)
+    assert (schedule.start, schedule.end) == pytest.approx(window)
+
+
+@pytest.mark.parametrize(("index", "method"), [(2, "warmup_hold"), (99, "linear"), (-1, "linear")])
+def test_an_unknown_method_is_linear(index, method):
+    command = AdaptationCommand()
+    command.seed_operation.parameters["blending_method_index"] = index
+    assert schedule_of(command).method == method

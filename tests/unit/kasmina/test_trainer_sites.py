@@ -39,6 +39,19 @@ def test_an_unknown_site_is_named():
         trainer.wrap_sites(model(), ["nowhere"])
 
 
+def test_a_model_is_attached_once():
+    attached = model()
+    trainer.wrap_sites(attached, ["0"])
+    with pytest.raises(ConfigError, match="attached already"):
+        trainer.wrap_sites(attached, ["3"])
+
+
+def test_a_model_cannot_be_served_without_a_mesh(tmp_path):
+    net = nn.Linear(2, 1)
+    with pytest.raises(ConfigError, match="No mesh found"):
+        trainer.serve(net, torch.optim.SGD(net.parameters(), lr=0.1), environ={"ESPER_HOME": str(tmp_path)})
+
+
 def test_without_a_mesh_there_is_one_warning_and_every_call_of_a_session(tmp_path):
     net = nn.Linear(2, 1)
     with pytest.warns(UserWarning, match="No mesh found"):

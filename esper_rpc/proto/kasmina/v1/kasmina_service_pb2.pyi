@@ -8,6 +8,7 @@ from esper_rpc.proto.leyline.v1 import envelope_pb2 as _envelope_pb2
 from esper_rpc.proto.leyline.v1 import outcome_pb2 as _outcome_pb2
 from esper_rpc.proto.leyline.v1 import seed_pb2 as _seed_pb2
 from esper_rpc.proto.leyline.v1 import telemetry_pb2 as _telemetry_pb2
+from esper_rpc.proto.tamiyo.v1 import tamiyo_service_pb2 as _tamiyo_service_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -30,6 +31,20 @@ class ApplyCommandRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COMMAND_FIELD_NUMBER: _builtins.int
+    EXPECTED_SEQUENCE_FIELD_NUMBER: _builtins.int
+    REQUEST_DIGEST_FIELD_NUMBER: _builtins.int
+    ISSUER_TIME_NS_FIELD_NUMBER: _builtins.int
+    expected_sequence: _builtins.int
+    """The number of the request that the caller's session has outstanding. When it is set, the command must answer exactly
+    that request, as in a session beside the model; otherwise it is refused as sequence_replayed.
+    """
+    request_digest: _builtins.bytes
+    """The SHA-256 of that request. Compared when expected_sequence is set."""
+    issuer_time_ns: _builtins.int
+    """The issuer's wall clock in nanoseconds since the Unix epoch, at the time of sending, as the caller measured it when
+    it opened its run. Freshness is judged by it from here on. Heeded only from the trainer whose commands this host
+    verifies.
+    """
     @_builtins.property
     def command(self) -> _envelope_pb2.SignedEnvelope:
         """A signed esper.leyline.v1.AdaptationCommand."""
@@ -38,11 +53,22 @@ class ApplyCommandRequest(_message.Message):
         self,
         *,
         command: _envelope_pb2.SignedEnvelope | None = ...,
+        expected_sequence: _builtins.int | None = ...,
+        request_digest: _builtins.bytes = ...,
+        issuer_time_ns: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_sequence", b"_expected_sequence", "_issuer_time_ns", b"_issuer_time_ns", "command", b"command", "expected_sequence", b"expected_sequence", "issuer_time_ns", b"issuer_time_ns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_sequence", b"_expected_sequence", "_issuer_time_ns", b"_issuer_time_ns", "command", b"command", "expected_sequence", b"expected_sequence", "issuer_time_ns", b"issuer_time_ns", "request_digest", b"request_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_sequence: _TypeAlias = _typing.Literal["expected_sequence"]  # noqa: Y015
+    _WhichOneofArgType__expected_sequence: _TypeAlias = _typing.Literal["_expected_sequence", b"_expected_sequence"]  # noqa: Y015
+    _WhichOneofReturnType__issuer_time_ns: _TypeAlias = _typing.Literal["issuer_time_ns"]  # noqa: Y015
+    _WhichOneofArgType__issuer_time_ns: _TypeAlias = _typing.Literal["_issuer_time_ns", b"_issuer_time_ns"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_sequence) -> _WhichOneofReturnType__expected_sequence | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__issuer_time_ns) -> _WhichOneofReturnType__issuer_time_ns | None: ...
 
 Global___ApplyCommandRequest: _TypeAlias = ApplyCommandRequest  # noqa: Y015
 
@@ -151,15 +177,34 @@ class FinalizeStepRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_INDEX_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    ADVANCE_ALPHAS_FIELD_NUMBER: _builtins.int
+    AWAITED_COMMANDS_FIELD_NUMBER: _builtins.int
     step_index: _builtins.int
     """The step that ended."""
+    loss: _builtins.float
+    """Its loss, which the gates compare with the one before a graft. NaN and infinity are legal. Absent: not known."""
+    advance_alphas: _builtins.bool
+    """Move every blending seed that is not paused one step on, after the commands and before the optimizers."""
+    @_builtins.property
+    def awaited_commands(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Commands whose outcome the caller waits for."""
+
     def __init__(
         self,
         *,
         step_index: _builtins.int = ...,
+        loss: _builtins.float | None = ...,
+        advance_alphas: _builtins.bool = ...,
+        awaited_commands: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["step_index", b"step_index"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "advance_alphas", b"advance_alphas", "awaited_commands", b"awaited_commands", "loss", b"loss", "step_index", b"step_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___FinalizeStepRequest: _TypeAlias = FinalizeStepRequest  # noqa: Y015
 
@@ -170,16 +215,34 @@ class FinalizeStepResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PACKETS_FIELD_NUMBER: _builtins.int
+    SEEDS_FIELD_NUMBER: _builtins.int
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    RECEIVER_EPOCH_FIELD_NUMBER: _builtins.int
+    receiver_epoch: _builtins.bytes
+    """The challenge of this host. Another one than before tells that it was started anew: open the run again."""
     @_builtins.property
     def packets(self) -> _containers.RepeatedCompositeFieldContainer[_telemetry_pb2.TelemetryPacket]:
         """One packet per active seed and a global one."""
+
+    @_builtins.property
+    def seeds(self) -> _containers.RepeatedCompositeFieldContainer[_seed_pb2.SeedState]:
+        """Every seed after the step, in the order of the sites."""
+
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[_outcome_pb2.CommandOutcome]:
+        """What is known of the awaited commands: what became of them, or RESULT_QUEUED. One that is missing never arrived,
+        came before this host was started, or is older than five minutes.
+        """
 
     def __init__(
         self,
         *,
         packets: _abc.Iterable[_telemetry_pb2.TelemetryPacket] | None = ...,
+        seeds: _abc.Iterable[_seed_pb2.SeedState] | None = ...,
+        outcomes: _abc.Iterable[_outcome_pb2.CommandOutcome] | None = ...,
+        receiver_epoch: _builtins.bytes = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["packets", b"packets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes", "packets", b"packets", "receiver_epoch", b"receiver_epoch", "seeds", b"seeds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___FinalizeStepResponse: _TypeAlias = FinalizeStepResponse  # noqa: Y015
@@ -314,13 +377,20 @@ Global___WatchSeedEventsResponse: _TypeAlias = WatchSeedEventsResponse  # noqa: 
 
 @_typing.final
 class GetStatusRequest(_message.Message):
-    """GetStatusRequest is empty."""
+    """GetStatusRequest says how much to report."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    INCLUDE_MODEL_FIELD_NUMBER: _builtins.int
+    include_model: _builtins.bool
+    """Describe the model as well: sites, run_seeds and host_topology."""
     def __init__(
         self,
+        *,
+        include_model: _builtins.bool = ...,
     ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_model", b"include_model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
 
@@ -380,6 +450,9 @@ class GetStatusResponse(_message.Message):
     OUTCOMES_FIELD_NUMBER: _builtins.int
     REJECTIONS_FIELD_NUMBER: _builtins.int
     SEEDS_FIELD_NUMBER: _builtins.int
+    SITES_FIELD_NUMBER: _builtins.int
+    RUN_SEEDS_FIELD_NUMBER: _builtins.int
+    HOST_TOPOLOGY_FIELD_NUMBER: _builtins.int
     status: _telemetry_pb2.HealthStatus.ValueType
     """How well it does."""
     run_id: _builtins.str
@@ -392,6 +465,8 @@ class GetStatusResponse(_message.Message):
     """The last step that was finalised."""
     queued_commands: _builtins.int
     """Commands that wait for a safe point."""
+    host_topology: _builtins.bytes
+    """The topology of the model as a JSON document in the extras schema. Empty unless include_model is set."""
     @_builtins.property
     def fences(self) -> _containers.RepeatedCompositeFieldContainer[Global___IssuerFence]:
         """The last sequence of each issuer."""
@@ -408,6 +483,14 @@ class GetStatusResponse(_message.Message):
     def seeds(self) -> _containers.RepeatedCompositeFieldContainer[_seed_pb2.SeedState]:
         """The seeds."""
 
+    @_builtins.property
+    def sites(self) -> _containers.RepeatedCompositeFieldContainer[_tamiyo_service_pb2.RunSite]:
+        """The places where seeds can grow, as OpenRun wants them. Empty unless include_model is set."""
+
+    @_builtins.property
+    def run_seeds(self) -> _containers.RepeatedCompositeFieldContainer[_tamiyo_service_pb2.RunSeed]:
+        """The seeds as OpenRun wants them. Empty unless include_model is set."""
+
     def __init__(
         self,
         *,
@@ -421,8 +504,11 @@ class GetStatusResponse(_message.Message):
         outcomes: _abc.Iterable[_outcome_pb2.CommandOutcome] | None = ...,
         rejections: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         seeds: _abc.Iterable[_seed_pb2.SeedState] | None = ...,
+        sites: _abc.Iterable[_tamiyo_service_pb2.RunSite] | None = ...,
+        run_seeds: _abc.Iterable[_tamiyo_service_pb2.RunSeed] | None = ...,
+        host_topology: _builtins.bytes = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "fences", b"fences", "global_step", b"global_step", "outcomes", b"outcomes", "queued_commands", b"queued_commands", "receiver_epoch", b"receiver_epoch", "rejections", b"rejections", "run_id", b"run_id", "seeds", b"seeds", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "fences", b"fences", "global_step", b"global_step", "host_topology", b"host_topology", "outcomes", b"outcomes", "queued_commands", b"queued_commands", "receiver_epoch", b"receiver_epoch", "rejections", b"rejections", "run_id", b"run_id", "run_seeds", b"run_seeds", "seeds", b"seeds", "sites", b"sites", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015

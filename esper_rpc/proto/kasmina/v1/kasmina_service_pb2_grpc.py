@@ -93,21 +93,24 @@ class KasminaServiceServicer(object):
 
     def AdvanceAlpha(self, request, context):
         """Moves the alpha of a blending seed one step on. NOT_FOUND for an unknown seed, FAILED_PRECONDITION if it is not
-        blending. The training loop does this by itself; the call is for a loop in another process.
+        blending. The training loop does this by itself; the call is for a loop in another process. PERMISSION_DENIED to
+        every trainer but the one whose commands this host verifies.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FinalizeStep(self, request, context):
-        """Ends one training step: steps the optimizers of the seeds and flushes one packet per active seed and a global one.
+        """Ends one training step: notes its loss, carries out what is queued, moves alphas on when asked to, steps the
+        optimizers of the seeds and flushes one packet per active seed and a global one, in this order. PERMISSION_DENIED to
+        every trainer but the one whose commands this host verifies.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateEpoch(self, request, context):
-        """Tells the host that an epoch ended.
+        """Tells the host that an epoch ended. PERMISSION_DENIED to every trainer but the one whose commands this host verifies.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

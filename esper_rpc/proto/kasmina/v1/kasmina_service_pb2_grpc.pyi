@@ -41,12 +41,16 @@ class KasminaServiceStub:
     """Returns the state of every seed."""
     AdvanceAlpha: _grpc.UnaryUnaryMultiCallable[_kasmina_service_pb2.AdvanceAlphaRequest, _kasmina_service_pb2.AdvanceAlphaResponse]
     """Moves the alpha of a blending seed one step on. NOT_FOUND for an unknown seed, FAILED_PRECONDITION if it is not
-    blending. The training loop does this by itself; the call is for a loop in another process.
+    blending. The training loop does this by itself; the call is for a loop in another process. PERMISSION_DENIED to
+    every trainer but the one whose commands this host verifies.
     """
     FinalizeStep: _grpc.UnaryUnaryMultiCallable[_kasmina_service_pb2.FinalizeStepRequest, _kasmina_service_pb2.FinalizeStepResponse]
-    """Ends one training step: steps the optimizers of the seeds and flushes one packet per active seed and a global one."""
+    """Ends one training step: notes its loss, carries out what is queued, moves alphas on when asked to, steps the
+    optimizers of the seeds and flushes one packet per active seed and a global one, in this order. PERMISSION_DENIED to
+    every trainer but the one whose commands this host verifies.
+    """
     UpdateEpoch: _grpc.UnaryUnaryMultiCallable[_kasmina_service_pb2.UpdateEpochRequest, _kasmina_service_pb2.UpdateEpochResponse]
-    """Tells the host that an epoch ended."""
+    """Tells the host that an epoch ended. PERMISSION_DENIED to every trainer but the one whose commands this host verifies."""
     WatchSeedEvents: _grpc.UnaryStreamMultiCallable[_kasmina_service_pb2.WatchSeedEventsRequest, _kasmina_service_pb2.WatchSeedEventsResponse]
     """Streams what happens to seeds. The server speaks alone; events come in order, each once. It begins with the present
     stage of every seed, and ends when the client cancels or the host closes. A reader that falls more than 1024
@@ -68,12 +72,16 @@ class KasminaServiceAsyncStub(KasminaServiceStub):
     """Returns the state of every seed."""
     AdvanceAlpha: _aio.UnaryUnaryMultiCallable[_kasmina_service_pb2.AdvanceAlphaRequest, _kasmina_service_pb2.AdvanceAlphaResponse]  # type: ignore[assignment]
     """Moves the alpha of a blending seed one step on. NOT_FOUND for an unknown seed, FAILED_PRECONDITION if it is not
-    blending. The training loop does this by itself; the call is for a loop in another process.
+    blending. The training loop does this by itself; the call is for a loop in another process. PERMISSION_DENIED to
+    every trainer but the one whose commands this host verifies.
     """
     FinalizeStep: _aio.UnaryUnaryMultiCallable[_kasmina_service_pb2.FinalizeStepRequest, _kasmina_service_pb2.FinalizeStepResponse]  # type: ignore[assignment]
-    """Ends one training step: steps the optimizers of the seeds and flushes one packet per active seed and a global one."""
+    """Ends one training step: notes its loss, carries out what is queued, moves alphas on when asked to, steps the
+    optimizers of the seeds and flushes one packet per active seed and a global one, in this order. PERMISSION_DENIED to
+    every trainer but the one whose commands this host verifies.
+    """
     UpdateEpoch: _aio.UnaryUnaryMultiCallable[_kasmina_service_pb2.UpdateEpochRequest, _kasmina_service_pb2.UpdateEpochResponse]  # type: ignore[assignment]
-    """Tells the host that an epoch ended."""
+    """Tells the host that an epoch ended. PERMISSION_DENIED to every trainer but the one whose commands this host verifies."""
     WatchSeedEvents: _aio.UnaryStreamMultiCallable[_kasmina_service_pb2.WatchSeedEventsRequest, _kasmina_service_pb2.WatchSeedEventsResponse]  # type: ignore[assignment]
     """Streams what happens to seeds. The server speaks alone; events come in order, each once. It begins with the present
     stage of every seed, and ends when the client cancels or the host closes. A reader that falls more than 1024
@@ -110,7 +118,8 @@ class KasminaServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kasmina_service_pb2.AdvanceAlphaResponse, _abc.Awaitable[_kasmina_service_pb2.AdvanceAlphaResponse]]:
         """Moves the alpha of a blending seed one step on. NOT_FOUND for an unknown seed, FAILED_PRECONDITION if it is not
-        blending. The training loop does this by itself; the call is for a loop in another process.
+        blending. The training loop does this by itself; the call is for a loop in another process. PERMISSION_DENIED to
+        every trainer but the one whose commands this host verifies.
         """
 
     @_abc_1.abstractmethod
@@ -119,7 +128,10 @@ class KasminaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kasmina_service_pb2.FinalizeStepRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kasmina_service_pb2.FinalizeStepResponse, _abc.Awaitable[_kasmina_service_pb2.FinalizeStepResponse]]:
-        """Ends one training step: steps the optimizers of the seeds and flushes one packet per active seed and a global one."""
+        """Ends one training step: notes its loss, carries out what is queued, moves alphas on when asked to, steps the
+        optimizers of the seeds and flushes one packet per active seed and a global one, in this order. PERMISSION_DENIED to
+        every trainer but the one whose commands this host verifies.
+        """
 
     @_abc_1.abstractmethod
     def UpdateEpoch(
@@ -127,7 +139,7 @@ class KasminaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kasmina_service_pb2.UpdateEpochRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kasmina_service_pb2.UpdateEpochResponse, _abc.Awaitable[_kasmina_service_pb2.UpdateEpochResponse]]:
-        """Tells the host that an epoch ended."""
+        """Tells the host that an epoch ended. PERMISSION_DENIED to every trainer but the one whose commands this host verifies."""
 
     @_abc_1.abstractmethod
     def WatchSeedEvents(

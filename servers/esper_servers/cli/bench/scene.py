@@ -91,6 +91,11 @@ class BenchHost:
         """The challenge of this start."""
         return self._epoch
 
+    @property
+    def last_sequence(self) -> int:
+        """What the only session of this host has got to."""
+        return self._verifier.fences().get("tamiyo", 0)
+
     def describe(self) -> RunDescription:
         """Describe four sites with a seed each."""
         shape = (WIDTH,)

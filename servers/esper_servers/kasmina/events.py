@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from esper_rpc.proto.kasmina.v1 import SeedEvent
+from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage
+
+from . import lifecycle
+from .progress import Progress
+from .seed_slot import SeedSlot
+
+REMEMBERED_OUTCOMES = 64
+
+Listener = Callable[[SeedEvent | None], None]
+"""Gets None when the host closes."""
+
+
+class SeedEvents:
+    """Tells listeners what happens to seeds, and remembers the last outcomes."""
+
+    def __init__(self, seeds: Mapping[str, SeedSlot], progress: Progress) -> None:
+        self._seeds = seeds
+        self._progress = progress
+        self._listeners: list[Listener] = []
+        self.outcomes: deque[CommandOutcome] = deque(maxlen=REMEMBERED_OUTCOMES)
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Call a function at every event, from whatever thread it happens in; returns how to stop."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener) if listener in self._listeners else None
+
+    def moved(
+        self,
+        slot: SeedSlot,
+        before: SeedLifecycleStage.ValueType,
+        reason: str,
+        command_id: str = "",
+    ) -> None:
+        """Tell that a seed has left a stage."""
+        self._tell(
+            SeedEvent(
+                seed_id=slot.seed_id, from_stage=before, to_stage=slot.stage, reason=reason, command_id=command_id
+            )
+        )
+
+    def settled(self, outcome: CommandOutcome) -> CommandOutcome:
+        """Remember what became of a command, and tell it."""
+        self.outcomes.append(outcome)
+        slot = self._seeds.get(outcome.seed_id)
+        stage = slot.stage if slot is not None else lifecycle.DORMANT
+        self._tell(
+            SeedEvent(
+                seed_id=outcome.seed_id, from_stage=stage, to_stage=stage, reason=outcome.reason,
+                command_id=outcome.command_id, outcome=outcome,
+            )
+        )  # fmt: skip
+        return outcome
+
+    def close(self) -> None:
+        """Tell listeners that nothing more will happen."""
+        for listener in list(self._listeners):
+            listener(None)
+        self._listeners.clear()
+
+    def _tell(self, event: SeedEvent) -> None:
+        if not self._listeners:
+            return
+        event.global_step = self._progress.global_step
+        event.occurred_at.GetCurrentTime()
+        for listener in list(self._listeners):
+            listener(event)

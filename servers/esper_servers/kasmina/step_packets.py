@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from esper_rpc.proto.leyline.v1 import MetricPoint, TelemetryLevel, TelemetryPacket
+
+from . import lifecycle
+from .seed_slot import SeedSlot
+
+
+def flush(seeds: Iterable[SeedSlot], step_index: int) -> list[TelemetryPacket]:
+    """Return one packet per seed that grows or has fossilised, and a global one."""
+    slots = list(seeds)
+    shown = [slot for slot in slots if slot.stage in lifecycle.LIVE or slot.stage == lifecycle.FOSSILIZED]
+    active = sum(slot.stage in lifecycle.LIVE for slot in slots)
+    overall = MetricPoint(name="kasmina.seeds.active", value=float(active))
+    return [*(_of_seed(slot, step_index) for slot in shown), _packet(f"global-{step_index}", overall)]
+
+
+def _of_seed(slot: SeedSlot, step_index: int) -> TelemetryPacket:
+    attributes = {"seed_id": slot.seed_id}
+    return _packet(
+        f"{slot.seed_id}-{step_index}",
+        MetricPoint(name="kasmina.seed.stage", value=float(slot.stage), attributes=attributes),
+        MetricPoint(name="kasmina.seed.alpha", value=slot.site.alpha, attributes=attributes),
+    )
+
+
+def _packet(packet_id: str, *metrics: MetricPoint) -> TelemetryPacket:
+    return TelemetryPacket(
+        packet_id=packet_id, source_subsystem="kasmina", level=TelemetryLevel.TELEMETRY_LEVEL_INFO, metrics=metrics
+    )

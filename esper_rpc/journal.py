@@ -60,6 +60,7 @@ class Journal:
         self._config = config or JournalConfig()
         self._queue: queue.Queue[Record | _Flush | None] = queue.Queue(self._config.queue_records)
         self.dropped = 0
+        self._is_failing = False
         self._writer_connection = _open(path)
         self._writer = threading.Thread(target=self._write, name="journal", daemon=True)
         self._writer.start()
@@ -127,7 +128,17 @@ class Journal:
                 self._trim(connection)
         except sqlite3.Error as error:
             self.dropped += len(records)
-            log.error("journal_write_failed", path=str(self._path), records=len(records), error=str(error))
+            self._note_failure(str(error))
+            return
+        if self._is_failing:
+            self._is_failing = False
+            log.info("journal_writes_again", path=str(self._path), dropped=self.dropped)
+
+    def _note_failure(self, error: str) -> None:
+        """A full disk fails at every commit and is told once."""
+        if not self._is_failing:
+            self._is_failing = True
+            log.error("journal_write_failed", path=str(self._path), error=error, priority="HIGH")
 
     def _trim(self, connection: sqlite3.Connection) -> None:
         (pages,) = connection.execute("PRAGMA page_count").fetchone()

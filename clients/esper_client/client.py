@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any, Protocol, Self, TypeVar
 
@@ -210,9 +211,14 @@ class MeshClient:
         self, method: str, requests: AsyncIterable[Any], request: Any, response: type[Response], timeout: float
     ) -> Response:
         path = self._path(method)
-        call: Any = self._channel.stream_unary(path, request.SerializeToString, response.FromString)
+        call: Any = self._channel.stream_unary(path, request.SerializeToString, response.FromString)(timeout=timeout)
         try:
-            return await call(requests, timeout=timeout)  # type: ignore[no-any-return]  # response.FromString made it.
+            # A server that refuses ends the call while we still write; why stands in the call's status.
+            with contextlib.suppress(asyncio.InvalidStateError):
+                async for part in requests:
+                    await call.write(part)
+                await call.done_writing()
+            return await call  # type: ignore[no-any-return]  # response.FromString made it.
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 

@@ -12,7 +12,15 @@ import orjson
 from sqlalchemy import Column, LargeBinary, MetaData, String, Table, create_engine, event, insert, select, update
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from esper_rpc.errors import AlreadyExists, ConfigError, DataLoss, FailedPrecondition, InvalidRequest, NotFound
+from esper_rpc.errors import (
+    AlreadyExists,
+    ConfigError,
+    DataLoss,
+    FailedPrecondition,
+    InvalidRequest,
+    NotFound,
+    ResourceExhausted,
+)
 from esper_rpc.proto.urza.v1 import Blueprint
 from esper_rpc.server import require_writable
 
@@ -105,6 +113,8 @@ class BlueprintLibrary:
                 connection.execute(insert(_blueprints).values(**row))
         except IntegrityError:
             return self._same_as_before(saved.descriptor.blueprint_id, digest), False
+        except OperationalError as error:
+            raise _no_room(str(error.orig)) from error
         return saved, True
 
     def attach_kernel(self, blueprint_id: str, content: bytes, digest: bytes) -> str:
@@ -115,16 +125,15 @@ class BlueprintLibrary:
         if manifest.weights_sha256 != digest:
             raise FailedPrecondition("The manifest of this blueprint names another SHA-256, or no weights.")
         path = self._path_of(digest)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-        with self._engine.begin() as connection:
-            changed = update(_blueprints).where(_blueprints.c.blueprint_id == blueprint_id)
-            connection.execute(changed.values(kernel_digest=digest))
+        try:
+            _write_whole(path, content)
+            with self._engine.begin() as connection:
+                changed = update(_blueprints).where(_blueprints.c.blueprint_id == blueprint_id)
+                connection.execute(changed.values(kernel_digest=digest))
+        except OperationalError as error:
+            raise _no_room(str(error.orig)) from error
+        except OSError as error:
+            raise _no_room(error.strerror or str(error)) from error
         return artifact_ref(digest)
 
     def read_kernel(self, blueprint_id: str) -> bytes:
@@ -153,6 +162,27 @@ class BlueprintLibrary:
     def _path_of(self, digest: bytes) -> Path:
         name = digest.hex()
         return self._kernels / name[:2] / name
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is either there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _no_room(cause: str) -> ResourceExhausted:
+    return ResourceExhausted(
+        f"The library cannot be written ({cause}); free space on its disk and try again. Nothing was kept.",
+        reason="STORAGE",
+    )
 
 
 def artifact_ref(digest: bytes) -> str:

@@ -1,0 +1,148 @@
+"""A disk without room or permission: at the start, and while a service runs.
+
+A limit on the size of files stands for the full disk: it needs no privilege and can be set on a running process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import time
+
+import pytest
+
+from esper_client import UrzaClient
+from esper_rpc import errors
+from esper_rpc.journal import Journal
+from esper_rpc.proto.urza.v1 import (
+    Blueprint,
+    GetBlueprintRequest,
+    KernelHeader,
+    SaveBlueprintRequest,
+    UploadKernelRequest,
+)
+from esper_servers.cli.home import Home
+from esper_servers.cli.processes import cli_command, end
+
+ROOM = resource.RLIM_INFINITY
+NO_ROOM = 2048
+KERNEL = os.urandom(100_000)
+
+
+@pytest.fixture
+def home(tmp_path):
+    home = Home(tmp_path / "mesh")
+    home.prepare()
+    return home
+
+
+def start(home, service, *options, room=ROOM):
+    command = [*cli_command(), "serve", service, "--home", str(home.directory), *options]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY)),
+    )  # fmt: skip
+
+
+def last_words(process):
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in stderr
+    return stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("service", "options"), [("urza", ()), ("tamiyo", ("--urza", "127.0.0.1:1"))])
+def test_a_service_does_not_start_on_a_full_disk_and_names_the_directory(home, service, options):
+    words = last_words(start(home, service, *options, room=NO_ROOM))
+    assert str(home.state_dir(service)) in words
+    assert "free space or permit writing" in words
+
+
+@pytest.mark.parametrize(("service", "options"), [("urza", ()), ("tamiyo", ("--urza", "127.0.0.1:1"))])
+def test_a_service_does_not_start_where_it_may_not_write(home, service, options):
+    (home.directory / "state").symlink_to("/proc")  # Nobody makes a directory there, root neither.
+    words = last_words(start(home, service, *options))
+    assert str(home.state_dir(service)) in words
+    assert "name another one" in words
+
+
+@pytest.fixture
+def urza(home):
+    process = start(home, "urza")
+    yield process, json.loads(process.stdout.readline())["address"]
+    end(process)
+    process.stderr.close()
+
+
+def save(blueprint_id, weights=b""):
+    blueprint = Blueprint()
+    blueprint.descriptor.blueprint_id = blueprint_id
+    blueprint.descriptor.name = blueprint_id
+    blueprint.manifest.factory = "residual_mlp"
+    blueprint.manifest.weights_sha256 = hashlib.sha256(weights).digest() if weights else b""
+    return SaveBlueprintRequest(blueprint=blueprint, extras_json=b"{}")
+
+
+async def upload(client, blueprint_id):
+    async def parts():
+        yield UploadKernelRequest(
+            header=KernelHeader(
+                blueprint_id=blueprint_id, size_bytes=len(KERNEL), sha256=hashlib.sha256(KERNEL).digest()
+            )
+        )
+        yield UploadKernelRequest(chunk=KERNEL)
+
+    return await client.upload_kernel(parts())
+
+
+async def test_a_library_whose_disk_fills_up_says_so_serves_on_and_recovers(home, urza):
+    process, address = urza
+    async with UrzaClient(address, identity=home.identity("operator")) as client:
+        await client.save_blueprint(save("before", KERNEL))
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (NO_ROOM, resource.RLIM_INFINITY))
+        with pytest.raises(errors.ResourceExhausted, match="free space"):
+            await client.save_blueprint(save("during"))
+        with pytest.raises(errors.ResourceExhausted, match="Nothing was kept"):
+            await upload(client, "before")
+        assert not [f for f in (home.state_dir("urza") / "kernels").rglob("*") if f.is_file()]
+        assert (await client.get_blueprint(GetBlueprintRequest(blueprint_id="before"))).blueprint.descriptor.name
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
+        await client.save_blueprint(save("during"))
+        await upload(client, "before")
+
+
+def test_a_journal_without_room_drops_counts_says_so_once_and_goes_on(tmp_path, caplog, capsys):
+    journal = Journal(tmp_path / "journal.sqlite")
+    journal.append("decision", "before", b"x")
+    journal.flush()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (NO_ROOM, resource.RLIM_INFINITY))
+    try:
+        for number in range(20):
+            journal.append("decision", str(number), b"x" * 4096)
+            journal.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
+    journal.append("decision", "after", b"x")
+    journal.flush()
+    assert journal.dropped == 20
+    assert [record.key for record in journal.read("decision")] == ["before", "after"]
+    journal.close()
+    assert capsys.readouterr().out.count("journal_write_failed") == 1
+
+
+def test_appending_never_waits_for_a_disk_that_fails(tmp_path):
+    journal = Journal(tmp_path / "journal.sqlite")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (NO_ROOM, resource.RLIM_INFINITY))
+    try:
+        started = time.perf_counter()
+        for number in range(2000):
+            journal.append("decision", str(number), b"x" * 512)
+        took = time.perf_counter() - started
+    finally:
+        journal.flush()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
+    journal.close()
+    assert took < 5

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -36,6 +37,7 @@ from .status import abort
 log = structlog.get_logger(__name__)
 
 CHORE_SECONDS = 1.0
+READ_OUT_SECONDS = 2.0
 LEAST_GRPC = (1, 85)
 CERTIFICATE_MARGIN_SECONDS = 60.0
 
@@ -252,6 +254,8 @@ def _adapt_unary(behaviour: Any, call_of: CallOf, checked: bool, streaming: bool
         try:
             return await behaviour(_admitted(request, checked, streaming), call_of(context))
         except Exception as error:  # noqa: BLE001  # The edge: whatever it is becomes a status.
+            if streaming:
+                await _read_out(request)
             await abort(context, error)
 
     return handle
@@ -267,6 +271,14 @@ def _adapt_stream(behaviour: Any, call_of: CallOf, checked: bool, streaming: boo
             await abort(context, error)
 
     return handle
+
+
+async def _read_out(requests: AsyncIterator[Any]) -> None:
+    """Take what a refused client still sends: a write that fails there would hide why it was refused."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(READ_OUT_SECONDS):
+            async for _ in requests:
+                pass
 
 
 def _admitted(request: Any, checked: bool, streaming: bool) -> Any:

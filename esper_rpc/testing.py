@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
+import queue
+import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -197,3 +200,38 @@ class FakeTamiyo:
             sequence=sequence,
             request_digest=digest,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class FakeMesh:
+    """A running fake Tamiyo, and the environment in which a trainer finds it."""
+
+    tamiyo: FakeTamiyo
+    environ: dict[str, str]
+
+
+@contextlib.contextmanager
+def fake_mesh(directory: Path) -> Iterator[FakeMesh]:
+    """Run a FakeTamiyo on a thread of its own for the length of a block: `attach(mesh=find_mesh(fake.environ))`."""
+    mesh = TemporaryMesh(directory)
+    mesh.identity("trainer")
+    tamiyo = FakeTamiyo(mesh.keyring("tamiyo"))
+    started: queue.SimpleQueue[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]] = queue.SimpleQueue()
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        service = (TAMIYO, tamiyo)
+        async with serving(mesh.identity("tamiyo"), service, raw_methods=FakeTamiyo.RAW_METHODS) as server:
+            started.put((server.address, asyncio.get_running_loop(), stop))
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), name="fake-tamiyo", daemon=True)
+    thread.start()
+    address, loop, stop = started.get(timeout=30)
+    try:
+        # Nothing listens on port 1: a loop under test does without a library.
+        identity_dir = str(mesh.identity_dir("trainer"))
+        yield FakeMesh(tamiyo, {"ESPER_TAMIYO": address, "ESPER_URZA": "127.0.0.1:1", "ESPER_IDENTITY": identity_dir})
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()

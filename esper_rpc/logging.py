@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from typing import TextIO, cast
 
@@ -19,6 +20,16 @@ def log_json_lines() -> None:
         ],
         logger_factory=structlog.PrintLoggerFactory(file=cast("TextIO", _Unfailing(sys.stderr))),
         cache_logger_on_first_use=True,
+    )
+
+
+def log_warnings_to_stderr() -> None:
+    """Keep quiet but for warnings where nobody configured logging: in a command, or in somebody's training loop."""
+    if structlog.is_configured():
+        return
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(file=cast("TextIO", _Unfailing(sys.stderr))),
     )
 
 

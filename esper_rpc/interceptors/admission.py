@@ -12,7 +12,7 @@ from esper_rpc.identity.peer import CURRENT_PEER
 from esper_rpc.quota import Quotas
 from esper_rpc.status import abort
 
-from .handlers import responses_of, rewrapped
+from .handlers import WrappedHandlers, responses_of, rewrapped
 
 RANKS = {"EvaluateStep": STEP, "ApplyCommand": STEP, "EvaluateEpoch": EPOCH, "OpenRun": EPOCH, "Check": STEP}
 """By the name of the method; everything else is bulk."""
@@ -25,13 +25,19 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
         self._quotas = quotas
         self._limit = limit
         self._audit = audit
+        self._handlers = WrappedHandlers()
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Take from the quota before the method runs, and hold a place while it does."""
         method = handler_call_details.method
         rank = RANKS.get(method.rpartition("/")[2], BULK)
-        handler = await continuation(handler_call_details)
-        return rewrapped(handler, lambda call: self._unary(call, method, rank), lambda call: self._stream(call, method))
+
+        def wrap(handler: Any) -> Any:
+            return rewrapped(
+                handler, lambda call: self._unary(call, method, rank), lambda call: self._stream(call, method)
+            )
+
+        return self._handlers.get(method, await continuation(handler_call_details), wrap)
 
     def _unary(self, call: Any, method: str, rank: float) -> Any:
         async def handle(request: Any, context: Any) -> Any:

@@ -10,6 +10,22 @@ Wrap = Callable[[Any], Any]
 """Takes the behaviour of a handler, gives another."""
 
 
+class WrappedHandlers:
+    """The wrapped handler of every method, made once: interceptors are asked anew at each call."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Any, Any]] = {}
+
+    def get(self, method: str, handler: Any, wrap: Wrap) -> Any:
+        """Return what `wrap` made of this handler; None for a method that nobody offers."""
+        if handler is None:
+            return None
+        known = self._known.get(method)
+        if known is None or known[0] is not handler:
+            known = self._known[method] = (handler, wrap(handler))
+        return known[1]
+
+
 def guarded(handler: Any, before: Before) -> Any:
     """Return a handler that awaits `before` first, once per call or stream; `before` aborts what it refuses."""
     return rewrapped(handler, lambda call: _guard_unary(call, before), lambda call: _guard_stream(call, before))
@@ -17,8 +33,6 @@ def guarded(handler: Any, before: Before) -> Any:
 
 def rewrapped(handler: Any, unary: Wrap, stream: Wrap) -> Any:
     """Return a handler with its behaviour wrapped, by `stream` when it answers with many messages."""
-    if handler is None:
-        return None
     kind = (
         ("stream" if handler.request_streaming else "unary")
         + "_"

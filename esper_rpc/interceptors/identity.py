@@ -12,7 +12,7 @@ from esper_rpc.identity.peer import CURRENT_PEER, STRANGER, Peer, PeerTrust, lea
 from esper_rpc.identity.spiffe import SpiffeId
 from esper_rpc.status import abort
 
-from .handlers import responses_of, rewrapped
+from .handlers import WrappedHandlers, responses_of, rewrapped
 
 TLS_VERSION = b"TLSv1.3"
 
@@ -24,13 +24,17 @@ class IdentityInterceptor(grpc.aio.ServerInterceptor):
         self._trust = trust
         self._audit = audit
         self._admits_strangers = admits_strangers
+        self._handlers = WrappedHandlers()
         self._streams: dict[asyncio.Task[Any], Peer] = {}
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Check the peer before the method runs."""
         method = handler_call_details.method
-        handler = await continuation(handler_call_details)
-        return rewrapped(handler, lambda call: self._unary(call, method), lambda call: self._stream(call, method))
+
+        def wrap(handler: Any) -> Any:
+            return rewrapped(handler, lambda call: self._unary(call, method), lambda call: self._stream(call, method))
+
+        return self._handlers.get(method, await continuation(handler_call_details), wrap)
 
     def end_untrusted_streams(self) -> None:
         """End the streams of peers whose certificate has ended or whose name is denied since they were opened."""

@@ -9,7 +9,7 @@ import grpc
 
 from esper_rpc.telemetry import metrics
 
-from .handlers import responses_of, rewrapped
+from .handlers import WrappedHandlers, responses_of, rewrapped
 
 _STATUS_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
@@ -17,11 +17,17 @@ _STATUS_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 class MetricsInterceptor(grpc.aio.ServerInterceptor):
     """Counts and times every call of a known method, refused ones too (gRPC proposal A66)."""
 
+    def __init__(self) -> None:
+        self._handlers = WrappedHandlers()
+
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Measure around everything further in."""
         method = handler_call_details.method.lstrip("/")
-        handler = await continuation(handler_call_details)
-        return rewrapped(handler, lambda call: _unary(call, method), lambda call: _stream(call, method))
+
+        def wrap(handler: Any) -> Any:
+            return rewrapped(handler, lambda call: _unary(call, method), lambda call: _stream(call, method))
+
+        return self._handlers.get(method, await continuation(handler_call_details), wrap)
 
 
 class _CallRecord:

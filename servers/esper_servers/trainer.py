@@ -27,6 +27,7 @@ from esper_rpc.config import load
 from esper_rpc.envelope import Keyring
 from esper_rpc.errors import ConfigError, DataLoss, EsperError
 from esper_rpc.identity import Identity
+from esper_rpc.logging import log_warnings_to_stderr
 from esper_rpc.proto.kasmina.v1 import kasmina_service_pb2
 from esper_rpc.proto.urza.v1 import FetchKernelRequest, GetBlueprintRequest, ListBlueprintsRequest
 from esper_rpc.server import MeshServer, ServerConfig
@@ -100,6 +101,7 @@ def attach(
     Without `sites` every hidden Linear or convolution becomes one; the last layer does not. What is not given comes
     from [session], [breaker] and [limits] of $ESPER_HOME/esper.toml or the environment.
     """
+    log_warnings_to_stderr()
     found = mesh or find_mesh(environ)
     if found is None:
         warnings.warn("No mesh found: training runs on without it. `esper up` starts one.", stacklevel=3)

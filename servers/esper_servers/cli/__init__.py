@@ -6,6 +6,8 @@ import os
 
 import typer
 
+from esper_rpc.logging import log_warnings_to_stderr
+
 from . import bench, demo, keys, pki, serve, sign, status, up, urza
 from .console import Commands
 
@@ -33,4 +35,5 @@ for name, group in (
 
 def main() -> None:
     """Run the command line; the one place that reads the environment."""
+    log_warnings_to_stderr()
     app(obj=dict(os.environ))

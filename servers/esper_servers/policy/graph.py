@@ -238,10 +238,11 @@ def _blueprint_values(candidate: BlueprintCandidate) -> list[float | None]:
 
 
 def _write(row: Floats, values: Sequence[Any]) -> None:
-    for i, value in enumerate(values):
+    pairs: list[float] = []
+    for value in values:
         known = isinstance(value, int | float) and math.isfinite(value)
-        row[2 * i] = value if known else 0.0
-        row[2 * i + 1] = known
+        pairs += (value, 1.0) if known else (0.0, 0.0)
+    row[: len(pairs)] = pairs
 
 
 def _write_seed(row: Floats, state: SeedState) -> None:

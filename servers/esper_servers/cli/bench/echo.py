@@ -40,9 +40,9 @@ def echo_server(context: typer.Context, home: HomeOption = None) -> None:
 
 
 @contextlib.contextmanager
-def serving(home: Home, environ: Any) -> Iterator[str]:
-    """Run an echo server as a process of its own."""
-    command = [*cli_command(), "bench", "echo-server", "--home", str(home.directory)]
+def serving(home: Home, environ: Any, server: str = "echo-server") -> Iterator[str]:
+    """Run a server of the benchmarks as a process of its own."""
+    command = [*cli_command(), "bench", server, "--home", str(home.directory)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, env=child_environ(home, environ), start_new_session=True
     )

@@ -166,7 +166,7 @@ async def _server_ledger(home: Home, address: str, count: int) -> dict[str, Any]
     async with TamiyoClient(address, identity=home.identity("trainer")) as client:
         await client.open_run(opening)
         for sequence in range(1, count + WARM_UP + 1):
-            request = EvaluateStepRequest(step=_unary_step(host, sequence, settled))
+            request = EvaluateStepRequest(step=unary_step(host, sequence, settled))
             decision = (await client.evaluate_step(request)).decision
             if decision.HasField("command"):
                 host.submit(decision.command)
@@ -177,15 +177,16 @@ async def _server_ledger(home: Home, address: str, count: int) -> dict[str, Any]
     return {name.removesuffix("_us"): percentiles([getattr(row, name) / 1e3 for row in kept]) for name in names}
 
 
-def _unary_step(host: BenchHost, sequence: int, outcomes: list[CommandOutcome]) -> Step:
+def unary_step(host: BenchHost, sequence: int, outcomes: list[CommandOutcome], run_id: str = _LEDGER_RUN) -> Step:
+    """Build the question that a session would ask."""
     host.observe(_loss_at(sequence), sequence)
     packet = SystemStatePacket(
         version=1, packet_id=uuid.uuid4().hex, global_step=sequence, training_loss=_loss_at(sequence),
-        timestamp_ns=time.time_ns(), source_subsystem="tolaria", training_run_id=_LEDGER_RUN,
+        timestamp_ns=time.time_ns(), source_subsystem="tolaria", training_run_id=run_id,
         training_metrics={"loss": _loss_at(sequence), "gradient_norm": 1.0}, seed_states=host.export_seed_states(),
     )  # fmt: skip
     budget_us = int(GUARD_MS * 1e3)
-    return Step(run_id=_LEDGER_RUN, sequence=sequence, budget_us=budget_us, packet=packet, outcomes=outcomes)
+    return Step(run_id=run_id, sequence=sequence, budget_us=budget_us, packet=packet, outcomes=outcomes)
 
 
 def _loss_at(turn: int) -> float:

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import typer
+
+from esper_client import LoopThread, TamiyoClient
+from esper_rpc.channel import open_channel
+from esper_rpc.proto.tamiyo.v1 import EvaluateStepRequest, EvaluateStepResponse, OpenRunRequest
+from esper_rpc.server import MeshServer, ServerConfig, announce
+from esper_servers.cli.console import HomeOption, JsonOption, environ_of, home_of, run
+from esper_servers.cli.home import Home
+
+from . import echo
+from .measure import WARM_UP, CountOption, machine, percentiles, scratch_home, show, timed_ms
+from .scene import BenchHost
+from .step import unary_step
+
+METHOD = "/esper.tamiyo.v1.TamiyoService/EvaluateStep"
+_RUN = "bench-runtime"
+_ROUNDS = 5
+
+
+def runtime(context: typer.Context, steps: CountOption = 1000, as_json: JsonOption = False) -> None:
+    """Measure what the runtime costs: EvaluateStep with a policy that computes nothing, over a bare echo.
+
+    Identity, authorisation, quota, metrics, field rules, the graph's features and the ledger are all in it.
+    """
+    environ = environ_of(context)
+    with scratch_home() as home:
+        constant = echo.serving(home, environ, "constant-server")
+        with echo.serving(home, environ) as floor, constant as address:
+            document = measure(home, floor, address, steps)
+    show("runtime", document | {"machine": machine()}, as_json=as_json)
+
+
+def constant_server(context: typer.Context, home: HomeOption = None) -> None:
+    """Serve Tamiyo with a policy that computes nothing, until SIGTERM."""
+    run(_serve(home_of(context, home)))
+
+
+def measure(home: Home, floor: str, address: str, steps: int) -> dict[str, Any]:
+    """Measure both in turns, so that a noisy moment hits both."""
+    asked, echoed = [], []
+    with _constant_caller(home, address, steps) as ask, echo.EchoCaller(home, floor) as caller:
+        for _ in range(_ROUNDS):
+            asked += timed_ms(ask, steps // _ROUNDS)
+            echoed += timed_ms(caller.unary, steps // _ROUNDS)
+    figures = {"evaluate_step": percentiles(asked), "echo": percentiles(echoed)}
+    ratio = {
+        key.removesuffix("_ms"): round(figures["evaluate_step"][key] / figures["echo"][key], 3)
+        for key in figures["echo"]
+    }
+    return figures | {"ratio": ratio, "payload_bytes": len(_request(BenchHost(home), 1))}
+
+
+@contextlib.contextmanager
+def _constant_caller(home: Home, address: str, steps: int) -> Iterator[Any]:
+    """A call that asks one step, as the echo asks one message: bytes in, bytes out."""
+    thread, host = LoopThread("constant"), BenchHost(home)
+    channel, call = thread.run(_connect(home, address, host))
+    # Building a question is the trainer's cost, not the runtime's.
+    requests = iter([_request(host, sequence) for sequence in range(1, steps + _ROUNDS * WARM_UP + 1)])
+
+    async def exchange(raw: bytes) -> bytes:
+        return await call(raw)  # type: ignore[no-any-return]  # Bytes.
+
+    yield lambda: thread.run(exchange(next(requests)))
+    answer = EvaluateStepResponse.FromString(thread.run(exchange(_request(host, 1 << 30))))
+    assert answer.decision.no_action.reason == "nominal"
+    thread.run(channel.close())
+    thread.stop()
+
+
+async def _connect(home: Home, address: str, host: BenchHost) -> Any:
+    identity, described = home.identity("trainer"), host.describe()
+    opening = OpenRunRequest(
+        run_id=_RUN, protocol_versions=[2], features=["seed"], receiver_epoch=host.receiver_epoch,
+        host_topology=described.host_topology, sites=described.sites, seeds=described.seeds,
+    )  # fmt: skip
+    async with TamiyoClient(address, identity=identity) as client:
+        await client.open_run(opening)
+    channel = open_channel(address, identity=identity, role="tamiyo")
+    return channel, channel.unary_unary(METHOD)
+
+
+def _request(host: BenchHost, sequence: int) -> bytes:
+    return EvaluateStepRequest(step=unary_step(host, sequence, [], run_id=_RUN)).SerializeToString()
+
+
+async def _serve(home: Home) -> None:
+    from esper_rpc.journal import Journal
+    from esper_servers.tamiyo.blueprint_cache import BlueprintCache
+    from esper_servers.tamiyo.conservative_mode import ConservativeMode
+    from esper_servers.tamiyo.decisions import DecisionLog
+    from esper_servers.tamiyo.pipeline import StepPipeline
+    from esper_servers.tamiyo.run_state import Runs
+    from esper_servers.tamiyo.server import SERVICE
+    from esper_servers.tamiyo.service import RAW_METHODS, TamiyoServicer
+
+    blueprints, mode = BlueprintCache(), ConservativeMode()
+    decisions = DecisionLog(Journal(home.state_dir("bench") / "journal.sqlite"))
+    pipeline = StepPipeline(
+        policy=_ConstantPolicy(),  # type: ignore[arg-type]  # Like a Policy, without a network.
+        runs=Runs(), blueprints=blueprints, keyring=home.keyring("tamiyo"), decisions=decisions, mode=mode,
+    )  # fmt: skip
+    servicer = TamiyoServicer(pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode)
+    server = MeshServer(config=ServerConfig(), identity=home.identity("tamiyo"))
+    server.add_service(SERVICE, servicer, raw_methods=RAW_METHODS)
+    gc.collect()
+    gc.freeze()  # As Tamiyo does before it serves.
+    announce("constant", await server.start())
+    await server.run_until_signal()
+
+
+class _ConstantPolicy:
+    """Always in favour of doing nothing."""
+
+    version, digest = "constant", b""
+
+    def __init__(self) -> None:
+        from esper_servers.policy import schema
+        from esper_servers.policy.policy import PolicyOutput
+
+        kind = np.full(schema.KIND_COUNT, -1.0, dtype=np.float32)
+        kind[schema.KIND_NONE] = 1.0
+        none = np.zeros((0, 0), dtype=np.float32)
+        self._output = PolicyOutput(kind, none, none, none, 0.0, none)
+
+    def evaluate(self, *_: object) -> Any:
+        """Compute nothing."""
+        return self._output

@@ -287,6 +287,14 @@ class TrainingSession:
         for outcome in outcomes:
             self.outcomes.append(outcome)
             observe_outcome(outcome)
+            log.info(
+                "command_outcome",
+                run_id=self.run_id,
+                step=self.global_step,
+                command_id=outcome.command_id,
+                result=CommandOutcome.Result.Name(outcome.result),
+                reason=outcome.reason,
+            )
             self._unacknowledged.append((self._sequence, outcome))
 
     def _tell_of_new_host(self) -> None:

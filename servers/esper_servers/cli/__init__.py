@@ -8,7 +8,7 @@ import typer
 
 from esper_rpc.logging import log_warnings_to_stderr
 
-from . import bench, demo, keys, pki, serve, sign, status, up, urza
+from . import bench, demo, doctor, keys, logs, pki, serve, sign, status, top, up, urza
 from .console import Commands
 
 app = typer.Typer(
@@ -22,6 +22,9 @@ app = typer.Typer(
 app.command(epilog="Example: esper up --home ~/.esper")(up.up)
 app.command(epilog="Example: esper demo --home var/demo")(demo.demo)
 app.command(epilog="Example: esper status --json")(status.status)
+app.command(epilog="Example: esper doctor")(doctor.doctor)
+app.command(epilog="Example: esper logs --service tamiyo --level warning --follow")(logs.logs)
+app.command(epilog="Example: esper top --every 2")(top.top)
 app.command(epilog="Example: esper sign --address 127.0.0.1:40123 --seed hidden1 --operation cull --apply")(sign.sign)
 for name, group in (
     ("bench", bench.app),

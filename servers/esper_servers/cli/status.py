@@ -20,7 +20,7 @@ _CLIENTS: dict[str, type[MeshClient]] = {"tamiyo": TamiyoClient, "urza": UrzaCli
 def status(context: typer.Context, home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Show whether each service serves, and what Tamiyo is doing."""
     place = home_of(context, home)
-    document = run(_collect(place))
+    document = run(collect(place))
     if as_json:
         print_json(document)
     else:
@@ -29,7 +29,8 @@ def status(context: typer.Context, home: HomeOption = None, as_json: JsonOption 
         raise typer.Exit(EXIT_UNREACHABLE)
 
 
-async def _collect(home: Home) -> dict[str, Any]:
+async def collect(home: Home) -> dict[str, Any]:
+    """Ask every service how it is, and Tamiyo what it does."""
     addresses = {name: home.address(name) for name in _CLIENTS}
     services = await asyncio.gather(*(_check(home, name, address) for name, address in addresses.items()))
     document: dict[str, Any] = {"services": services}
@@ -40,7 +41,7 @@ async def _collect(home: Home) -> dict[str, Any]:
 
 async def _check(home: Home, name: str, address: str) -> dict[str, Any]:
     row = {"service": name, "address": address, "reachable": False, "health": "", "problem": ""}
-    async with _HealthClient(address, identity=home.identity(), role=name) as client:
+    async with HealthClient(address, identity=home.identity(), role=name) as client:
         try:
             return row | {"reachable": True, "health": await client.check(_CLIENTS[name].service)}
         except EsperError as error:
@@ -57,7 +58,7 @@ async def _ask_tamiyo(home: Home, address: str) -> dict[str, Any]:
     }
 
 
-class _HealthClient(MeshClient):
+class HealthClient(MeshClient):
     """Asks any service of the mesh how it does."""
 
     def __init__(self, address: str, *, identity: Any, role: str) -> None:

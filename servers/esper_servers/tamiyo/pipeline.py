@@ -163,6 +163,8 @@ class StepPipeline:
             observe_decision(reported.ledger, reported.kind, reported.reason)
             if reported.step.traceparent:
                 _record_span(reported)
+            if reported.command_id:
+                _log_command(reported)
 
     def _decide(self, step: Step, run: RunState, digest: bytes, watch: _Stopwatch) -> StepDecision:
         packet = step.packet
@@ -312,6 +314,17 @@ def _record_span(reported: Reported) -> None:
             "esper.command_id": reported.command_id,
             **parts,
         },
+    )
+
+
+def _log_command(reported: Reported) -> None:
+    log.info(
+        "command_issued",
+        run_id=reported.step.run_id,
+        step=reported.step.packet.global_step,
+        command_id=reported.command_id,
+        kind=reported.kind,
+        reason=reported.reason,
     )
 
 

@@ -132,24 +132,28 @@ class StepPipeline:
         except Exception as error:  # noqa: BLE001  # One bad step must not end the stream.
             return _refusal(raw, hide_unexpected(error))
 
-    async def evaluate(self, raw: bytes, owner: str, arrived: float) -> bytes:
-        """Answer one serialised EvaluateStep(s)Request; raises EsperError."""
+    async def evaluate(self, raw: bytes, owner: str, arrived: float, time_remaining: float | None = None) -> bytes:
+        """Answer one serialised EvaluateStep(s)Request; raises EsperError.
+
+        `time_remaining` is what the call's own deadline leaves: it tells of time that passed before the call came here.
+        """
         watch = _Stopwatch(arrived)
         step = _parse(raw)
         run = self.runs.get(step.run_id, owner)
         digest = hashlib.sha256(raw).digest()
         watch.lap("validate_us")
-        await self.queue.take_turn(arrived, step.budget_us / 1e6)
+        budget = step.budget_us / 1e6 if time_remaining is None else min(step.budget_us / 1e6, time_remaining)
+        await self.queue.take_turn(arrived, budget)
         try:
             watch.lap("queue_us")
-            return self._answer(step, run, digest, watch)
+            return self._answer(step, run, digest, watch, budget)
         finally:
             self.queue.end_turn()
 
-    def _answer(self, step: Step, run: RunState, digest: bytes, watch: _Stopwatch) -> bytes:
+    def _answer(self, step: Step, run: RunState, digest: bytes, watch: _Stopwatch, budget: float) -> bytes:
         if step.sequence <= run.last_sequence:
             return _answer_again(run, step.sequence, digest)
-        decision = self._decide(step, run, digest, watch)
+        decision = self._decide(step, run, digest, watch, budget)
         decision.sequence = step.sequence
         decision.ledger.CopyFrom(watch.close())
         reply = EvaluateStepsResponse(decision=decision).SerializeToString()
@@ -166,10 +170,10 @@ class StepPipeline:
             if reported.command_id:
                 _log_command(reported)
 
-    def _decide(self, step: Step, run: RunState, digest: bytes, watch: _Stopwatch) -> StepDecision:
+    def _decide(self, step: Step, run: RunState, digest: bytes, watch: _Stopwatch, budget: float) -> StepDecision:
         packet = step.packet
         self._note(run, step)
-        decided = self._choose(packet, run, watch, step.budget_us / 1e6)
+        decided = self._choose(packet, run, watch, budget)
         if decided.choice is None:
             self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason))
             return StepDecision(no_action=NoAction(reason=decided.reason))

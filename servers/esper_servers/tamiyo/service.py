@@ -112,7 +112,7 @@ class TamiyoServicer:
 
     async def EvaluateStep(self, raw: bytes, call: Call) -> bytes:
         """Answer one step."""
-        reply = await self._pipeline.evaluate(raw, str(call.peer), time.perf_counter())
+        reply = await self._pipeline.evaluate(raw, str(call.peer), time.perf_counter(), call.time_remaining())
         asyncio.get_running_loop().call_soon(self._pipeline.report)
         return reply
 

@@ -11,6 +11,8 @@ from esper_rpc.errors import ResourceExhausted
 CAPACITY = 256
 COST_SMOOTHING = 0.05
 FIRST_COST_SECONDS = 0.002
+QUIET_TURNS = 8
+LONGEST_INTAKE_SECONDS = 0.005
 
 Waiting = tuple[float, int, "asyncio.Future[None]"]
 """Latest start, order of arrival, what is awaited."""
@@ -19,9 +21,10 @@ Waiting = tuple[float, int, "asyncio.Future[None]"]
 class StepQueue:
     """Turns at the policy: one step at a time, the one whose answer is due first goes first.
 
-    An evaluation holds the event loop, so the next turn is given only after the loop has seen what arrived meanwhile.
-    Who cannot be served inside the budget, by the cost that was measured, is refused at once; who waited too long is
-    refused when the turn comes. Used on one event loop.
+    An evaluation holds the event loop, and gRPC hands over what arrived meanwhile one call after the other, a few turns
+    of the loop each. So the next evaluation begins only when nothing arrives any more: until then whoever cannot be
+    served inside the budget, by the cost that was measured, is refused at once, which costs little. Who waited too long
+    is refused when the turn comes. Used on one event loop.
     """
 
     def __init__(self, *, capacity: int = CAPACITY, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -32,6 +35,7 @@ class StepQueue:
         self._waiting: list[Waiting] = []
         self._order = itertools.count()
         self._began = 0.0
+        self._arrivals = 0
         self.refused = 0
 
     def __len__(self) -> int:
@@ -45,6 +49,7 @@ class StepQueue:
     async def take_turn(self, arrived: float, budget_seconds: float) -> None:
         """Wait for a turn; `end_turn` must follow. Raises ResourceExhausted with the time to come back."""
         latest_start = arrived + budget_seconds - self._cost
+        self._arrivals += 1
         if self._is_busy:
             self._check_room(latest_start)
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -64,7 +69,15 @@ class StepQueue:
     def end_turn(self) -> None:
         """Give the turn back."""
         self._cost += COST_SMOOTHING * (self._clock() - self._began - self._cost)
-        asyncio.get_running_loop().call_soon(self._give_next)
+        asyncio.get_running_loop().call_soon(self._take_in, self._arrivals, 0, self._clock())
+
+    def _take_in(self, arrivals: int, quiet_turns: int, since: float) -> None:
+        """Let the loop turn until nothing arrives; with nobody waiting the next comer need not wait either."""
+        quiet_turns = quiet_turns + 1 if arrivals == self._arrivals else 0
+        if not self._waiting or quiet_turns >= QUIET_TURNS or self._clock() - since > LONGEST_INTAKE_SECONDS:
+            self._give_next()
+        else:
+            asyncio.get_running_loop().call_soon(self._take_in, self._arrivals, quiet_turns, since)
 
     def _check_room(self, latest_start: float) -> None:
         ahead = sum(1 for due, _, _ in self._waiting if due <= latest_start)

@@ -5,6 +5,7 @@ import contextlib
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Self
 
 import typer
@@ -29,8 +30,8 @@ _START_SECONDS = 20.0
 
 def echo(context: typer.Context, steps: CountOption = 1000, as_json: JsonOption = False) -> None:
     """Measure bare gRPC under the mesh's mutual TLS: the floor of every step."""
-    with scratch_home() as home, serving(home, environ_of(context)) as address:
-        document = {"echo": measure(home, address, steps), "payload_bytes": PAYLOAD_BYTES, "machine": machine()}
+    with scratch_home() as home, serving(home, environ_of(context)) as running:
+        document = {"echo": measure(home, running.address, steps), "payload_bytes": PAYLOAD_BYTES, "machine": machine()}
     show("echo", document, as_json=as_json)
 
 
@@ -39,20 +40,29 @@ def echo_server(context: typer.Context, home: HomeOption = None) -> None:
     run(_serve(home_of(context, home)))
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server of the benchmarks, in a process of its own."""
+
+    address: str
+    pid: int
+
+
 @contextlib.contextmanager
-def serving(home: Home, environ: Any, server: str = "echo-server") -> Iterator[str]:
+def serving(home: Home, environ: Any, server: str = "echo-server", *options: str) -> Iterator[Running]:
     """Run a server of the benchmarks as a process of its own."""
-    command = [*cli_command(), "bench", server, "--home", str(home.directory)]
+    command = [*cli_command(), "bench", server, "--home", str(home.directory), *options]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, env=child_environ(home, environ), start_new_session=True
     )
     assert process.stdout is not None
     try:
-        yield next(
+        address = next(
             str(event["address"])
             for event in map(parse_event, lines_until(process.stdout, _START_SECONDS))
             if event.get("event") == "serving"
         )
+        yield Running(address, process.pid)
     finally:
         end(process)
 

@@ -67,6 +67,12 @@ def percentiles(values_ms: Sequence[float], *, unit: str = "ms") -> dict[str, fl
     return {f"p{share}_{unit}": round(_nearest_rank(ordered, share), 4) for share in (50, 95, 99)}
 
 
+def rss_mb(pid: int | str) -> float:
+    """Return the resident memory of a process in MiB."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+
+
 def machine() -> dict[str, Any]:
     """Say where the figures come from."""
     return {"cpus": os.cpu_count(), "load_1m": round(os.getloadavg()[0], 2), "python": platform.python_version()}

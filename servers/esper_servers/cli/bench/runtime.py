@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -33,14 +34,18 @@ def runtime(context: typer.Context, steps: CountOption = 1000, as_json: JsonOpti
     environ = environ_of(context)
     with scratch_home() as home:
         constant = echo.serving(home, environ, "constant-server")
-        with echo.serving(home, environ) as floor, constant as address:
-            document = measure(home, floor, address, steps)
+        with echo.serving(home, environ) as floor, constant as ours:
+            document = measure(home, floor.address, ours.address, steps)
     show("runtime", document | {"machine": machine()}, as_json=as_json)
 
 
-def constant_server(context: typer.Context, home: HomeOption = None) -> None:
+def constant_server(
+    context: typer.Context,
+    work_ms: Annotated[float, typer.Option(min=0, help="How long the policy holds the loop at each step.")] = 0.0,
+    home: HomeOption = None,
+) -> None:
     """Serve Tamiyo with a policy that computes nothing, until SIGTERM."""
-    run(_serve(home_of(context, home)))
+    run(_serve(home_of(context, home), work_ms / 1e3))
 
 
 def measure(home: Home, floor: str, address: str, steps: int) -> dict[str, Any]:
@@ -77,22 +82,27 @@ def _constant_caller(home: Home, address: str, steps: int) -> Iterator[Any]:
 
 
 async def _connect(home: Home, address: str, host: BenchHost) -> Any:
-    identity, described = home.identity("trainer"), host.describe()
-    opening = OpenRunRequest(
-        run_id=_RUN, protocol_versions=[2], features=["seed"], receiver_epoch=host.receiver_epoch,
+    await opening(home, address, host)
+    channel = open_channel(address, identity=home.identity("trainer"), role="tamiyo")
+    return channel, channel.unary_unary(METHOD)
+
+
+async def opening(home: Home, address: str, host: BenchHost, run_id: str = _RUN) -> None:
+    """Open a run of these benchmarks."""
+    described = host.describe()
+    request = OpenRunRequest(
+        run_id=run_id, protocol_versions=[2], features=["seed"], receiver_epoch=host.receiver_epoch,
         host_topology=described.host_topology, sites=described.sites, seeds=described.seeds,
     )  # fmt: skip
-    async with TamiyoClient(address, identity=identity) as client:
-        await client.open_run(opening)
-    channel = open_channel(address, identity=identity, role="tamiyo")
-    return channel, channel.unary_unary(METHOD)
+    async with TamiyoClient(address, identity=home.identity("trainer")) as client:
+        await client.open_run(request)
 
 
 def _request(host: BenchHost, sequence: int) -> bytes:
     return EvaluateStepRequest(step=unary_step(host, sequence, [], run_id=_RUN)).SerializeToString()
 
 
-async def _serve(home: Home) -> None:
+async def _serve(home: Home, work_seconds: float) -> None:
     from esper_rpc.journal import Journal
     from esper_servers.tamiyo.blueprint_cache import BlueprintCache
     from esper_servers.tamiyo.conservative_mode import ConservativeMode
@@ -105,7 +115,7 @@ async def _serve(home: Home) -> None:
     blueprints, mode = BlueprintCache(), ConservativeMode()
     decisions = DecisionLog(Journal(home.state_dir("bench") / "journal.sqlite"))
     pipeline = StepPipeline(
-        policy=_ConstantPolicy(),  # type: ignore[arg-type]  # Like a Policy, without a network.
+        policy=_ConstantPolicy(work_seconds),  # type: ignore[arg-type]  # Like a Policy, without a network.
         runs=Runs(), blueprints=blueprints, keyring=home.keyring("tamiyo"), decisions=decisions, mode=mode,
     )  # fmt: skip
     servicer = TamiyoServicer(pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode)
@@ -122,7 +132,7 @@ class _ConstantPolicy:
 
     version, digest = "constant", b""
 
-    def __init__(self) -> None:
+    def __init__(self, work_seconds: float) -> None:
         from esper_servers.policy import schema
         from esper_servers.policy.policy import PolicyOutput
 
@@ -130,7 +140,11 @@ class _ConstantPolicy:
         kind[schema.KIND_NONE] = 1.0
         none = np.zeros((0, 0), dtype=np.float32)
         self._output = PolicyOutput(kind, none, none, none, 0.0, none)
+        self._work_seconds = work_seconds
 
     def evaluate(self, *_: object) -> Any:
-        """Compute nothing."""
+        """Compute nothing, for as long as it was told to."""
+        until = time.perf_counter() + self._work_seconds
+        while time.perf_counter() < until:
+            pass
         return self._output

@@ -78,9 +78,8 @@ class BenchHost:
     def __init__(self, home: Home) -> None:
         identity = home.identity("trainer")
         self._epoch = os.urandom(16)
-        self._verifier = Verifier(
-            keyring=home.keyring("trainer"), audience=str(identity.spiffe_id), receiver_epoch=self._epoch
-        )
+        self.keyring = home.keyring("trainer")
+        self._verifier = Verifier(keyring=self.keyring, audience=str(identity.spiffe_id), receiver_epoch=self._epoch)
         self._pending: deque[AdaptationCommand] = deque()
         self._loss, self._step = 2.3, 0
         self._topology = orjson.dumps(topology())

@@ -47,8 +47,8 @@ def step(context: typer.Context, steps: CountOption = 1000, as_json: JsonOption 
         seed(home)
         with Supervisor(home, environ) as supervisor:
             document = measure(home, supervisor.addresses["tamiyo"], steps)
-        with echo.serving(home, environ) as address:
-            document["echo"] = echo.measure(home, address, steps)
+        with echo.serving(home, environ) as running:
+            document["echo"] = echo.measure(home, running.address, steps)
     show("step", document | {"machine": machine()}, as_json=as_json)
 
 

@@ -39,7 +39,8 @@ RETRY_POLICY = {
     "initialBackoff": "0.05s",
     "maxBackoff": "0.5s",
     "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+    # CANCELLED, when it was not the caller: gRPC of a server that stops says so of a call that nobody took up yet.
+    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
 }
 # Ten failures in a row end retries, and ten successes earn one back (gRPC proposal A6).
 RETRY_THROTTLING = {"maxTokens": 10, "tokenRatio": 0.1}

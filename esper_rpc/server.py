@@ -17,7 +17,7 @@ import structlog
 from . import channel, config, rules
 from .audit import AuditLog
 from .concurrency import ConcurrencyConfig, ConcurrencyLimit
-from .errors import ConfigError, Unimplemented
+from .errors import ConfigError, InvalidRequest, Unimplemented
 from .identity import Identity, SpiffeId
 from .identity.authority import utc_now
 from .identity.deny_list import DenyList
@@ -26,6 +26,7 @@ from .quota import QuotaConfig, Quotas
 
 import grpc  # isort: skip  # After channel, which sets how grpc behaves around forks.
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
@@ -85,6 +86,8 @@ class Call:
 
 
 CallOf = Callable[[Any], Call]
+Parse = Callable[[bytes], Any]
+"""Bytes to a message that keeps its field rules; raises InvalidRequest."""
 
 
 class MeshServer:
@@ -216,8 +219,7 @@ def _handler(method: MethodDescriptor, servicer: object, stream_age_seconds: flo
     kind = ("stream" if method.client_streaming else "unary") + "_" + ("stream" if method.server_streaming else "unary")
     adapt = _adapt_stream if method.server_streaming else _adapt_unary
     make = getattr(grpc, f"{kind}_rpc_method_handler")
-    checked = not raw and getattr(servicer, method.name, None) is not None
-    request = None if raw else GetMessageClass(method.input_type).FromString
+    parse = None if raw or not hasattr(servicer, method.name) else _parser(method)
     response = None if raw else GetMessageClass(method.output_type).SerializeToString
 
     def call_of(context: Any) -> Call:
@@ -225,7 +227,7 @@ def _handler(method: MethodDescriptor, servicer: object, stream_age_seconds: flo
         left = _seconds_until_leaving(peer, stream_age_seconds)
         return Call(path, peer.spiffe_id, context, seconds_until_leaving=left)
 
-    return make(adapt(behaviour, call_of, checked, method.client_streaming), request, response)
+    return make(adapt(behaviour, call_of, parse, method.client_streaming), None, response)
 
 
 def _seconds_until_leaving(peer: Peer, stream_age_seconds: float) -> float:
@@ -249,10 +251,10 @@ def _not_offered(method: MethodDescriptor) -> Callable[..., Any]:
     return refuse_stream if method.server_streaming else refuse
 
 
-def _adapt_unary(behaviour: Any, call_of: CallOf, checked: bool, streaming: bool) -> Any:
+def _adapt_unary(behaviour: Any, call_of: CallOf, parse: Parse | None, streaming: bool) -> Any:
     async def handle(request: Any, context: Any) -> Any:
         try:
-            return await behaviour(_admitted(request, checked, streaming), call_of(context))
+            return await behaviour(_admitted(request, parse, streaming), call_of(context))
         except Exception as error:  # noqa: BLE001  # The edge: whatever it is becomes a status.
             if streaming:
                 await _read_out(request)
@@ -261,10 +263,10 @@ def _adapt_unary(behaviour: Any, call_of: CallOf, checked: bool, streaming: bool
     return handle
 
 
-def _adapt_stream(behaviour: Any, call_of: CallOf, checked: bool, streaming: bool) -> Any:
+def _adapt_stream(behaviour: Any, call_of: CallOf, parse: Parse | None, streaming: bool) -> Any:
     async def handle(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            responses = behaviour(_admitted(request, checked, streaming), call_of(context))
+            responses = behaviour(_admitted(request, parse, streaming), call_of(context))
             async for response in responses:
                 yield response
         except Exception as error:  # noqa: BLE001  # The edge: whatever it is becomes a status.
@@ -281,19 +283,30 @@ async def _read_out(requests: AsyncIterator[Any]) -> None:
                 pass
 
 
-def _admitted(request: Any, checked: bool, streaming: bool) -> Any:
-    if not checked:
+def _admitted(request: Any, parse: Parse | None, streaming: bool) -> Any:
+    if parse is None:
         return request
-    if streaming:
-        return _checked_stream(request)
-    rules.check(request)
-    return request
+    return _parsed(request, parse) if streaming else parse(request)
 
 
-async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
+async def _parsed(requests: AsyncIterator[bytes], parse: Parse) -> AsyncIterator[Any]:
+    async for raw in requests:
+        yield parse(raw)
+
+
+def _parser(method: MethodDescriptor) -> Parse:
+    """Parse here and not in gRPC, which would answer UNKNOWN for bytes that are no message."""
+    message_class = GetMessageClass(method.input_type)
+
+    def parse(raw: bytes) -> Any:
+        try:
+            request = message_class.FromString(raw)
+        except DecodeError as error:
+            raise InvalidRequest(f"These bytes are no {method.input_type.full_name}.") from error
         rules.check(request)
-        yield request
+        return request
+
+    return parse
 
 
 def require_writable(directory: Path) -> None:

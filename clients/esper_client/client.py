@@ -307,7 +307,16 @@ class TamiyoClient(MeshClient):
 
     role = "tamiyo"
     service = "esper.tamiyo.v1.TamiyoService"
-    retried = ("OpenRun", "GetPolicy", "GetStatus", "ExplainDecision", "ListPauseGrants", "ListFieldReports")
+    # A step that comes twice, with the same sequence and content, is answered again.
+    retried = (
+        "OpenRun",
+        "EvaluateStep",
+        "GetPolicy",
+        "GetStatus",
+        "ExplainDecision",
+        "ListPauseGrants",
+        "ListFieldReports",
+    )
 
     async def open_run(self, request: OpenRunRequest, *, timeout: float = 2.0) -> OpenRunResponse:
         """Opens a run, or opens it again after a reconnect."""

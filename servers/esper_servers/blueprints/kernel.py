@@ -66,7 +66,7 @@ def instantiate(
             module = factory.build(orjson.loads(manifest.config_json or "{}"), feature_shape)
     except ShapeMismatch as error:
         raise KernelRejected(SHAPE_MISMATCH, str(error)) from error
-    except Exception as error:  # Factories come from other packages too; what they make of a bad number is theirs.
+    except (orjson.JSONDecodeError, TypeError, ValueError) as error:
         raise KernelRejected(BAD_CONFIG, str(error)) from error
     if tensors is not None:
         _load_weights(module, tensors)

@@ -60,6 +60,12 @@ def _is_map(field: FieldDescriptor) -> bool:
     return field.message_type is not None and field.message_type.GetOptions().map_entry
 
 
+def _value_type(field: FieldDescriptor) -> Descriptor | None:
+    """The message that a field holds, in a map the one of its values."""
+    entry = field.message_type
+    return entry.fields_by_name["value"].message_type if entry is not None and _is_map(field) else entry
+
+
 def _field_checkers(field: FieldDescriptor) -> Iterable[Checker]:
     rules = field.GetOptions().Extensions[rules_pb2.rules]
     tests = tuple(_value_tests(rules, field))
@@ -67,9 +73,9 @@ def _field_checkers(field: FieldDescriptor) -> Iterable[Checker]:
         yield from _collection_checkers(field, rules, tests)
     elif rules.required or tests:
         yield _singular_checker(field, rules, tests)
-    nested = field.message_type
-    if nested is not None and not _is_map(field) and _has_rules(nested):
-        yield _nested_checker(field)
+    nested = _value_type(field)
+    if nested is not None and _has_rules(nested):
+        yield _nested_checker(field, nested)
 
 
 def _is_present(field: FieldDescriptor) -> Callable[[Message], bool]:
@@ -121,8 +127,8 @@ def _size_checker(name: str, least: int, most: int | None) -> Checker:
     return checker
 
 
-def _nested_checker(field: FieldDescriptor) -> Checker:
-    name, nested, repeated = field.name, field.message_type, field.is_repeated
+def _nested_checker(field: FieldDescriptor, nested: Descriptor) -> Checker:
+    name, is_map = field.name, _is_map(field)
 
     def single(message: Message, prefix: str, found: list[Violation]) -> None:
         if message.HasField(name):
@@ -131,12 +137,12 @@ def _nested_checker(field: FieldDescriptor) -> Checker:
                 checker(value, f"{prefix}{name}.", found)
 
     def many(message: Message, prefix: str, found: list[Violation]) -> None:
-        checkers = _checkers(nested)
-        for index, value in enumerate(getattr(message, name)):
+        checkers, values = _checkers(nested), getattr(message, name)
+        for key, value in values.items() if is_map else enumerate(values):
             for checker in checkers:
-                checker(value, f"{prefix}{name}[{index}].", found)
+                checker(value, f"{prefix}{name}[{key}].", found)
 
-    return many if repeated else single
+    return many if field.is_repeated else single
 
 
 def _value_tests(rules: Any, field: FieldDescriptor) -> Iterable[Test]:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from esper_rpc.config import read_section
 from esper_rpc.errors import ConfigError
 
 MESH_FILE = "mesh.toml"
+_KEYS = ("tamiyo", "urza", "identity")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,19 +28,14 @@ def find_mesh(environ: Mapping[str, str]) -> MeshAddress | None:
         ConfigError: When something is there, but not whole.
     """
     if "ESPER_TAMIYO" in environ:
-        return _whole({k: environ.get(f"ESPER_{k.upper()}") for k in ("tamiyo", "urza", "identity")}, "the environment")
+        return _whole({k: environ.get(f"ESPER_{k.upper()}") for k in _KEYS}, "the environment")
     home = Path(environ.get("ESPER_HOME", Path.home() / ".esper"))
     path = home / MESH_FILE
-    if not path.exists():
-        return None
-    try:
-        return _whole(tomllib.loads(path.read_text()).get("mesh", {}), str(path))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    return _whole(read_section(path, "mesh"), str(path)) if path.exists() else None
 
 
-def _whole(settings: Mapping[str, str | None], source: str) -> MeshAddress:
-    tamiyo, urza, identity = (settings.get(key) for key in ("tamiyo", "urza", "identity"))
+def _whole(settings: Mapping[str, object], source: str) -> MeshAddress:
+    tamiyo, urza, identity = (value if isinstance(value := settings.get(key), str) else "" for key in _KEYS)
     if not (tamiyo and urza and identity):
         raise ConfigError(f"{source} must name tamiyo, urza and identity; `esper up` writes all three.")
     return MeshAddress(tamiyo=tamiyo, urza=urza, identity_dir=Path(identity))

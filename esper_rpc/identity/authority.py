@@ -12,6 +12,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from esper_rpc.errors import ConfigError, InvalidRequest
 
+from .pem import load_certificate, load_key
 from .secret_files import read_secret, write_secret
 from .spiffe import SpiffeId
 
@@ -69,11 +70,12 @@ class Authority:
     @classmethod
     def load(cls, directory: Path, *, clock: Callable[[], datetime] = utc_now) -> Authority:
         """Read the intermediate and the root certificate; the root key is not touched."""
-        root_pem = read_secret(directory / "root.pem")
-        certificate = x509.load_pem_x509_certificate(read_secret(directory / "intermediate.pem"))
-        key = serialization.load_pem_private_key(read_secret(directory / "intermediate.key"), password=None)
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ConfigError(f"{directory / 'intermediate.key'} is not an EC key.")
+        root, chain, secret = (directory / name for name in ("root.pem", "intermediate.pem", "intermediate.key"))
+        root_pem = read_secret(root)
+        load_certificate(root_pem, root)
+        certificate, key = load_certificate(read_secret(chain), chain), load_key(read_secret(secret), secret)
+        if key.public_key() != certificate.public_key():
+            raise ConfigError(f"{secret} is not the key of {chain.name}.")
         return cls(root_pem, _Signer(certificate, key), clock)
 
     @property

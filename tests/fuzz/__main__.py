@@ -88,14 +88,29 @@ def run_plain(harness: Harness, seconds: float, seed: int) -> None:
 def run_atheris(harness: Harness, seconds: float, seed: int) -> None:
     """Search guided by coverage."""
     import atheris
+    from fuzz.entropy import mutate_bytes
 
-    corpus = harness.directory / "corpus"
+    corpus, seeds = harness.directory / "corpus", harness.target.seeds()
     corpus.mkdir(exist_ok=True)
-    for data in harness.target.seeds():
+    for data in seeds:
         (corpus / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
+
+    def mutate(data: bytes, max_size: int, chosen: int) -> bytes:
+        # Coverage does not see into protobuf, so that the search alone would forget most of the corpus.
+        chance = random.Random(chosen)
+        if chance.random() < 0.5:
+            return bytes(atheris.Mutate(data, max_size))
+        return mutate_bytes(chance, chance.choice((data, chance.choice(seeds))), seeds, max_size)
+
     flags = [f"-max_total_time={int(seconds)}", f"-seed={seed}", f"-max_len={MAX_INPUT}", "-rss_limit_mb=8192"]
-    flags += ["-timeout=20", "-print_final_stats=1", f"-artifact_prefix={harness.directory}/", str(corpus)]
-    atheris.Setup([sys.argv[0], *flags], harness)
+    flags += [
+        "-len_control=0",
+        "-timeout=20",
+        "-print_final_stats=1",
+        f"-artifact_prefix={harness.directory}/",
+        str(corpus),
+    ]
+    atheris.Setup([sys.argv[0], *flags], harness, custom_mutator=mutate)
     atheris.Fuzz()
 
 

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from esper_rpc.channel import ForkGuard
@@ -15,6 +16,7 @@ class LoopThread:
 
     def __init__(self, name: str = "esper-loop") -> None:
         self.fork = ForkGuard()
+        self._closing: list[Callable[[], Coroutine[Any, Any, Any]]] = []
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -29,10 +31,17 @@ class LoopThread:
         self.fork.check()
         asyncio.run_coroutine_threadsafe(work, self.loop)
 
+    def before_stop(self, close: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Hold something that lives there, and close it before the thread ends."""
+        self._closing.append(close)
+
     def stop(self) -> None:
-        """Cancel what still runs there, and end the thread."""
+        """Close what is held, cancel what still runs there, and end the thread."""
         if self.fork.is_child or not self._thread.is_alive():
             return
+        while self._closing:
+            with contextlib.suppress(Exception):
+                self.run(self._closing.pop()(), timeout=5)
         asyncio.run_coroutine_threadsafe(_cancel_others(), self.loop).result(5)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(5)

@@ -36,6 +36,7 @@ KASMINA = kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"]
 WRAPPABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
 OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 URZA_TIMEOUT_SECONDS = 2.0
+KASMINA_DRAIN_SECONDS = 0.5
 
 
 class DetachedSession:
@@ -131,7 +132,10 @@ def _attach(
         thread=thread,
     )
     session.spawn(_prefetch(mesh.urza, identity, library))
-    session.kasmina_address = thread.run(_serve_kasmina(host, identity, kasmina_address, session.run_id), timeout=10)
+    server = thread.run(_serve_kasmina(host, identity, kasmina_address, session.run_id), timeout=10)
+    # Held until the session ends: gRPC ends a server that nothing refers to.
+    thread.before_stop(server.drain)
+    session.kasmina_address = server.address
     return session
 
 
@@ -199,7 +203,8 @@ async def _prefetch(address: str, identity: Identity, library: KernelLibrary) ->
             library.add(Kernel(blueprint))
 
 
-async def _serve_kasmina(host: InProcessSeedHost, identity: Identity, address: str, run_id: str) -> str:
-    server = MeshServer(config=ServerConfig(address=address), identity=identity)
+async def _serve_kasmina(host: InProcessSeedHost, identity: Identity, address: str, run_id: str) -> MeshServer:
+    server = MeshServer(config=ServerConfig(address=address, drain_seconds=KASMINA_DRAIN_SECONDS), identity=identity)
     server.add_service(KASMINA, KasminaServicer(host, run_id))
-    return await server.start()
+    await server.start()
+    return server

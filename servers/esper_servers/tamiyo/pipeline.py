@@ -6,6 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import structlog
 from google.protobuf.message import DecodeError
@@ -16,6 +17,7 @@ from esper_rpc.envelope import Keyring
 from esper_rpc.errors import EsperError, FailedPrecondition, InvalidRequest
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedOperation, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import (
+    EvaluateEpochRequest,
     EvaluateStepsRequest,
     EvaluateStepsResponse,
     NoAction,
@@ -44,6 +46,8 @@ NOMINAL, BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN = (
     "nominal", "budget_exhausted", "inference_failed", "inference_breaker_open",
 )  # fmt: skip
 POLICY = "policy"
+EPOCH_BUDGET_US = 2_000_000
+Request = TypeVar("Request", EvaluateStepsRequest, EvaluateEpochRequest)
 GREETING_ANSWER = EvaluateStepsResponse(decision=StepDecision()).SerializeToString()
 
 
@@ -124,7 +128,16 @@ class StepPipeline:
     def evaluate(self, raw: bytes, owner: str, arrived: float) -> bytes:
         """Answer one serialised EvaluateStep(s)Request; raises EsperError."""
         watch = _Stopwatch(arrived)
-        step = _parse(raw)
+        return self._answer(_parse(raw, EvaluateStepsRequest).step, raw, owner, watch)
+
+    def evaluate_epoch(self, raw: bytes, owner: str, arrived: float) -> bytes:
+        """Answer one serialised EvaluateEpochRequest, bound to these very bytes; raises EsperError."""
+        watch = _Stopwatch(arrived)
+        asked = _parse(raw, EvaluateEpochRequest)
+        step = Step(run_id=asked.run_id, sequence=asked.sequence, budget_us=EPOCH_BUDGET_US, packet=asked.packet)
+        return self._answer(step, raw, owner, watch)
+
+    def _answer(self, step: Step, raw: bytes, owner: str, watch: _Stopwatch) -> bytes:
         run = self.runs.get(step.run_id, owner)
         digest = hashlib.sha256(raw).digest()
         if step.sequence <= run.last_sequence:
@@ -246,13 +259,13 @@ def _microseconds(seconds: float) -> int:
     return min(2**32 - 1, max(0, int(seconds * 1e6)))
 
 
-def _parse(raw: bytes) -> Step:
+def _parse(raw: bytes, kind: type[Request]) -> Request:
     try:
-        request = EvaluateStepsRequest.FromString(raw)
+        request = kind.FromString(raw)
     except DecodeError as error:
-        raise InvalidRequest("The message is not an EvaluateStepRequest.") from error
+        raise InvalidRequest(f"The message is not an {kind.DESCRIPTOR.name}.") from error
     rules.check(request)
-    return request.step
+    return request
 
 
 def _answer_again(run: RunState, sequence: int, digest: bytes) -> bytes:

@@ -13,9 +13,6 @@ from esper_rpc.proto.tamiyo.v1 import (
     BreakerStatus,
     CloseRunRequest,
     CloseRunResponse,
-    EvaluateEpochRequest,
-    EvaluateEpochResponse,
-    EvaluateStepsRequest,
     EvaluateStepsResponse,
     ExplainDecisionRequest,
     ExplainDecisionResponse,
@@ -28,7 +25,6 @@ from esper_rpc.proto.tamiyo.v1 import (
     RunStatus,
     SetConservativeModeRequest,
     SetConservativeModeResponse,
-    Step,
     StepDecision,
 )
 from esper_rpc.server import Call
@@ -41,8 +37,7 @@ from .pipeline import StepPipeline
 
 PROTOCOL_VERSIONS = frozenset({1})
 FEATURES = frozenset({"seed", "pause", "optimizer"})
-EPOCH_BUDGET_US = 2_000_000
-RAW_METHODS = frozenset({"EvaluateStep", "EvaluateSteps"})
+RAW_METHODS = frozenset({"EvaluateEpoch", "EvaluateStep", "EvaluateSteps"})
 FAREWELL = EvaluateStepsResponse(decision=StepDecision(going_away=True)).SerializeToString()
 
 
@@ -109,12 +104,10 @@ class TamiyoServicer:
         asyncio.get_running_loop().call_soon(self._pipeline.report)
         return self._pipeline.evaluate(raw, str(call.peer), time.perf_counter())
 
-    async def EvaluateEpoch(self, request: EvaluateEpochRequest, call: Call) -> EvaluateEpochResponse:
+    async def EvaluateEpoch(self, raw: bytes, call: Call) -> bytes:
         """Decide on a state without the hurry of a step."""
-        step = Step(run_id=request.run_id, sequence=request.sequence, budget_us=EPOCH_BUDGET_US, packet=request.packet)
-        raw = EvaluateStepsRequest(step=step).SerializeToString()
-        reply = self._pipeline.evaluate(raw, str(call.peer), time.perf_counter())
-        return EvaluateEpochResponse(decision=EvaluateStepsResponse.FromString(reply).decision)
+        # An EvaluateEpochResponse has the bytes of an EvaluateStepsResponse.
+        return self._pipeline.evaluate_epoch(raw, str(call.peer), time.perf_counter())
 
     async def GetPolicy(self, request: GetPolicyRequest, call: Call) -> GetPolicyResponse:
         """Describe the policy in force."""

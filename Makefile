@@ -1,12 +1,13 @@
-# The interface of this repository: demo, test, check, proto, bench.
+# The interface of this repository: demo, test, check, fuzz, proto, bench.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
 FLOOR_VENV := .venv-floor
 BENCH ?= step
+FUZZ_SECONDS ?= 600
 
-.PHONY: demo test check floor proto bench install wheel clean
+.PHONY: demo test check floor fuzz proto bench install wheel clean
 
 demo: install
 	$(BIN)/esper demo
@@ -33,6 +34,10 @@ floor: $(FLOOR_VENV)/.installed
 proto: $(PROTO_VENV)/.installed install
 	$(BIN)/buf format -w
 	$(PROTO_VENV)/bin/python protos/generate.py
+
+# Not part of test: a short fixed run of every target is.
+fuzz: install
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
 
 bench: install
 	$(BIN)/esper bench $(BENCH) --json

@@ -36,7 +36,7 @@ def load(
         ConfigError: Naming the key, its value and what is allowed.
     """
     hints = {k: hint for k, hint in typing.get_type_hints(config_class).items() if not dataclasses.is_dataclass(hint)}
-    settings = _from_toml(section, path)
+    settings = dict(read_section(path, section)) if path is not None else {}
     for key in hints:
         name = f"ESPER_{section}_{key}".upper()
         if name in environ:
@@ -60,13 +60,20 @@ def validate(config: Any) -> None:
                 raise ConfigError(f"{key} = {value} is out of range; allowed is {bounds.least:g} to {bounds.most:g}.")
 
 
-def _from_toml(section: str, path: Path | None) -> dict[str, Any]:
-    if path is None or not path.exists():
+def read_section(path: Path, section: str) -> dict[str, Any]:
+    """Read `[section]` of a TOML file, empty when the file or the section is missing; raises ConfigError."""
+    if not path.exists():
         return {}
     try:
-        return dict(tomllib.loads(path.read_text()).get(section, {}))
-    except tomllib.TOMLDecodeError as error:
+        found = tomllib.loads(path.read_text(encoding="utf-8")).get(section, {})
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    # Text that is not UTF-8 is a ValueError too; a parser that recurses too deep is not.
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{section} in {path} must be a table, [{section}].")
+    return found
 
 
 def _convert(section: str, key: str, value: Any, hint: Any) -> Any:
@@ -81,7 +88,7 @@ def _convert(section: str, key: str, value: Any, hint: Any) -> Any:
     try:
         if accepted:
             return kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ConfigError(f"[{section}] {key} = {value!r} is not a {kind.__name__}.")
 

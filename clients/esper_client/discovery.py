@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from esper_rpc.config import read_section
 from esper_rpc.errors import ConfigError
 
 MESH_FILE = "mesh.toml"
@@ -34,12 +34,7 @@ def find_mesh(environ: Mapping[str, str]) -> MeshAddress | None:
     if "ESPER_TAMIYO" in environ:
         return _whole({k: environ.get(f"ESPER_{k.upper()}") for k in KEYS}, "the environment")
     path = home_directory(environ) / MESH_FILE
-    if not path.exists():
-        return None
-    try:
-        return _whole(tomllib.loads(path.read_text()).get("mesh", {}), str(path))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    return _whole(read_section(path, "mesh"), str(path)) if path.exists() else None
 
 
 def home_directory(environ: Mapping[str, str]) -> Path:
@@ -47,15 +42,16 @@ def home_directory(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("ESPER_HOME") or Path.home() / ".esper")
 
 
-def _whole(settings: Mapping[str, str | None], source: str) -> MeshAddress:
-    tamiyo, urza, identity = (settings.get(key) for key in ("tamiyo", "urza", "identity"))
+def _whole(settings: Mapping[str, object], source: str) -> MeshAddress:
+    tamiyo, urza, identity, weatherlight, deny_list = (
+        value if isinstance(value := settings.get(key), str) else "" for key in KEYS
+    )
     if not (tamiyo and urza and identity):
         raise ConfigError(f"{source} must name tamiyo, urza and identity; `esper up` writes all three.")
-    deny_list = settings.get("deny_list")
     return MeshAddress(
         tamiyo=tamiyo,
         urza=urza,
         identity_dir=Path(identity),
-        weatherlight=settings.get("weatherlight"),
+        weatherlight=weatherlight or None,
         deny_list=Path(deny_list) if deny_list else None,
     )

@@ -17,6 +17,7 @@ from esper_rpc.identity.spiffe import SpiffeId
 
 KEY_BYTES = 32
 SECRET_VARIABLE = "ESPER_LEYLINE_SECRET"  # noqa: S105  # A name, no secret.
+_MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 
 
 def length_prefixed(*parts: str) -> bytes:
@@ -84,10 +85,12 @@ class RootKeys:
     def load(cls, path: Path) -> RootKeys:
         """Read the roots."""
         document = _parse(read_secret(path), str(path))
-        return cls(
-            active_key_id=document["active_key_id"],
-            roots={key_id: _to_bytes(text) for key_id, text in document["roots"].items()},
-        )
+        try:
+            roots = {key_id: _to_bytes(text) for key_id, text in document["roots"].items()}
+            roots[document["active_key_id"]]  # The key to sign with must be there.
+        except _MALFORMED as error:
+            raise ConfigError(f"{path} does not hold signing roots; `esper keys init` writes them.") from error
+        return cls(active_key_id=document["active_key_id"], roots=roots)
 
 
 class Keyring:
@@ -165,12 +168,12 @@ class Keyring:
             raise ConfigError(f"{source} holds signing roots, which no service may have; give it a keyring instead.")
         try:
             return cls(
-                role=document["role"],
-                active_key_id=document["active_key_id"],
+                role=_word(document["role"]),
+                active_key_id=_word(document["active_key_id"]),
                 issuer_keys={k: _to_bytes(v) for k, v in document["issuer_keys"].items()},
-                received={(k, i, a): _to_bytes(v) for k, i, a, v in document["received"]},
+                received={(_word(k), _word(i), _word(a)): _to_bytes(v) for k, i, a, v in document["received"]},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except _MALFORMED as error:
             raise ConfigError(f"{source} is not a keyring; `esper keys issue` writes one.") from error
 
     @classmethod
@@ -212,9 +215,15 @@ class Keyring:
 def _parse(text: bytes | str, source: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         # The parser's own message could quote a secret.
         raise ConfigError(f"{source} is not valid JSON.") from None
+
+
+def _word(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("A name must be text.")
+    return value
 
 
 def _to_text(key: bytes) -> str:

@@ -12,6 +12,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from esper_rpc.errors import ConfigError, InvalidRequest
 
+from .pem import load_certificate, load_key
 from .secret_files import read_secret, write_secret
 from .spiffe import SpiffeId
 
@@ -69,7 +70,10 @@ class Authority:
     @classmethod
     def load(cls, directory: Path, *, clock: Callable[[], datetime] = utc_now) -> Authority:
         """Read the intermediate and the root certificate; the root key is not touched."""
-        return cls(read_secret(directory / "root.pem"), _read_signer(directory, "intermediate"), clock)
+        root = directory / "root.pem"
+        root_pem = read_secret(root)
+        load_certificate(root_pem, root)
+        return cls(root_pem, _read_signer(directory, "intermediate"), clock)
 
     @classmethod
     def renew_intermediate(cls, directory: Path, *, clock: Callable[[], datetime] = utc_now) -> Authority:
@@ -107,10 +111,10 @@ class Authority:
 
 
 def _read_signer(directory: Path, name: str) -> _Signer:
-    certificate = x509.load_pem_x509_certificate(read_secret(directory / f"{name}.pem"))
-    key = serialization.load_pem_private_key(read_secret(directory / f"{name}.key"), password=None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{directory / name}.key is not an EC key.")
+    chain, secret = directory / f"{name}.pem", directory / f"{name}.key"
+    certificate, key = load_certificate(read_secret(chain), chain), load_key(read_secret(secret), secret)
+    if key.public_key() != certificate.public_key():
+        raise ConfigError(f"{secret} is not the key of {chain.name}.")
     return _Signer(certificate, key)
 
 

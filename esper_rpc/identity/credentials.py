@@ -6,11 +6,11 @@ from pathlib import Path
 
 import grpc
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 
-from esper_rpc.errors import ConfigError
+from esper_rpc.errors import ConfigError, InvalidRequest
 
 from .authority import BACKDATING, IssuedLeaf, utc_now
+from .pem import UNREADABLE, load_certificate, load_key
 from .secret_files import read_secret, write_secret
 from .spiffe import SpiffeId
 
@@ -44,7 +44,7 @@ class Identity:
         """Read an identity; raises ConfigError when a file is missing, readable by others, or the leaf has ended."""
         parts = {part: read_secret(directory / name) for part, name in reversed(_FILES.items())}
         identity = cls(spiffe_id=_spiffe_id_of(parts["chain_pem"]), directory=directory, **parts)
-        _check_pair(identity)
+        _check_files(identity, directory)
         if identity.not_after <= utc_now():
             raise ConfigError(
                 f"The certificate of {identity.spiffe_id} ended at {identity.not_after:%F %T} UTC;"
@@ -136,24 +136,25 @@ def _stamp_of(directory: Path | None) -> int:
         return 0
 
 
-def _check_pair(identity: Identity) -> None:
-    """Two files are not replaced at once: a reader in between must see that they do not fit."""
-    leaf = x509.load_pem_x509_certificate(identity.chain_pem)
-    try:
-        key = serialization.load_pem_private_key(identity.key_pem, password=None)
-    except ValueError as error:
-        raise ConfigError(f"{identity.directory}/key.pem is not a private key.") from error
+def _check_files(identity: Identity, directory: Path) -> None:
+    """Raise ConfigError for what gRPC would only refuse later, and without a word about the file.
+
+    Two files are not replaced at once: a reader in between must see that they do not fit.
+    """
+    leaf = load_certificate(identity.chain_pem, directory / _FILES["chain_pem"])
+    load_certificate(identity.root_pem, directory / _FILES["root_pem"])
+    key = load_key(identity.key_pem, directory / _FILES["key_pem"])
     if key.public_key() != leaf.public_key():
-        raise ConfigError(f"{identity.directory}: key.pem does not belong to cert.pem; issue both again.")
+        raise ConfigError(f"{directory / _FILES['key_pem']} is not the key of the certificate beside it.")
 
 
 def _spiffe_id_of(chain_pem: bytes) -> SpiffeId:
     try:
         leaf = x509.load_pem_x509_certificate(chain_pem)
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (ValueError, x509.ExtensionNotFound) as error:
+        uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+        if len(uris) != 1:
+            raise ConfigError(f"A leaf has exactly one SPIFFE id, this one has {len(uris)}.")
+        return SpiffeId.parse(uris[0])
+    except (*UNREADABLE, x509.ExtensionNotFound, InvalidRequest) as error:
         raise ConfigError(f"The certificate chain cannot be read: {error}.") from error
-    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-    if len(uris) != 1:
-        raise ConfigError(f"A leaf has exactly one SPIFFE id, this one has {len(uris)}.")
-    return SpiffeId.parse(uris[0])

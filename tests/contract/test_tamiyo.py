@@ -266,6 +266,14 @@ async def test_an_epoch_is_decided_too(client):
     assert (await client.evaluate_epoch(request)).decision.sequence == 1
 
 
+async def test_the_decision_on_an_epoch_is_bound_to_the_bytes_that_were_sent(client):
+    await client.open_run(open_run())
+    request = EvaluateEpochRequest(run_id="run", sequence=1, packet=step(1).step.packet)
+    decision = (await client.evaluate_epoch(request)).decision
+    assert decision.command.request_digest == hashlib.sha256(request.SerializeToString()).digest()
+    assert (await client.evaluate_epoch(request)).decision == decision
+
+
 async def test_an_operator_reads_policy_status_and_the_record_of_a_decision(client, operator):
     await client.open_run(open_run())
     issued = command_of((await client.evaluate_step(step(1))).decision)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
 import uuid
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from esper_client import KasminaClient
+from esper_client import KasminaClient, MeshAddress, attach
 from esper_rpc.envelope import sign
 from esper_rpc.envelope.verification import COMMAND_TYPE
-from esper_rpc.errors import FailedPrecondition, NotFound
+from esper_rpc.errors import FailedPrecondition, NotFound, Unavailable
 from esper_rpc.proto.kasmina.v1 import (
     AdvanceAlphaRequest,
     ApplyCommandRequest,
@@ -119,3 +120,19 @@ async def test_a_call_that_changes_the_model_waits_for_the_training_thread(tmp_p
         assert host.global_step == 0
         host.apply_pending()
         assert [p.packet_id for p in (await call).packets] == ["global-3"]
+
+
+async def test_the_seed_host_of_a_trainer_is_served_as_long_as_its_session_lives(mesh):
+    mesh.keyring("trainer")
+    address = MeshAddress(tamiyo="127.0.0.1:1", urza="127.0.0.1:1", identity_dir=mesh.identity_dir("trainer"))
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    session = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), mesh=address, run_id="held")
+    try:
+        gc.collect()  # gRPC ends a server that nothing refers to.
+        async with KasminaClient(session.kasmina_address, identity=mesh.identity("operator")) as client:
+            assert (await client.get_status(KasminaStatusRequest())).run_id == "held"
+    finally:
+        await asyncio.to_thread(session.close)
+    async with KasminaClient(session.kasmina_address, identity=mesh.identity("operator")) as client:
+        with pytest.raises(Unavailable):
+            await client.get_status(KasminaStatusRequest())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Mapping
+from typing import Any
 
 import orjson
 import safetensors.torch
@@ -60,17 +61,34 @@ def instantiate(
     if manifest.dtypes and dtype_name(dtype) not in manifest.dtypes:
         raise KernelRejected(DTYPE_MISMATCH, f"{dtype} is not one of {list(manifest.dtypes)}")
     tensors = _read_weights(manifest, weights)
+    config = _read_config(manifest, factory)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed % 2**63)
-            module = factory.build(orjson.loads(manifest.config_json or "{}"), feature_shape)
+            module = factory.build(config, feature_shape)
     except ShapeMismatch as error:
         raise KernelRejected(SHAPE_MISMATCH, str(error)) from error
-    except (orjson.JSONDecodeError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise KernelRejected(BAD_CONFIG, str(error)) from error
     if tensors is not None:
         _load_weights(module, tensors)
     return module.to(device=device, dtype=dtype)
+
+
+def _read_config(manifest: KernelManifest, factory: BlueprintFactory) -> dict[str, Any]:
+    """Read the settings, and hold each to the bounds that the factory declares: they decide how much is allocated."""
+    try:
+        config = orjson.loads(manifest.config_json or "{}")
+    except orjson.JSONDecodeError as error:
+        raise KernelRejected(BAD_CONFIG, str(error)) from error
+    if not isinstance(config, dict):
+        raise KernelRejected(BAD_CONFIG, "config_json must be an object")
+    for name, bounds in factory.descriptor().allowed_parameters.items():
+        value = config.get(name, bounds.min_value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and bounds.min_value <= value <= bounds.max_value):
+            raise KernelRejected(BAD_CONFIG, f"{name} must be from {bounds.min_value:g} to {bounds.max_value:g}")
+    return config
 
 
 def _read_weights(manifest: KernelManifest, weights: bytes | None) -> dict[str, Tensor] | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 from esper_client.discovery import MESH_FILE, SETTINGS_FILE, home_directory
+from esper_rpc.config import read_section
 from esper_rpc.envelope import Keyring, RootKeys
 from esper_rpc.envelope.trust import keyring_for
 from esper_rpc.errors import ConfigError
@@ -148,12 +148,10 @@ class Home:
 
     def read_mesh(self) -> dict[str, str]:
         """Read what `write_mesh` wrote, empty when no mesh was started."""
-        if not self.mesh_file.exists():
-            return {}
-        try:
-            return dict(tomllib.loads(self.mesh_file.read_text()).get("mesh", {}))
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{self.mesh_file} is not valid TOML: {error}.") from error
+        mesh = read_section(self.mesh_file, "mesh")
+        if not all(isinstance(value, str) for value in mesh.values()):
+            raise ConfigError(f"{self.mesh_file} must hold text only; `esper up` writes it anew.")
+        return mesh
 
     def _renew_intermediate(self) -> None:
         """Sign a new intermediate in time where the root key is at hand; elsewhere `esper pki status` warns."""

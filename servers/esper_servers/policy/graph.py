@@ -19,6 +19,11 @@ from .norms import Norms
 
 Floats = NDArray[np.float32]
 MAX_SEEDS = 256
+# Some relations join every node of one type with every node of another, and every run shares one process: 256 nodes of
+# each type take 1.7 s a step, 1024 half a minute. What a topology says beyond these counts is left out.
+MAX_LAYERS, MAX_ACTIVATIONS, MAX_PARAMETERS, MAX_ADJACENCY = 256, 64, 64, 4096
+FEATURE_LIMIT = 1e6
+"""Beyond it a value says nothing more, and the network's sums could leave float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +64,9 @@ class RunGraph:
         self.site_of = {seed.seed_id: seed.site_id for seed in seeds}
         self.blueprints = list(blueprints)
         self._seed_index = {seed_id: i for i, seed_id in enumerate(self.seed_ids)}
-        self._layers = _dicts(topology.get("layers"))
-        self._activations = _dicts(topology.get("activations"))
-        self._parameters = _dicts(topology.get("parameters")) or _blueprint_parameters(blueprints)
+        self._layers = _dicts(topology.get("layers"))[:MAX_LAYERS]
+        self._activations = _dicts(topology.get("activations"))[:MAX_ACTIVATIONS]
+        self._parameters = _dicts(topology.get("parameters"))[:MAX_PARAMETERS] or _blueprint_parameters(blueprints)
         self._arrays = {kind: self._empty(kind) for kind in schema.NODE_TYPES}
         self._tensors = {kind: torch.from_numpy(array) for kind, array in self._arrays.items()}
         self._fill_static()
@@ -217,7 +222,7 @@ def _adjacency(topology: Mapping[str, Any], layers: int) -> list[tuple[int, int]
     raw = given.get("layer") if isinstance(given, Mapping) else None
     pairs = [
         (int(p[0]), int(p[1]))
-        for p in raw or ()
+        for p in (raw[:MAX_ADJACENCY] if isinstance(raw, list) else ())
         if isinstance(p, Sequence) and len(p) >= 2 and all(isinstance(i, int) and 0 <= i < layers for i in p[:2])
     ]
     return pairs or [(i, i + 1) for i in range(layers - 1)]
@@ -228,12 +233,13 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 
 
 def _blueprint_parameters(blueprints: Sequence[BlueprintCandidate]) -> list[dict[str, Any]]:
-    return [p for candidate in blueprints for p in _dicts(candidate.extras.get("parameters"))][:64]
+    return [p for candidate in blueprints for p in _dicts(candidate.extras.get("parameters"))][:MAX_PARAMETERS]
 
 
 def _blueprint_values(candidate: BlueprintCandidate) -> list[float | None]:
     d = candidate.descriptor
-    count = sum(layer.get("parameter_count", 0) for layer in _dicts(candidate.extras.get("layers")))
+    counts = (layer.get("parameter_count") for layer in _dicts(candidate.extras.get("layers")))
+    count = sum(c for c in counts if isinstance(c, int | float))
     return [d.risk, d.tier / 3, d.stage / 10, float(d.quarantine_only), _log(count)]
 
 
@@ -241,7 +247,7 @@ def _write(row: Floats, values: Sequence[Any]) -> None:
     pairs: list[float] = []
     for value in values:
         known = isinstance(value, int | float) and math.isfinite(value)
-        pairs += (value, 1.0) if known else (0.0, 0.0)
+        pairs += (max(-FEATURE_LIMIT, min(FEATURE_LIMIT, value)), 1.0) if known else (0.0, 0.0)
     row[: len(pairs)] = pairs
 
 

@@ -6,6 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import structlog
 from google.protobuf.message import DecodeError
@@ -17,6 +18,7 @@ from esper_rpc.envelope import Keyring
 from esper_rpc.errors import EsperError, FailedPrecondition, InvalidRequest
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedOperation, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import (
+    EvaluateEpochRequest,
     EvaluateStepsRequest,
     EvaluateStepsResponse,
     NoAction,
@@ -47,6 +49,8 @@ NOMINAL, BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN = (
     "nominal", "budget_exhausted", "inference_failed", "inference_breaker_open",
 )  # fmt: skip
 POLICY = "policy"
+EPOCH_BUDGET_SECONDS = 2.0
+Request = TypeVar("Request", EvaluateStepsRequest, EvaluateEpochRequest)
 GREETING_ANSWER = EvaluateStepsResponse(decision=StepDecision()).SerializeToString()
 
 
@@ -132,18 +136,27 @@ class StepPipeline:
         except Exception as error:  # noqa: BLE001  # One bad step must not end the stream.
             return _refusal(raw, hide_unexpected(error))
 
-    async def evaluate(self, raw: bytes, owner: str, arrived: float, time_remaining: float | None = None) -> bytes:
+    async def evaluate(self, raw: bytes, owner: str, arrived: float, time_remaining: float = math.inf) -> bytes:
         """Answer one serialised EvaluateStep(s)Request; raises EsperError.
 
         `time_remaining` is what the call's own deadline leaves: it tells of time that passed before the call came here.
         """
         watch = _Stopwatch(arrived)
-        step = _parse(raw)
+        step = _parse(raw, EvaluateStepsRequest).step
+        return await self._take_turn(step, raw, owner, watch, min(step.budget_us / 1e6, time_remaining))
+
+    async def evaluate_epoch(self, raw: bytes, owner: str, arrived: float) -> bytes:
+        """Answer one serialised EvaluateEpochRequest, bound to these very bytes; raises EsperError."""
+        watch = _Stopwatch(arrived)
+        asked = _parse(raw, EvaluateEpochRequest)
+        step = Step(run_id=asked.run_id, sequence=asked.sequence, packet=asked.packet)
+        return await self._take_turn(step, raw, owner, watch, EPOCH_BUDGET_SECONDS)
+
+    async def _take_turn(self, step: Step, raw: bytes, owner: str, watch: _Stopwatch, budget: float) -> bytes:
         run = self.runs.get(step.run_id, owner)
         digest = hashlib.sha256(raw).digest()
         watch.lap("validate_us")
-        budget = step.budget_us / 1e6 if time_remaining is None else min(step.budget_us / 1e6, time_remaining)
-        await self.queue.take_turn(arrived, budget)
+        await self.queue.take_turn(watch.arrived, budget)
         try:
             watch.lap("queue_us")
             return self._answer(step, run, digest, watch, budget)
@@ -275,13 +288,13 @@ def _microseconds(seconds: float) -> int:
     return min(2**32 - 1, max(0, int(seconds * 1e6)))
 
 
-def _parse(raw: bytes) -> Step:
+def _parse(raw: bytes, kind: type[Request]) -> Request:
     try:
-        request = EvaluateStepsRequest.FromString(raw)
+        request = kind.FromString(raw)
     except DecodeError as error:
-        raise InvalidRequest("The message is not an EvaluateStepRequest.") from error
+        raise InvalidRequest(f"The message is not an {kind.DESCRIPTOR.name}.") from error
     rules.check(request)
-    return request.step
+    return request
 
 
 def _answer_again(run: RunState, sequence: int, digest: bytes) -> bytes:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -13,9 +14,6 @@ from esper_rpc.proto.tamiyo.v1 import (
     BreakerStatus,
     CloseRunRequest,
     CloseRunResponse,
-    EvaluateEpochRequest,
-    EvaluateEpochResponse,
-    EvaluateStepsRequest,
     EvaluateStepsResponse,
     ExplainDecisionRequest,
     ExplainDecisionResponse,
@@ -28,7 +26,6 @@ from esper_rpc.proto.tamiyo.v1 import (
     RunStatus,
     SetConservativeModeRequest,
     SetConservativeModeResponse,
-    Step,
     StepDecision,
 )
 from esper_rpc.server import Call
@@ -42,8 +39,7 @@ from .pipeline import StepPipeline
 PROTOCOL_VERSIONS = frozenset({1, 2})
 """1: steps and decisions. 2: also the greeting, `going_away` and the pushback of an overloaded server."""
 FEATURES = frozenset({"seed", "pause", "optimizer"})
-EPOCH_BUDGET_US = 2_000_000
-RAW_METHODS = frozenset({"EvaluateStep", "EvaluateSteps"})
+RAW_METHODS = frozenset({"EvaluateEpoch", "EvaluateStep", "EvaluateSteps"})
 FAREWELL = EvaluateStepsResponse(decision=StepDecision(going_away=True)).SerializeToString()
 
 
@@ -112,16 +108,16 @@ class TamiyoServicer:
 
     async def EvaluateStep(self, raw: bytes, call: Call) -> bytes:
         """Answer one step."""
-        reply = await self._pipeline.evaluate(raw, str(call.peer), time.perf_counter(), call.time_remaining())
+        left = call.time_remaining()
+        remaining = math.inf if left is None else left
+        reply = await self._pipeline.evaluate(raw, str(call.peer), time.perf_counter(), remaining)
         asyncio.get_running_loop().call_soon(self._pipeline.report)
         return reply
 
-    async def EvaluateEpoch(self, request: EvaluateEpochRequest, call: Call) -> EvaluateEpochResponse:
+    async def EvaluateEpoch(self, raw: bytes, call: Call) -> bytes:
         """Decide on a state without the hurry of a step."""
-        step = Step(run_id=request.run_id, sequence=request.sequence, budget_us=EPOCH_BUDGET_US, packet=request.packet)
-        raw = EvaluateStepsRequest(step=step).SerializeToString()
-        reply = await self._pipeline.evaluate(raw, str(call.peer), time.perf_counter())
-        return EvaluateEpochResponse(decision=EvaluateStepsResponse.FromString(reply).decision)
+        # An EvaluateEpochResponse has the bytes of an EvaluateStepsResponse.
+        return await self._pipeline.evaluate_epoch(raw, str(call.peer), time.perf_counter())
 
     async def GetPolicy(self, request: GetPolicyRequest, call: Call) -> GetPolicyResponse:
         """Describe the policy in force."""

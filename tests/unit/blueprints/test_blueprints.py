@@ -51,7 +51,21 @@ def test_an_unknown_factory_and_a_wrong_dtype_are_rejected():
         instantiate(manifest, {}, feature_shape=(4,), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("config", ["{", '{"rank": "many"}', '{"unknown": 1}'])
+# Without its bounds each of these raises something else, or allocates without end.
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("residual_mlp", '{"expansion": 1e9}'), ("residual_mlp", '{"expansion": 1e308}'), ("lora_linear", '{"rank": 1e8}'),
+     ("squeeze_excite", '{"reduction": 0}'), ("bottleneck_adapter", '{"reduction": 0.0}'),
+     ("attention_adapter", '{"heads": -1}'), ("depthwise_conv", '{"kernel_size": -7}')],
+)  # fmt: skip
+def test_a_setting_beyond_its_bounds_is_rejected_before_anything_is_built(name, config):
+    manifest = FACTORIES[name].manifest()
+    manifest.config_json = config
+    with pytest.raises(KernelRejected, match=r"bad_config.*must be from"):
+        instantiate(manifest, FACTORIES, feature_shape=FACTORIES[name].example_shape(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("config", ["{", "[]", "null", '{"rank": "many"}', '{"rank": true}', '{"unknown": 1}'])
 def test_a_bad_configuration_is_rejected(config):
     manifest = FACTORIES["lora_linear"].manifest()
     manifest.config_json = config

@@ -10,7 +10,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from esper_rpc.envelope import Keyring, Rejected, Verifier
-from esper_rpc.errors import FailedPrecondition
+from esper_rpc.errors import ConfigError, FailedPrecondition
 from esper_rpc.identity import Identity, SpiffeId
 from esper_rpc.proto.kasmina.v1 import GetStatusResponse, IssuerFence
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, SeedOperation
@@ -180,3 +180,14 @@ def test_the_command_line_loads_no_torch_for_help(tmp_path):
 
     program = "import sys, esper_servers.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], env=os.environ, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("value", ["7", "[1]", "{ a = 1 }", "true", "1979-05-27"])
+def test_an_address_that_is_not_text_is_a_clear_error(home, value):
+    from esper_client import find_mesh
+
+    home.mesh_file.write_text(f'[mesh]\ntamiyo = "a:1"\nurza = "a:2"\nidentity = {value}\n')
+    with pytest.raises(ConfigError, match="must name tamiyo, urza and identity"):
+        find_mesh({"ESPER_HOME": str(home.directory)})
+    with pytest.raises(ConfigError, match="must hold text only"):
+        home.read_mesh()

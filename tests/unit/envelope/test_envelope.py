@@ -221,7 +221,14 @@ def test_the_keyring_file_is_private_and_its_repr_shows_no_secret(tmp_path):
         Keyring.load(path)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"role": "x"}'])
+RING = '{"role": %s, "active_key_id": "k", "issuer_keys": %s, "received": %s}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[]", '{"role": "x"}', "[" * 100_000, b"\xff", RING % (1, "{}", "[]"), RING % ('"a"', "[]", "[]"),
+     RING % ('"a"', "{}", "7"), RING % ('"a"', '{"k": 7}', "[]"), RING % ('"a"', "{}", '[["k", 1, "a", ""]]')],
+)  # fmt: skip
 def test_a_broken_keyring_is_a_clear_error(text):
     with pytest.raises(ConfigError, match="keyring"):
         Keyring.parse(text)
@@ -245,3 +252,17 @@ def test_the_published_vectors_hold(vector):
         issued_at_ns=envelope.issued_at_ns, nonce=envelope.nonce, request_digest=envelope.request_digest,
     )  # fmt: skip
     assert again == envelope
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"active_key_id": "k", "roots": []}', '{"active_key_id": "k", "roots": {}}',
+     '{"active_key_id": ["k"], "roots": {}}', '{"active_key_id": "k", "roots": {"k": null}}',
+     '{"active_key_id": "k", "roots": {"k": "\u00e4"}}', '{"active_key_id": "k", "roots": {"k": "AAAA"}}'],
+)  # fmt: skip
+def test_a_broken_file_of_roots_is_a_clear_error(tmp_path, text):
+    path = tmp_path / "root.json"
+    path.write_text(text)
+    path.chmod(0o600)
+    with pytest.raises(ConfigError):
+        RootKeys.load(path)

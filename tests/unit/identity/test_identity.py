@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -87,3 +88,42 @@ def test_a_second_authority_does_not_replace_the_first(tmp_path):
 
 def test_an_identity_never_shows_its_key(mesh):
     assert b"PRIVATE" not in repr(mesh.identity("urza")).encode()
+
+
+def replace_secret(path, content):
+    path.write_bytes(content)
+    path.chmod(0o600)
+
+
+@pytest.mark.parametrize("name", ["cert.pem", "key.pem", "ca.pem"])
+@pytest.mark.parametrize("content", [b"", b"\xff", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
+def test_a_file_of_an_identity_that_cannot_be_read_is_a_clear_error(mesh, name, content):
+    mesh.identity("trainer")
+    replace_secret(mesh.identity_dir("trainer") / name, content)
+    with pytest.raises(ConfigError):
+        Identity.load(mesh.identity_dir("trainer"))
+
+
+def test_a_certificate_of_another_mesh_is_a_clear_error(mesh, monkeypatch):
+    from esper_rpc.identity import spiffe
+
+    identity = mesh.identity("trainer")
+    monkeypatch.setattr(spiffe, "_PATTERN", re.compile("spiffe://other/(.*)/(.*)"))
+    with pytest.raises(ConfigError, match="not a SPIFFE id of this mesh"):
+        Identity.load(identity.directory)
+
+
+def test_the_key_of_another_certificate_is_a_clear_error(mesh):
+    stranger = mesh.identity("operator")
+    mesh.identity("trainer")
+    replace_secret(mesh.identity_dir("trainer") / "key.pem", stranger.key_pem)
+    with pytest.raises(ConfigError, match=r"key\.pem is not the key of the certificate"):
+        Identity.load(mesh.identity_dir("trainer"))
+
+
+@pytest.mark.parametrize("name", ["root.pem", "intermediate.pem", "intermediate.key"])
+def test_an_authority_that_cannot_be_read_is_a_clear_error(tmp_path, name):
+    Authority.create(tmp_path)
+    replace_secret(tmp_path / name, b"nothing")
+    with pytest.raises(ConfigError, match=name):
+        Authority.load(tmp_path)

@@ -64,7 +64,7 @@ def test_a_key_of_another_leaf_is_noticed(mesh, tmp_path):
     one, other = mesh.identity("trainer", "one"), mesh.identity("trainer", "other")
     one.save(tmp_path / "mixed")
     (tmp_path / "mixed" / "key.pem").write_bytes(other.key_pem)
-    with pytest.raises(ConfigError, match="does not belong"):
+    with pytest.raises(ConfigError, match="is not the key of the certificate beside it"):
         Identity.load(tmp_path / "mixed")
 
 

@@ -185,3 +185,37 @@ def test_the_shipped_policy_is_deterministic_and_says_that_it_is_untrained():
     first, second = Policy.initial(), Policy.initial()
     assert first.digest == second.digest
     assert "heuristic" in first.origin
+
+
+def graph_of(topology, blueprints=()):
+    return RunGraph(topology, sample.sample_sites(), sample.sample_seeds(), blueprints)
+
+
+@pytest.mark.parametrize("adjacency", [7, True, "chain", {"a": 1}, [7, None, {}]])
+def test_an_adjacency_of_the_wrong_kind_is_a_chain(adjacency):
+    graph = graph_of({"layers": [{}, {}, {}], "adjacency": {"layer": adjacency}})
+    assert graph.edges["layer", "connects", "layer"].T.tolist() == [[0, 1], [1, 2]]
+
+
+def test_extras_with_counts_that_are_no_numbers_are_read():
+    extras = {"layers": [{"parameter_count": "many"}, {"parameter_count": None}, {"parameter_count": 3}]}
+    blueprint = BlueprintCandidate(blueprint_id="b", descriptor=BlueprintDescriptor(), extras=extras)
+    assert graph_of({}, [blueprint]).counts["blueprint"] == 1
+
+
+def test_a_value_too_large_for_the_network_neither_warns_nor_spoils_the_features():
+    topology = {
+        "layers": [{"dropout_rate": 1e300}],
+        "activations": [{"saturation_rate": -1e308, "gradient_flow": 1e38}],
+    }
+    state = SystemStatePacket(validation_accuracy=3e38, training_metrics={"loss_delta": -3e38, "loss": 3e38})
+    graph, states = graph_of(topology), sample.sample_states(Stage.SEED_LIFECYCLE_STAGE_DORMANT)
+    output = Policy.initial().evaluate(graph.fill(state), states, SIGNALS)
+    assert output.is_finite
+
+
+def test_a_huge_topology_makes_a_graph_of_bounded_size():
+    topology = {"layers": [{}] * 5000, "activations": [{}] * 5000, "parameters": [{}] * 5000}
+    graph = graph_of(topology | {"adjacency": {"layer": [[0, 1]] * 10_000}})
+    assert graph.node_count < 1000
+    assert graph.edge_count < 100_000

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from esper_rpc.breaker import BreakerConfig, CircuitBreaker
-from esper_rpc.config import load
+from esper_rpc.config import load, read_section
 from esper_rpc.errors import ConfigError
 from esper_rpc.guard import StepGuard
 from esper_rpc.journal import Journal, JournalConfig
@@ -133,3 +134,31 @@ def test_a_read_only_state_directory_is_a_clear_error(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ConfigError, match="cannot be written"):
         require_writable(tmp_path / "state")
+
+
+BROKEN_TOML = [b"\xff", b"a = " + b"[" * 100_000, b"mesh = 1", b"mesh = [1]", b"mesh = 1979-05-27", b"[mesh"]
+
+
+@pytest.mark.parametrize("content", BROKEN_TOML, ids=lambda content: content[:12])
+def test_a_broken_file_is_a_clear_error(tmp_path, content):
+    path = tmp_path / "mesh.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"mesh\.toml"):
+        read_section(path, "mesh")
+
+
+def test_a_directory_in_the_place_of_a_file_is_a_clear_error(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_section(tmp_path, "mesh")
+
+
+@dataclass(frozen=True)
+class Counted:
+    max_queue: int = 1
+
+
+def test_an_infinite_number_of_things_is_a_clear_error(tmp_path):
+    path = tmp_path / "esper.toml"
+    path.write_text("[journal]\nmax_queue = inf\n")
+    with pytest.raises(ConfigError, match="is not a int"):
+        load(Counted, "journal", path=path, environ={})

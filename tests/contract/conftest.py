@@ -1,21 +1,24 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import itertools
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
-from torch import nn, optim
+import pytest_asyncio
 
+from esper_rpc.envelope import Keyring
 from esper_rpc.identity import Authority
+from esper_rpc.identity.enrolment import EnrolmentTokens
 from esper_rpc.identity.service import IdentityServicer
 from esper_rpc.journal import Journal
-from esper_rpc.proto.identity.v1 import identity_service_pb2
-from esper_rpc.proto.kasmina.v1 import kasmina_service_pb2
-from esper_rpc.proto.urza.v1 import urza_service_pb2
-from esper_rpc.testing import TAMIYO, serving
-from esper_servers.blueprints.catalogue import load_factories
-from esper_servers.kasmina.host import InProcessSeedHost
-from esper_servers.kasmina.kernel_library import KernelLibrary
-from esper_servers.kasmina.learning_rate import OptimizerAuthority
+from esper_rpc.server import MeshServer, ServerConfig
+from esper_rpc.testing import TemporaryMesh, serving
+from esper_servers.contract.methods import CLIENTS, SERVICES
+from esper_servers.contract.remote import RemoteTransport
+from esper_servers.contract.templates import Surroundings
 from esper_servers.kasmina.service import KasminaServicer
 from esper_servers.policy.policy import Policy
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
@@ -24,69 +27,143 @@ from esper_servers.tamiyo.decisions import DecisionLog
 from esper_servers.tamiyo.pipeline import StepPipeline
 from esper_servers.tamiyo.run_state import Runs
 from esper_servers.tamiyo.service import RAW_METHODS, TamiyoServicer
-from esper_servers.trainer import wrap_sites
 from esper_servers.urza.library import BlueprintLibrary
 from esper_servers.urza.service import UrzaServicer
 
-KASMINA = kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"]
-URZA = urza_service_pb2.DESCRIPTOR.services_by_name["UrzaService"]
-IDENTITY = identity_service_pb2.DESCRIPTOR.services_by_name["IdentityService"]
+IDENTITY, KASMINA, TAMIYO, URZA = sorted(SERVICES)
+
+
+def load_beside(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+seed_host_process = load_beside("seed_host_process")
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    return TemporaryMesh(tmp_path_factory.mktemp("mesh"))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Policy.initial()
 
 
 @pytest.fixture
-def pipeline(mesh, tmp_path):
-    journal = Journal(tmp_path / "journal.sqlite")
-    blueprints = BlueprintCache()
+def pipeline(mesh, policy, tmp_path):
+    with make_pipeline(mesh, policy, tmp_path) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def make_pipeline(mesh, policy, directory):
+    journal = Journal(directory / "journal.sqlite")
     yield StepPipeline(
-        policy=Policy.initial(), runs=Runs(), blueprints=blueprints, keyring=mesh.keyring("tamiyo"),
+        policy=policy, runs=Runs(), blueprints=BlueprintCache(), keyring=mesh.keyring("tamiyo"),
         decisions=DecisionLog(journal), mode=ConservativeMode(),
     )  # fmt: skip
     journal.close()
 
 
-@pytest.fixture
-def tamiyo(pipeline):
+def make_tamiyo(pipeline):
     return TamiyoServicer(
         pipeline=pipeline, blueprints=pipeline._blueprints, decisions=pipeline._decisions, mode=pipeline._mode
     )
 
 
 @pytest.fixture
-def kasmina(mesh):
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    host = InProcessSeedHost(
-        model=model, sites=wrap_sites(model, ["0"]), keyring=mesh.keyring("trainer"),
-        audience=str(mesh.identity("trainer").spiffe_id), library=KernelLibrary(None, lambda work: work.close()),
-        factories=load_factories(), learning_rate=OptimizerAuthority(optim.SGD(model.parameters(), lr=0.1)),
-    )  # fmt: skip
-    return KasminaServicer(host, "run")
+def tamiyo(pipeline):
+    return make_tamiyo(pipeline)
 
 
-@pytest.fixture
-def urza(tmp_path):
-    library = BlueprintLibrary(tmp_path / "urza")
-    yield UrzaServicer(library)
+@contextlib.contextmanager
+def make_servicers(mesh, policy, directory):
+    """A servicer of every service, with state of its own."""
+    authority = Authority.load(mesh.directory / "pki")
+    library = BlueprintLibrary(directory / "urza")
+    host = seed_host_process.make_host(mesh.identity("trainer"), mesh.keyring("trainer"), mesh.keyring("operator"))
+    with make_pipeline(mesh, policy, directory) as pipeline:
+        yield {
+            IDENTITY: IdentityServicer(lambda: authority, EnrolmentTokens(mesh.directory / "tokens")),
+            KASMINA: KasminaServicer(host, "run"),
+            TAMIYO: make_tamiyo(pipeline),
+            URZA: UrzaServicer(library),
+        }
     library.close()
 
 
 @pytest.fixture
-def identity(mesh):
-    return IdentityServicer(lambda: Authority.load(mesh.directory / "pki"))
+def servicers(mesh, policy, tmp_path):
+    with make_servicers(mesh, policy, tmp_path) as made:
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def serving_each(mesh, servicers):
+    """Every service on a server of its own, under the certificate of its role."""
+    async with contextlib.AsyncExitStack() as stack:
+        found = {}
+        for name, servicer in servicers.items():
+            raw = RAW_METHODS if name == TAMIYO else frozenset()
+            member = mesh.identity(CLIENTS[name].role)
+            server = await stack.enter_async_context(serving(member, (SERVICES[name], servicer), raw_methods=raw))
+            found[name] = server.address
+        yield found
+
+
+@contextlib.asynccontextmanager
+async def admitting_strangers(mesh, servicer):
+    """The port where newcomers enrol."""
+    config = ServerConfig(drain_seconds=0.2)
+    server = MeshServer(config=config, identity=mesh.identity("weatherlight"), admits_strangers=True)
+    server.add_service(SERVICES[IDENTITY], servicer)
+    await server.start()
+    yield server.address
+    await server.drain()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def remote(mesh, policy, surroundings, tmp_path_factory):
+    """A way to servers that run for as long as the tests of a file."""
+    with make_servicers(mesh, policy, tmp_path_factory.mktemp("state")) as servicers:
+        async with serving_each(mesh, servicers) as addresses:
+            async with admitting_strangers(mesh, servicers[IDENTITY]) as enrolment:
+                strangers = {IDENTITY: enrolment}
+                async with RemoteTransport(addresses, surroundings.identity, strangers=strangers) as transport:
+                    yield transport
 
 
 @pytest.fixture
-async def addresses(mesh, tamiyo, kasmina, urza, identity):
-    """Every service on a server of its own, under the certificate of its role."""
-    services = [
-        ("tamiyo", TAMIYO, tamiyo), ("trainer", KASMINA, kasmina), ("urza", URZA, urza),
-        ("weatherlight", IDENTITY, identity),
-    ]  # fmt: skip
-    async with contextlib.AsyncExitStack() as stack:
-        found = {}
-        for role, descriptor, servicer in services:
-            raw = RAW_METHODS if descriptor is TAMIYO else frozenset()
-            server = await stack.enter_async_context(
-                serving(mesh.identity(role), (descriptor, servicer), raw_methods=raw)
-            )
-            found[descriptor.full_name] = (server.address, role)
-        yield found
+async def addresses(mesh, tamiyo):
+    async with serving_each(mesh, {TAMIYO: tamiyo}) as found:
+        yield {name: (address, CLIENTS[name].role) for name, address in found.items()}
+
+
+@pytest.fixture(scope="module")
+def surroundings(mesh):
+    return Surroundings(
+        identity=lambda member: mesh.identity(member.role, member.instance),
+        keyring=mesh.keyring,
+        token=lambda member: new_token(mesh.directory / "tokens", member),
+    )
+
+
+def new_token(directory, member):
+    keyring = Keyring(role=member.role, active_key_id="k", issuer_keys={}, received={})
+    tokens = EnrolmentTokens(directory)
+    return tokens.create(member, lifetime=timedelta(minutes=5), keyring_json=keyring.to_json().decode())
+
+
+@pytest.fixture(scope="session")
+def make_token():
+    return new_token
+
+
+@pytest.fixture(scope="module")
+def unique():
+    numbers = itertools.count(1)
+    return lambda: f"case-{next(numbers)}"

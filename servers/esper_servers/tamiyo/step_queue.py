@@ -12,7 +12,9 @@ CAPACITY = 256
 COST_SMOOTHING = 0.05
 FIRST_COST_SECONDS = 0.002
 QUIET_TURNS = 8
-LONGEST_INTAKE_SECONDS = 0.005
+LEAST_INTAKE_SECONDS = 0.005
+RESERVE = 0.2
+"""The share of a budget that passes outside: before a step is seen here, and on the way back."""
 
 Waiting = tuple[float, int, "asyncio.Future[None]"]
 """Latest start, order of arrival, what is awaited."""
@@ -23,18 +25,20 @@ class StepQueue:
 
     An evaluation holds the event loop, and gRPC hands over what arrived meanwhile one call after the other, a few turns
     of the loop each. So the next evaluation begins only when nothing arrives any more: until then whoever cannot be
-    served inside the budget, by the cost that was measured, is refused at once, which costs little. Who waited too long
-    is refused when the turn comes. Used on one event loop.
+    served inside the budget is refused at once, which costs little. How long the wait will be is told by the time from
+    turn to turn that was measured while others waited: under load, taking in and refusing costs as much as deciding.
+    Who waited too long is refused when the turn comes. Used on one event loop.
     """
 
     def __init__(self, *, capacity: int = CAPACITY, clock: Callable[[], float] = time.perf_counter) -> None:
         self._capacity = capacity
         self._clock = clock
-        self._cost = FIRST_COST_SECONDS
+        self._cost = self._interval = FIRST_COST_SECONDS
         self._is_busy = False
         self._waiting: list[Waiting] = []
         self._order = itertools.count()
         self._began = 0.0
+        self._quiet_at = 0.0
         self._arrivals = 0
         self.refused = 0
 
@@ -48,15 +52,23 @@ class StepQueue:
 
     async def take_turn(self, arrived: float, budget_seconds: float) -> None:
         """Wait for a turn; `end_turn` must follow. Raises ResourceExhausted with the time to come back."""
-        latest_start = arrived + budget_seconds - self._cost
         self._arrivals += 1
+        if not self._is_busy:
+            self._quiet_at = arrived
+        latest_start = self._sent(arrived) + (1 - RESERVE) * budget_seconds - self._cost
         if self._is_busy:
             self._check_room(latest_start)
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             heapq.heappush(self._waiting, (latest_start, next(self._order), turn))
             await self._wait(turn)
+        else:
+            self._interval += COST_SMOOTHING * (self._cost - self._interval)
         self._is_busy = True
         self._began = self._clock()
+
+    def _sent(self, arrived: float) -> float:
+        """Guess when a step came to this machine: between the last time when none was left to take in, and now."""
+        return arrived - (arrived - self._quiet_at) / 2
 
     async def _wait(self, turn: asyncio.Future[None]) -> None:
         try:
@@ -72,9 +84,13 @@ class StepQueue:
         asyncio.get_running_loop().call_soon(self._take_in, self._arrivals, 0, self._clock())
 
     def _take_in(self, arrivals: int, quiet_turns: int, since: float) -> None:
-        """Let the loop turn until nothing arrives; with nobody waiting the next comer need not wait either."""
+        """Let the loop turn until nothing arrives, at most half the time; with nobody waiting nobody need wait."""
         quiet_turns = quiet_turns + 1 if arrivals == self._arrivals else 0
-        if not self._waiting or quiet_turns >= QUIET_TURNS or self._clock() - since > LONGEST_INTAKE_SECONDS:
+        now = self._clock()
+        if quiet_turns >= QUIET_TURNS:
+            self._quiet_at = now
+        is_over = now - since > max(LEAST_INTAKE_SECONDS, self._cost)
+        if not self._waiting or quiet_turns >= QUIET_TURNS or is_over:
             self._give_next()
         else:
             asyncio.get_running_loop().call_soon(self._take_in, self._arrivals, quiet_turns, since)
@@ -82,7 +98,8 @@ class StepQueue:
     def _check_room(self, latest_start: float) -> None:
         ahead = sum(1 for due, _, _ in self._waiting if due <= latest_start)
         is_full = len(self._waiting) >= self._capacity
-        if is_full or self._clock() + (ahead + 1) * self._cost > latest_start:
+        next_start = max(self._clock(), self._began + self._interval)
+        if is_full or next_start + ahead * self._interval > latest_start:
             raise self._refusal()
 
     def _give_next(self) -> None:
@@ -94,6 +111,7 @@ class StepQueue:
             if latest_start < now:
                 turn.set_exception(self._refusal())
                 continue
+            self._interval += COST_SMOOTHING * (now - self._began - self._interval)
             turn.set_result(None)
             return
         self._is_busy = False
@@ -101,7 +119,7 @@ class StepQueue:
     def _refusal(self) -> ResourceExhausted:
         self.refused += 1
         return ResourceExhausted(
-            f"{len(self._waiting)} steps wait already, and each takes {self._cost * 1e3:.1f} ms.",
+            f"{len(self._waiting)} steps wait already, and each takes {self._interval * 1e3:.1f} ms.",
             reason="OVERLOADED",
-            retry_after_ms=max(1, int((len(self._waiting) + 1) * self._cost * 1000)),
+            retry_after_ms=max(1, int((len(self._waiting) + 1) * self._interval * 1000)),
         )

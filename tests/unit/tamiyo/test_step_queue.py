@@ -99,3 +99,31 @@ async def test_the_cost_that_is_measured_decides_who_fits(queue, clock):
         queue.end_turn()
         await settled()
     assert queue.cost_seconds == pytest.approx(0.0001, rel=0.1)
+
+
+async def test_what_refusing_and_taking_in_costs_under_load_decides_too(queue, clock):
+    """By the 10 ms of a turn alone seven would fit; the intake between turns takes as long again."""
+
+    async def ask():
+        await queue.take_turn(clock(), 10.0)
+        clock.advance(0.01)
+        queue.end_turn()
+        clock.advance(0.01)
+
+    for _ in range(100):
+        await asyncio.gather(*(ask() for _ in range(4)))
+        await settled()
+    await queue.take_turn(clock(), 10.0)
+    waiting = [asyncio.create_task(queue.take_turn(clock(), 0.1)) for _ in range(8)]
+    await settled()
+    assert [task.done() for task in waiting] == [False] * 4 + [True] * 4
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_a_step_that_may_have_waited_unseen_is_taken_to_be_older(queue, clock):
+    await queue.take_turn(clock(), 1.0)
+    clock.advance(0.06)  # The evaluation held the loop, and what came meanwhile is seen only now.
+    with pytest.raises(ResourceExhausted):
+        await queue.take_turn(clock(), 0.035)

@@ -11,6 +11,7 @@ import typer
 
 from esper_client import LoopThread, TamiyoClient
 from esper_rpc.channel import open_channel
+from esper_rpc.identity import Identity
 from esper_rpc.proto.tamiyo.v1 import EvaluateStepRequest, EvaluateStepResponse, OpenRunRequest
 from esper_rpc.server import MeshServer, ServerConfig, announce
 from esper_servers.cli.console import HomeOption, JsonOption, environ_of, home_of, run
@@ -82,19 +83,20 @@ def _constant_caller(home: Home, address: str, steps: int) -> Iterator[Any]:
 
 
 async def _connect(home: Home, address: str, host: BenchHost) -> Any:
-    await opening(home, address, host)
-    channel = open_channel(address, identity=home.identity("trainer"), role="tamiyo")
+    identity = home.identity("trainer")
+    await opening(identity, address, host)
+    channel = open_channel(address, identity=identity, role="tamiyo")
     return channel, channel.unary_unary(METHOD)
 
 
-async def opening(home: Home, address: str, host: BenchHost, run_id: str = _RUN) -> None:
+async def opening(identity: Identity, address: str, host: BenchHost, run_id: str = _RUN) -> None:
     """Open a run of these benchmarks."""
     described = host.describe()
     request = OpenRunRequest(
         run_id=run_id, protocol_versions=[2], features=["seed"], receiver_epoch=host.receiver_epoch,
         host_topology=described.host_topology, sites=described.sites, seeds=described.seeds,
     )  # fmt: skip
-    async with TamiyoClient(address, identity=home.identity("trainer")) as client:
+    async with TamiyoClient(address, identity=identity) as client:
         await client.open_run(request)
 
 

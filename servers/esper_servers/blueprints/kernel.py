@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import orjson
@@ -63,8 +64,7 @@ def instantiate(
     tensors = _read_weights(manifest, weights)
     config = _read_config(manifest, factory)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed % 2**63)
+        with _drawing_on_cpu(seed):
             module = factory.build(config, feature_shape)
     except ShapeMismatch as error:
         raise KernelRejected(SHAPE_MISMATCH, str(error)) from error
@@ -73,6 +73,17 @@ def instantiate(
     if tensors is not None:
         _load_weights(module, tensors)
     return module.to(device=device, dtype=dtype)
+
+
+@contextmanager
+def _drawing_on_cpu(seed: int) -> Iterator[None]:
+    """Draw weights that depend on the seed alone, not on the device, and leave every generator as it was."""
+    is_default = torch.get_default_device().type == "cpu"
+    with torch.random.fork_rng(devices=[]), nullcontext() if is_default else torch.device("cpu"):
+        # torch.manual_seed seeds accelerators too; where there is none it takes longer than drawing the weights, and
+        # keeps every seed for the day one appears.
+        torch.default_generator.manual_seed(seed % 2**63)
+        yield
 
 
 def _read_config(manifest: KernelManifest, factory: BlueprintFactory) -> dict[str, Any]:

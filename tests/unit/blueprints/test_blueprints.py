@@ -43,6 +43,19 @@ def test_initialisation_is_drawn_from_the_seed_alone(name):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+def test_initialisation_does_not_depend_on_the_default_device():
+    first = build("residual_mlp", (4,), seed=5)
+    with torch.device("meta"):
+        second = build("residual_mlp", (4,), seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_no_seed_is_kept_for_accelerators_that_may_appear():
+    before = len(torch.cuda._queued_calls)
+    build("residual_mlp", (4,), seed=5)
+    assert len(torch.cuda._queued_calls) == before
+
+
 def test_an_unknown_factory_and_a_wrong_dtype_are_rejected():
     manifest = FACTORIES["lora_linear"].manifest()
     with pytest.raises(KernelRejected, match="dtype_mismatch"):

@@ -126,6 +126,8 @@ class FakeTamiyo:
     """The version it answers OpenRun with; 1 knows neither the greeting nor `going_away`."""
     refuse: Callable[[Step], EsperError] | None = None
     """When set, every step is answered with this error."""
+    clock_ns: Callable[[], int] = time.time_ns
+    """The time that it tells runs, and stamps commands with."""
     steps: list[Step] = field(default_factory=list)
     runs: dict[str, OpenRunRequest] = field(default_factory=dict)
     _inboxes: list[Inbox[bytes]] = field(default_factory=list)
@@ -137,7 +139,7 @@ class FakeTamiyo:
         return OpenRunResponse(
             protocol_version=self.protocol_version,
             policy_version="fake",
-            server_time_ns=time.time_ns(),
+            server_time_ns=self.clock_ns(),
             created=created,
         )
 
@@ -193,7 +195,7 @@ class FakeTamiyo:
             payload_type=COMMAND_TYPE,
             keyring=self.keyring,
             audience=audience,
-            issued_at_ns=time.time_ns(),
+            issued_at_ns=self.clock_ns(),
             nonce=command.command_id,
             run_id=run_id,
             receiver_epoch=epoch,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 import uuid
 
 import orjson
@@ -54,7 +53,7 @@ def _write_seed_operation(command: AdaptationCommand, run: RunState, choice: Cho
 
 
 def sign_command(
-    command: AdaptationCommand, *, keyring: Keyring, run: RunState, sequence: int, request_digest: bytes
+    command: AdaptationCommand, *, keyring: Keyring, run: RunState, sequence: int, request_digest: bytes, now_ns: int
 ) -> SignedEnvelope:
     """Sign a command for the run's owner, bound to its challenge and to the request it answers."""
     return sign(
@@ -62,7 +61,7 @@ def sign_command(
         payload_type=COMMAND_TYPE,
         keyring=keyring,
         audience=run.owner,
-        issued_at_ns=time.time_ns(),
+        issued_at_ns=now_ns,
         nonce=command.command_id,
         run_id=run.request.run_id,
         receiver_epoch=run.request.receiver_epoch,

@@ -28,6 +28,7 @@ from esper_rpc.proto.tamiyo.v1 import (
     StepStatus,
 )
 from esper_rpc.status import hide_unexpected, to_status
+from esper_rpc.steady_clock import SteadyClock
 from esper_rpc.telemetry.metrics import observe_decision
 from esper_rpc.telemetry.tracing import record_span
 from esper_servers.policy import masks, schema
@@ -109,6 +110,7 @@ class StepPipeline:
         mode: ConservativeMode,
         gate_config: GateConfig | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        clock_ns: Callable[[], int] | None = None,
     ) -> None:
         self.policy = policy
         self.runs = runs
@@ -120,6 +122,8 @@ class StepPipeline:
         self._mode = mode
         self._gates = gate_config or GateConfig()
         self._clock = clock
+        self.clock_ns = clock_ns or SteadyClock()
+        """The time that commands carry, and that OpenRun tells the run."""
         self.kinds: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self._unreported: deque[Reported] = deque(maxlen=4096)
@@ -191,7 +195,14 @@ class StepPipeline:
             self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason))
             return StepDecision(no_action=NoAction(reason=decided.reason))
         command = build_command(run, decided.choice, reason=decided.reason, policy_version=self.policy.version)
-        envelope = sign_command(command, keyring=self._keyring, run=run, sequence=step.sequence, request_digest=digest)
+        envelope = sign_command(
+            command,
+            keyring=self._keyring,
+            run=run,
+            sequence=step.sequence,
+            request_digest=digest,
+            now_ns=self.clock_ns(),
+        )
         watch.lap("signing_us")
         self._count(Reported(step, watch.ledger, self._issued(run, command), decided.reason, command.command_id))
         self._decisions.record(command, packet, decided.reason, self.policy.version, watch.ledger)

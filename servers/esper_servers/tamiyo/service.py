@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -53,13 +53,11 @@ class TamiyoServicer:
         blueprints: BlueprintCache,
         decisions: DecisionLog,
         mode: ConservativeMode,
-        wall_clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._pipeline = pipeline
         self._blueprints = blueprints
         self._decisions = decisions
         self._mode = mode
-        self._wall_clock_ns = wall_clock_ns
         self._started = time.monotonic()
         self._live_since = Timestamp()
         self._live_since.GetCurrentTime()
@@ -83,7 +81,7 @@ class TamiyoServicer:
             features=sorted(FEATURES & set(request.features)),
             policy_version=self._pipeline.policy.version,
             policy_digest=self._pipeline.policy.digest,
-            server_time_ns=self._wall_clock_ns(),
+            server_time_ns=self._pipeline.clock_ns(),
             created=created,
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from esper_client import UrzaClient
+from esper_client import IdentityClient, UrzaClient
 from esper_client.enrolment import enroll
 from esper_client.renewal import CertificateRenewer
 from esper_rpc import errors
@@ -89,6 +89,24 @@ async def test_calls_never_fail_while_leaves_are_renewed_again_and_again(mesh, a
     library.close()
     assert renewed[-1].not_after > first_end + timedelta(seconds=4)
     assert renewed[-1].key_pem != short.key_pem
+
+
+async def test_the_authority_issues_its_own_leaf_again_in_time(mesh):
+    first = mesh.reissue("weatherlight", lifetime=timedelta(seconds=3))
+    server = IdentityServer(
+        IdentityServerConfig(
+            identity_dir=mesh.identity_dir("weatherlight"), pki_dir=mesh.directory / "pki",
+            tokens_dir=mesh.directory / "tokens",
+        )
+    )  # fmt: skip
+    await server.start()
+    async with asyncio.timeout(10):
+        while Identity.load(mesh.identity_dir("weatherlight")).not_after == first.not_after:
+            await asyncio.sleep(0.05)
+    async with IdentityClient(server.members.address, identity=mesh.identity("trainer")) as client:
+        csr_pem = new_signing_request()[1].decode()
+        assert (await client.renew_certificate(RenewCertificateRequest(csr_pem=csr_pem))).chain_pem
+    await server.drain()
 
 
 async def test_an_authority_that_is_away_leaves_the_old_leaf_in_use(mesh):

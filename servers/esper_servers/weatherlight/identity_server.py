@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
+from esper_client.renewal import CHECK_SECONDS
 from esper_rpc.config import Range, validate
 from esper_rpc.errors import ConfigError
 from esper_rpc.identity import Authority, Identity
+from esper_rpc.identity.authority import utc_now
 from esper_rpc.identity.enrolment import EnrolmentTokens
 from esper_rpc.identity.service import IdentityServicer
 from esper_rpc.proto.identity.v1 import identity_service_pb2
@@ -43,14 +47,15 @@ class IdentityServerConfig:
 
 
 class IdentityServer:
-    """Serves RenewCertificate to members and Enroll to newcomers."""
+    """Serves RenewCertificate to members and Enroll to newcomers, and issues its own leaf again in time."""
 
     def __init__(self, config: IdentityServerConfig) -> None:
         self._config = config
         self._authority = Authority.load(config.pki_dir)
         self._stamp = _stamp_of(config.pki_dir)
-        lifetime = timedelta(seconds=config.pki.leaf_seconds)
-        identity = Identity.load(config.identity_dir)
+        self._lifetime = lifetime = timedelta(seconds=config.pki.leaf_seconds)
+        self._identity = identity = Identity.load(config.identity_dir)
+        self._renewing: asyncio.Task[None] | None = None
         members = ServerConfig(address=config.address, deny_list=config.deny_list, audit_log=config.audit_log)
         self.members = MeshServer(config=members, identity=identity)
         self.members.add_service(SERVICE, IdentityServicer(self._current_authority, leaf_lifetime=lifetime))
@@ -63,11 +68,23 @@ class IdentityServer:
         """Bind and serve both ports."""
         await self.members.start()
         await self.newcomers.start()
+        self._renewing = asyncio.create_task(self._renew_itself())
 
     async def drain(self) -> None:
         """Finish what is in flight and end."""
+        if self._renewing is not None:
+            self._renewing.cancel()
         await self.members.drain()
         await self.newcomers.drain()
+
+    async def _renew_itself(self) -> None:
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            if utc_now() >= self._identity.renewal_due:
+                # On a full disk the old leaf serves on, and the next second tries again.
+                with contextlib.suppress(ConfigError, OSError):
+                    leaf = self._current_authority().issue(self._identity.spiffe_id, lifetime=self._lifetime)
+                    self._identity = Identity.of(leaf).save(self._config.identity_dir)
 
     def _current_authority(self) -> Authority:
         """A renewed intermediate is taken up without a restart; a half-written one is not."""

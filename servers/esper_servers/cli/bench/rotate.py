@@ -30,7 +30,8 @@ from .urza import seed
 LEAF_SECONDS = 12
 FIRST_LEAF_SECONDS = 30
 SETTLE_SECONDS = 3.0
-_RUN = "bench-rotate"
+RUNS = 100
+"""So many that two calls of one run never overlap: their order would matter."""
 
 
 @dataclass(slots=True)
@@ -85,7 +86,8 @@ async def _measure(home: Home, certificates: int, keys: int, rate: int) -> Tally
         TamiyoClient(mesh.tamiyo, identity=identity) as tamiyo,
         UrzaClient(mesh.urza, identity=identity) as urza,
     ):
-        await tamiyo.open_run(_opening(host))
+        for number in range(RUNS):
+            await tamiyo.open_run(_opening(host, number))
         beside = [
             asyncio.create_task(_renew(CertificateRenewer(identity, address=mesh.weatherlight), host.keyring)),
             asyncio.create_task(_rotate_keys(home, keys, tally)),
@@ -120,7 +122,7 @@ async def _timed(call: Any, tally: Tally) -> None:
 
 
 async def _ask_tamiyo(client: TamiyoClient, host: BenchHost, sequence: int) -> None:
-    request = EvaluateStepRequest(step=unary_step(host, sequence, [], run_id=_RUN))
+    request = EvaluateStepRequest(step=unary_step(host, sequence, [], run_id=_run_id(sequence // 2)))
     decision = (await client.evaluate_step(request)).decision
     if decision.HasField("command"):
         outcome = host.submit(decision.command)
@@ -165,10 +167,14 @@ async def _rotate_keys(home: Home, times: int, tally: Tally) -> None:
         tally.keys += 1
 
 
-def _opening(host: BenchHost) -> OpenRunRequest:
+def _run_id(number: int) -> str:
+    return f"bench-rotate-{number % RUNS}"
+
+
+def _opening(host: BenchHost, number: int) -> OpenRunRequest:
     described = host.describe()
     return OpenRunRequest(
-        run_id=_RUN, protocol_versions=[2], features=["seed", "pause", "optimizer"],
+        run_id=_run_id(number), protocol_versions=[2], features=["seed", "pause", "optimizer"],
         receiver_epoch=host.receiver_epoch, host_topology=described.host_topology, sites=described.sites,
         seeds=described.seeds, world_size=1,
     )  # fmt: skip

@@ -7,7 +7,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from .audit import AuditLog
 from .concurrency import ConcurrencyConfig, ConcurrencyLimit
 from .errors import ConfigError, InvalidRequest, Unimplemented
 from .identity import Identity, SpiffeId
+from .identity.authorisation import TABLE, rows_for
 from .identity.authority import utc_now
 from .identity.deny_list import DenyList
 from .identity.peer import CURRENT_PEER, Peer, PeerTrust
@@ -103,21 +105,32 @@ class MeshServer:
         self._admits_strangers = admits_strangers
         self._trust = PeerTrust(DenyList(config.deny_list))
         self._identities = IdentityInterceptor(self._trust, self.audit, admits_strangers=admits_strangers)
+        self._rows = dict(TABLE)
         self._servicers: dict[str, Any] = {}
         self._chores: list[asyncio.Task[None]] = []
         self._health = HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=server_interceptors(self._identities, Quotas(config.quota), self.limit, self.audit),
+            interceptors=server_interceptors(
+                self._identities, self._rows, Quotas(config.quota), self.limit, self.audit
+            ),
             options=[("grpc.so_reuseport", 0), *channel.KEEPALIVE_OPTIONS, *channel.MESSAGE_OPTIONS],
         )
 
     def add_service(
-        self, descriptor: ServiceDescriptor, servicer: object, *, raw_methods: frozenset[str] = frozenset()
+        self,
+        descriptor: ServiceDescriptor,
+        servicer: object,
+        *,
+        raw_methods: frozenset[str] = frozenset(),
+        roles: Mapping[str, AbstractSet[str]] | None = None,
     ) -> None:
         """Offer a service: each RPC goes to the servicer's method of the same name as `(request, call)`.
 
-        Methods in `raw_methods` get and return bytes, and check them by themselves.
+        Methods in `raw_methods` get and return bytes, and check them by themselves. `roles` says by method who may
+        call a service of your own; what it does not name is denied. Raises ConfigError for a service of the mesh.
         """
+        if roles is not None:
+            self._rows |= rows_for(descriptor.full_name, descriptor.methods_by_name, roles)
         age = self.config.stream_age_seconds
         handlers = {m.name: _handler(m, servicer, age, raw=m.name in raw_methods) for m in descriptor.methods}
         generic = grpc.method_handlers_generic_handler(descriptor.full_name, handlers)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from esper_rpc.errors import PermissionDenied
+from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
+
+from esper_rpc.errors import ConfigError, PermissionDenied
 
 from .spiffe import SpiffeId
 
 ROLES = frozenset({"trainer", "tamiyo", "urza", "operator", "simic", "nissa", "oona", "weatherlight"})
-"""Who has a certificate. `stranger` is not one of them: it may enrol, where that is served, and nothing else."""
+"""Who has a certificate. A row that names them all is for roles of your own too.
+
+`stranger` is not one of them: it may enrol, where that is served, and nothing else.
+"""
+
+STRANGER_ROLE = "stranger"
+
+Rows = Mapping[str, frozenset[str]]
+"""The roles that may call each method, by `/package.Service/Method`."""
 
 _TRAINING = frozenset({"trainer", "operator"})
 _OPERATOR = frozenset({"operator"})
@@ -19,7 +30,7 @@ _KASMINA = "/esper.kasmina.v1.KasminaService/"
 _URZA = "/esper.urza.v1.UrzaService/"
 _IDENTITY = "/esper.identity.v1.IdentityService/"
 
-TABLE: dict[str, frozenset[str]] = {
+TABLE: Rows = {
     _TAMIYO + "OpenRun": _TRAINING,
     _TAMIYO + "CloseRun": _TRAINING,
     _TAMIYO + "EvaluateSteps": _TRAINING,
@@ -54,7 +65,7 @@ TABLE: dict[str, frozenset[str]] = {
     _URZA + "SaveBlueprint": _OPERATOR,
     _URZA + "UploadKernel": _OPERATOR,
     _IDENTITY + "RenewCertificate": ROLES,
-    _IDENTITY + "Enroll": frozenset({"stranger"}),
+    _IDENTITY + "Enroll": frozenset({STRANGER_ROLE}),
     "/grpc.health.v1.Health/Check": ROLES,
     "/grpc.health.v1.Health/Watch": ROLES,
     "/grpc.health.v1.Health/List": ROLES,
@@ -79,7 +90,19 @@ ADMIN_METHODS = frozenset(
 """What changes something beyond the caller's own run: each call is written to the audit log."""
 
 
-def authorise(peer: SpiffeId, method: str) -> None:
+def rows_for(service: str, methods: Collection[str], roles: Mapping[str, AbstractSet[str]]) -> Rows:
+    """Return the rows of a service of your own; raises ConfigError for a service of the table or an unknown method."""
+    if any(method.startswith(f"/{service}/") for method in TABLE):
+        raise ConfigError(f"Who may call {service} stands in the table of esper_rpc.identity.authorisation alone.")
+    unknown = sorted(set(roles) - set(methods))
+    if unknown:
+        raise ConfigError(f"{service} has no method {unknown[0]!r}; it has {', '.join(sorted(methods))}.")
+    return {f"/{service}/{method}": frozenset(names) for method, names in roles.items()}
+
+
+def authorise(peer: SpiffeId, method: str, rows: Rows = TABLE) -> None:
     """Raise PermissionDenied unless the peer's role may call the method, given as `/package.Service/Method`."""
-    if peer.role not in TABLE.get(method, frozenset()):
+    roles = rows.get(method, frozenset())
+    is_for_every_member = roles == ROLES and peer.role != STRANGER_ROLE
+    if peer.role not in roles and not is_for_every_member:
         raise PermissionDenied(f"{peer} may not call {method}.", metadata={"role": peer.role, "method": method})

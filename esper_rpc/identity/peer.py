@@ -10,11 +10,12 @@ from cryptography import x509
 
 from esper_rpc.errors import PermissionDenied, Unauthenticated
 
+from .authorisation import STRANGER_ROLE
 from .authority import utc_now
 from .deny_list import DenyList
 from .spiffe import SpiffeId
 
-STRANGER = SpiffeId("stranger", "unproven")
+STRANGER = SpiffeId(STRANGER_ROLE, "unproven")
 """Who calls without a certificate, where that is permitted at all."""
 
 

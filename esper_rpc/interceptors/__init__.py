@@ -6,6 +6,7 @@ import grpc
 
 from esper_rpc.audit import AuditLog
 from esper_rpc.concurrency import ConcurrencyLimit
+from esper_rpc.identity.authorisation import Rows
 from esper_rpc.quota import Quotas
 
 from .admission import AdmissionInterceptor
@@ -18,13 +19,17 @@ __all__ = ["IdentityInterceptor", "server_interceptors"]
 
 
 def server_interceptors(
-    identity: IdentityInterceptor, quotas: Quotas, limit: ConcurrencyLimit, audit: AuditLog
+    identity: IdentityInterceptor,
+    rows: Rows,
+    quotas: Quotas,
+    limit: ConcurrencyLimit,
+    audit: AuditLog,
 ) -> list[grpc.aio.ServerInterceptor]:
-    """Return the interceptors, outermost first."""
+    """Return the interceptors, outermost first; `rows` says who may call what, and may grow until the server starts."""
     return [
         MetricsInterceptor(),  # Around all: what is refused counts as well.
         TracingInterceptor(),  # So that a refusal shows in the trace that led to it.
         identity,  # Nothing is decided about a peer that has not said who it is.
-        AuthorisationInterceptor(audit),  # What this peer may do.
+        AuthorisationInterceptor(rows, audit),  # What this peer may do.
         AdmissionInterceptor(quotas, limit, audit),  # Last: only what would be served uses up room.
     ]

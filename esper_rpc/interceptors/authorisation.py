@@ -6,7 +6,7 @@ import grpc
 
 from esper_rpc.audit import AuditLog
 from esper_rpc.errors import PermissionDenied
-from esper_rpc.identity.authorisation import ADMIN_METHODS, authorise
+from esper_rpc.identity.authorisation import ADMIN_METHODS, Rows, authorise
 from esper_rpc.identity.peer import CURRENT_PEER
 from esper_rpc.status import abort
 
@@ -16,7 +16,8 @@ from .handlers import WrappedHandlers, guarded
 class AuthorisationInterceptor(grpc.aio.ServerInterceptor):
     """Refuses a call that the peer's role may not make; refusals and admin calls go to the audit log."""
 
-    def __init__(self, audit: AuditLog) -> None:
+    def __init__(self, rows: Rows, audit: AuditLog) -> None:
+        self._rows = rows
         self._audit = audit
         self._handlers = WrappedHandlers()
 
@@ -27,7 +28,7 @@ class AuthorisationInterceptor(grpc.aio.ServerInterceptor):
         async def check(context: grpc.aio.ServicerContext[Any, Any]) -> None:
             peer = CURRENT_PEER.get().spiffe_id
             try:
-                authorise(peer, method)
+                authorise(peer, method, self._rows)
             except PermissionDenied as error:
                 self._audit.refused(str(peer), method, error.reason)
                 await abort(context, error)

@@ -10,7 +10,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from esper_rpc.errors import ConfigError, InvalidRequest, PermissionDenied
 from esper_rpc.identity import Authority, Identity, SpiffeId, authorise
-from esper_rpc.identity.authorisation import TABLE
+from esper_rpc.identity.authorisation import TABLE, rows_for
+from esper_rpc.identity.peer import STRANGER
 from esper_rpc.proto.identity.v1 import identity_service_pb2
 from esper_rpc.proto.kasmina.v1 import kasmina_service_pb2
 from esper_rpc.proto.tamiyo.v1 import tamiyo_service_pb2
@@ -127,3 +128,31 @@ def test_an_authority_that_cannot_be_read_is_a_clear_error(tmp_path, name):
     replace_secret(tmp_path / name, b"nothing")
     with pytest.raises(ConfigError, match=name):
         Authority.load(tmp_path)
+
+
+OWN = rows_for("my.v1.Counter", ["Add", "Reset"], {"Add": {"trainer"}})
+
+
+def test_a_service_of_ones_own_has_rows_and_what_they_do_not_name_is_denied():
+    authorise(SpiffeId("trainer", "local"), "/my.v1.Counter/Add", OWN)
+    for role, method in (("urza", "Add"), ("trainer", "Reset"), ("operator", "Reset")):
+        with pytest.raises(PermissionDenied):
+            authorise(SpiffeId(role, "local"), f"/my.v1.Counter/{method}", OWN)
+
+
+def test_a_row_for_a_method_that_a_service_lacks_is_refused():
+    with pytest.raises(ConfigError, match="has no method 'Ad'; it has Add, Reset"):
+        rows_for("my.v1.Counter", ["Add", "Reset"], {"Ad": {"trainer"}})
+
+
+def test_a_service_of_the_mesh_cannot_be_given_other_rows():
+    with pytest.raises(ConfigError, match=r"esper\.tamiyo\.v1\.TamiyoService stands in the table"):
+        rows_for("esper.tamiyo.v1.TamiyoService", ["OpenRun"], {"OpenRun": {"urza"}})
+
+
+def test_what_is_for_every_member_is_for_a_role_of_ones_own_and_never_for_a_stranger():
+    authorise(SpiffeId("counter", "local"), "/grpc.health.v1.Health/Check")
+    with pytest.raises(PermissionDenied):
+        authorise(SpiffeId("counter", "local"), "/esper.tamiyo.v1.TamiyoService/OpenRun")
+    with pytest.raises(PermissionDenied):
+        authorise(STRANGER, "/grpc.health.v1.Health/Check")

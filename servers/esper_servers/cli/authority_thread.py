@@ -12,11 +12,12 @@ from .home import Home
 class AuthorityThread:
     """Serves the authority of a home from a thread of the process that supervises the mesh."""
 
-    def __init__(self, home: Home, environ: Mapping[str, str], enrolment_address: str) -> None:
+    def __init__(self, home: Home, environ: Mapping[str, str], *, address: str, enrolment_address: str) -> None:
         self._config = IdentityServerConfig(
             identity_dir=home.identity_dir("weatherlight"),
             pki_dir=home.pki,
             tokens_dir=home.tokens_dir,
+            address=address,
             enrolment_address=enrolment_address,
             deny_list=home.deny_list,
             audit_log=home.audit_log("weatherlight"),

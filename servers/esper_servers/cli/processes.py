@@ -60,13 +60,16 @@ class Supervisor:
         plans: Sequence[ServicePlan] = SERVICES,
         *,
         enrolment_address: str = FREE_PORT,
+        weatherlight_address: str = FREE_PORT,
         metrics_port: int = 0,
     ) -> None:
         self.home = home
         self._environ = {**child_environ(home, environ), DIRECTORY_VARIABLE: str(home.metrics_dir)}
         self._metrics = MetricsEndpoint(home.metrics_dir, self._pids, port=metrics_port)
         self._plans = plans
-        self._authority = AuthorityThread(home, environ, enrolment_address)
+        self._authority = AuthorityThread(
+            home, environ, address=weatherlight_address, enrolment_address=enrolment_address
+        )
         self.services: dict[str, ServiceProcess] = {}
 
     def __enter__(self) -> Self:

@@ -19,6 +19,7 @@ def up(
     tamiyo_address: Annotated[str, typer.Option(help="Where Tamiyo listens.")] = "127.0.0.1:0",
     urza_address: Annotated[str, typer.Option(help="Where Urza listens.")] = "127.0.0.1:0",
     enrolment_address: Annotated[str, typer.Option(help="Where new machines redeem tokens.")] = "127.0.0.1:0",
+    weatherlight_address: Annotated[str, typer.Option(help="Where members renew their certificates.")] = "127.0.0.1:0",
     metrics_port: Annotated[int, typer.Option(help="Where /metrics is served on loopback; 0 takes a free port.")] = 0,
     home: HomeOption = None,
 ) -> None:
@@ -32,7 +33,12 @@ def up(
     stop = _stop_on_signals()
     console = Console(stderr=True)
     with Supervisor(
-        place, environ_of(context), plans, enrolment_address=enrolment_address, metrics_port=metrics_port
+        place,
+        environ_of(context),
+        plans,
+        enrolment_address=enrolment_address,
+        weatherlight_address=weatherlight_address,
+        metrics_port=metrics_port,
     ) as supervisor:
         for name, address in supervisor.addresses.items():
             console.print(f"[green]serving[/] {name} at {address}")

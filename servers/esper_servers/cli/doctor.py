@@ -132,17 +132,22 @@ def secret_in_the_environment(patient: Patient) -> Iterator[Finding]:
             )
 
 
-def settings_are_valid(patient: Patient) -> Iterator[Finding]:
-    """esper.toml and ESPER_* hold settings that exist, in range."""
+def settings_sections() -> dict[str, type]:
+    """Return the sections of esper.toml and what each is read into."""
     from esper_client.session import SessionConfig
     from esper_servers.kasmina.limits import LocalLimits
     from esper_servers.policy.prior import PriorConfig
     from esper_servers.tamiyo.gates import GateConfig
 
-    sections = {
+    return {
         "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "gates": GateConfig,
         "prior": PriorConfig, "quota": QuotaConfig, "concurrency": ConcurrencyConfig, "pki": PkiConfig,
     }  # fmt: skip
+
+
+def settings_are_valid(patient: Patient) -> Iterator[Finding]:
+    """esper.toml and ESPER_* hold settings that exist, in range."""
+    sections = settings_sections()
     path = patient.home.settings_file
     for section, config in sections.items():
         try:

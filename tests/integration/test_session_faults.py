@@ -141,6 +141,17 @@ def test_outcomes_are_sent_until_they_are_acknowledged(session, fake):
     assert len(sent) == len(set(sent))
 
 
+def test_a_step_tells_the_four_metrics_of_the_loop(session, fake):
+    step_until(session, lambda: session.reasons["nominal"])
+    answered = len(fake.steps)
+    session.step(0.25, samples=32, gradient_norm=1.5)
+    step_until(session, lambda: len(fake.steps) > answered)
+    told = fake.steps[answered].packet.training_metrics
+    assert (told["loss"], told["gradient_norm"]) == (0.25, 1.5)
+    assert told["samples_per_s"] > 0
+    assert told["hook_latency_ms"] > 0
+
+
 def test_a_slow_controller_costs_the_budget_and_its_late_answer_is_fenced(session, fake):
     step_until(session, lambda: session.reasons["nominal"] > 3)
     gate = asyncio.Event()

@@ -53,7 +53,13 @@ def shell(command, environ, timeout=120):
 def environ(tmp_path_factory):
     home = tmp_path_factory.mktemp("readme") / "mesh"
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "ESPER_HOME": str(home), "O": f"{home}/identities/operator-local"}
+    return {
+        **os.environ,
+        "PATH": path,
+        "ESPER_HOME": str(home),
+        "O": f"{home}/identities/operator-local",
+        "no_proxy": "127.0.0.1",
+    }
 
 
 @pytest.fixture(scope="module")

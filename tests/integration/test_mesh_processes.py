@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import io
 import os
 import signal
+import socket
 import subprocess
+import threading
 import time
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
@@ -150,6 +154,47 @@ def test_up_starts_a_mesh_that_status_reaches_and_a_signal_drains_it(home, tmp_p
         end(process, 20)
     assert process.returncode == 0
     assert CliRunner().invoke(app, ["status"], obj={"ESPER_HOME": str(home.directory)}).exit_code == 3
+
+
+def until(condition):
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        os.sched_yield()
+
+
+def listens(address):
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def test_services_drain_when_the_process_that_supervises_them_is_killed(home):
+    home.mesh_file.unlink(missing_ok=True)
+    up = subprocess.Popen([*cli_command(), "up", "--home", str(home.directory)], stderr=subprocess.DEVNULL)
+    until(home.mesh_file.exists)
+    addresses = [home.address(service) for service in ("tamiyo", "urza")]
+    assert all(map(listens, addresses))
+    up.kill()
+    up.wait()
+    until(lambda: not any(map(listens, addresses)))
+
+
+def test_a_service_that_cannot_start_again_is_tried_until_it_can(home, mesh):
+    from esper_servers.cli import up
+
+    stop, said = threading.Event(), io.StringIO()
+    watching = threading.Thread(target=up._watch, args=(mesh, stop, Console(file=said)))
+    watching.start()
+    keyring = home.identity_dir("tamiyo") / "keyring.json"
+    hidden = keyring.rename(keyring.with_suffix(".away"))
+    mesh.services["tamiyo"].process.kill()
+    until(lambda: "tamiyo does not start" in said.getvalue())
+    hidden.rename(keyring)
+    until(lambda: not mesh.ended())
+    stop.set()
+    watching.join()
+    assert listens(mesh.addresses["tamiyo"])
 
 
 def test_a_service_without_its_certificate_says_so_and_does_not_start(tmp_path):

@@ -124,14 +124,20 @@ class Supervisor:
 
     def _start(self, plan: ServicePlan) -> ServiceProcess:
         command = [*cli_command(), "serve", plan.name, "--home", str(self.home.directory), "--address", plan.address]
-        command += ["--weatherlight", self._authority.addresses["weatherlight"]]
+        command += ["--weatherlight", self._authority.addresses["weatherlight"], "--supervised"]
         for need in plan.needs:
             command += [f"--{need}", self.services[need].address]
         log_file = self.home.log_file(plan.name)
         log_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with log_file.open("ab") as log:
+            # Nothing is written to their standard input: it closes when this process ends, however it does.
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, env=dict(self._environ), start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=dict(self._environ),
+                start_new_session=True,
             )
         service = ServiceProcess(plan=plan, process=process)
         try:
@@ -205,8 +211,9 @@ def end(process: subprocess.Popen[bytes], seconds: float = DRAIN_SECONDS) -> Non
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
 
 
 def _exits_soon(process: subprocess.Popen[bytes]) -> bool:

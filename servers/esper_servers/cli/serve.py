@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from typing import Annotated
 
 import typer
@@ -21,6 +24,7 @@ BindOption = Annotated[str, typer.Option("--address", help="host:port to listen 
 WeatherlightOption = Annotated[
     str | None, typer.Option("--weatherlight", help="host:port of whoever renews certificates. Default: nobody does.")
 ]
+SupervisedOption = Annotated[bool, typer.Option("--supervised", help="Drain when standard input closes.")]
 InstanceOption = Annotated[str, typer.Option(help="Which identity of the role to use.")]
 
 
@@ -30,12 +34,15 @@ def urza(
     address: BindOption = "127.0.0.1:0",
     instance: InstanceOption = INSTANCE,
     weatherlight: WeatherlightOption = None,
+    supervised: SupervisedOption = False,
     home: HomeOption = None,
 ) -> None:
     """Serve the blueprint library."""
     from esper_servers.urza.server import UrzaServerConfig, serve
 
     log_json_lines()
+    if supervised:
+        _drain_with_the_supervisor()
     flush_spans = configure_tracing("urza", environ_of(context))
     place = home_of(context, home)
     config = UrzaServerConfig(
@@ -55,6 +62,7 @@ def tamiyo(
     urza: Annotated[str | None, typer.Option("--urza", help="host:port of Urza. Default: as in mesh.toml.")] = None,
     instance: InstanceOption = INSTANCE,
     weatherlight: WeatherlightOption = None,
+    supervised: SupervisedOption = False,
     home: HomeOption = None,
 ) -> None:
     """Serve the controller that decides what a training run does next."""
@@ -63,6 +71,8 @@ def tamiyo(
     from esper_servers.tamiyo.server import TamiyoServerConfig, serve
 
     log_json_lines()
+    if supervised:
+        _drain_with_the_supervisor()
     flush_spans = configure_tracing("tamiyo", environ_of(context))
     place, environ = home_of(context, home), environ_of(context)
     config = TamiyoServerConfig(
@@ -77,6 +87,17 @@ def tamiyo(
     )
     run(serve(config))
     flush_spans()
+
+
+def _drain_with_the_supervisor() -> None:
+    """Tell this process to drain when whoever started it is gone, killed or not."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="supervisor-watch", daemon=True).start()
 
 
 def _server_config(context: typer.Context, home: Home, service: str, address: str) -> ServerConfig:

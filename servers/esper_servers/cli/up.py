@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from esper_rpc.errors import EsperError
+
 from .console import HomeOption, environ_of, home_of
 from .processes import ServicePlan, Supervisor
 
@@ -55,7 +57,15 @@ def _watch(supervisor: Supervisor, stop: threading.Event, console: Console) -> N
                 f"[red]{name} ended[/] with {supervisor.services[name].process.returncode}; starting it again"
             )
             if not stop.wait(_BACKOFF_SECONDS):
-                supervisor.restart(name)
+                _restart(supervisor, name, console)
+
+
+def _restart(supervisor: Supervisor, name: str, console: Console) -> None:
+    """Start a service again; when it cannot start, the others go on and the next round tries again."""
+    try:
+        supervisor.restart(name)
+    except EsperError as error:
+        console.print(f"[red]{name} does not start[/]: {error.message}", soft_wrap=True)
 
 
 def _stop_on_signals() -> threading.Event:

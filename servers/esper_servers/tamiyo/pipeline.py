@@ -16,7 +16,7 @@ from esper_rpc import rules
 from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.envelope import Keyring
 from esper_rpc.errors import EsperError, FailedPrecondition, InvalidRequest
-from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedOperation, SystemStatePacket
+from esper_rpc.proto.leyline.v1 import AdaptationCommand, CircuitState, CommandType, SeedOperation, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import (
     EvaluateEpochRequest,
     EvaluateStepsRequest,
@@ -290,7 +290,7 @@ class StepPipeline:
 
     def _on_breaker(self, before: int, after: int) -> None:
         log.warning("breaker_moved", breaker="inference", before=before, after=after)
-        if after == 2:
+        if after == CircuitState.CIRCUIT_STATE_OPEN:
             self._mode.enter("inference_breaker_open")
 
 

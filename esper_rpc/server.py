@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import math
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -320,22 +319,6 @@ def _parser(method: MethodDescriptor) -> Parse:
         return request
 
     return parse
-
-
-def require_writable(directory: Path) -> None:
-    """Raise ConfigError unless a file can be written and synced in the directory, which is made if it is missing."""
-    probe = directory / f".probe-{os.getpid()}"
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with probe.open("wb") as file:
-            file.write(bytes(4096))
-            os.fsync(file.fileno())
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"The state directory {directory} cannot be written ({error.strerror});"
-            " free space or permit writing, or name another one."
-        ) from error
 
 
 def announce(service: str, address: str) -> None:

@@ -30,6 +30,7 @@ from esper_servers.cli.processes import cli_command, end
 
 ROOM = resource.RLIM_INFINITY
 NO_ROOM = 2048
+SERVICES = [("urza", ()), ("tamiyo", ("--urza", "127.0.0.1:1"))]
 KERNEL = os.urandom(100_000)
 
 
@@ -55,14 +56,16 @@ def last_words(process):
     return stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize(("service", "options"), [("urza", ()), ("tamiyo", ("--urza", "127.0.0.1:1"))])
-def test_a_service_does_not_start_on_a_full_disk_and_names_the_directory(home, service, options):
-    words = last_words(start(home, service, *options, room=NO_ROOM))
+@pytest.mark.parametrize("room", [0, NO_ROOM])
+@pytest.mark.parametrize(("service", "options"), SERVICES)
+def test_a_service_does_not_start_on_a_full_disk_and_names_the_directory(home, service, options, room):
+    words = last_words(start(home, service, *options, room=room))
     assert str(home.state_dir(service)) in words
     assert "free space or permit writing" in words
+    assert not list(home.state_dir(service).iterdir())
 
 
-@pytest.mark.parametrize(("service", "options"), [("urza", ()), ("tamiyo", ("--urza", "127.0.0.1:1"))])
+@pytest.mark.parametrize(("service", "options"), SERVICES)
 def test_a_service_does_not_start_where_it_may_not_write(home, service, options):
     (home.directory / "state").symlink_to("/proc")  # Nobody makes a directory there, root neither.
     words = last_words(start(home, service, *options))

@@ -169,5 +169,5 @@ async def test_the_library_survives_a_restart(library, tmp_path):
 
 def test_a_state_directory_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(errors.ConfigError, match="state directory"):
+    with pytest.raises(errors.ConfigError, match="cannot be written"):
         BlueprintLibrary(tmp_path / "file" / "urza")

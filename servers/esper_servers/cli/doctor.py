@@ -12,6 +12,7 @@ import typer
 from esper_rpc.breaker import BreakerConfig
 from esper_rpc.concurrency import ConcurrencyConfig
 from esper_rpc.config import load
+from esper_rpc.disk import require_writable
 from esper_rpc.envelope import Keyring, RootKeys
 from esper_rpc.envelope.keys import SECRET_VARIABLE
 from esper_rpc.errors import ConfigError, EsperError
@@ -19,7 +20,6 @@ from esper_rpc.identity import Authority, Identity
 from esper_rpc.identity.authority import utc_now
 from esper_rpc.identity.deny_list import read_denied
 from esper_rpc.quota import QuotaConfig
-from esper_rpc.server import require_writable
 from esper_servers.weatherlight.identity_server import PkiConfig
 
 from .console import EXIT_FAILURE, HomeOption, JsonOption, environ_of, explain, home_of, print_json, print_rows, run

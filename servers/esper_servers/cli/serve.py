@@ -9,6 +9,7 @@ import typer
 
 from esper_rpc.concurrency import ConcurrencyConfig
 from esper_rpc.config import load
+from esper_rpc.disk import require_writable
 from esper_rpc.envelope import Keyring
 from esper_rpc.logging import log_json_lines
 from esper_rpc.quota import QuotaConfig
@@ -66,6 +67,9 @@ def tamiyo(
     home: HomeOption = None,
 ) -> None:
     """Serve the controller that decides what a training run does next."""
+    place, environ = home_of(context, home), environ_of(context)
+    # Before torch is imported, which on a full disk fails with a riddle about temporary directories.
+    require_writable(place.state_dir("tamiyo"))
     from esper_servers.policy.prior import PriorConfig
     from esper_servers.tamiyo.gates import GateConfig
     from esper_servers.tamiyo.server import TamiyoServerConfig, serve
@@ -73,8 +77,7 @@ def tamiyo(
     log_json_lines()
     if supervised:
         _drain_with_the_supervisor()
-    flush_spans = configure_tracing("tamiyo", environ_of(context))
-    place, environ = home_of(context, home), environ_of(context)
+    flush_spans = configure_tracing("tamiyo", environ)
     config = TamiyoServerConfig(
         identity_dir=place.identity_dir("tamiyo", instance),
         state_dir=place.state_dir("tamiyo"),

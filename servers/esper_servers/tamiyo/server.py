@@ -15,7 +15,7 @@ from esper_rpc.identity import Identity
 from esper_rpc.journal import Journal
 from esper_rpc.proto.leyline.v1 import SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import tamiyo_service_pb2
-from esper_rpc.server import MeshServer, ServerConfig, announce, require_writable
+from esper_rpc.server import MeshServer, ServerConfig, announce
 from esper_servers.policy import sample
 from esper_servers.policy.graph import RunGraph
 from esper_servers.policy.masks import LEGAL_OPERATIONS
@@ -51,7 +51,6 @@ class TamiyoServerConfig:
 
 async def serve(config: TamiyoServerConfig) -> None:
     """Serve until SIGTERM or SIGINT; raises ConfigError before anything listens."""
-    require_writable(config.state_dir)
     identity = Identity.load(config.identity_dir)
     keyring = config.keyring
     journal = Journal(config.state_dir / "journal.sqlite")

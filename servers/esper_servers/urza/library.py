@@ -12,6 +12,7 @@ import orjson
 from sqlalchemy import Column, LargeBinary, MetaData, String, Table, create_engine, event, insert, select, update
 from sqlalchemy.exc import IntegrityError, OperationalError
 
+from esper_rpc.disk import require_writable
 from esper_rpc.errors import (
     AlreadyExists,
     ConfigError,
@@ -22,7 +23,6 @@ from esper_rpc.errors import (
     ResourceExhausted,
 )
 from esper_rpc.proto.urza.v1 import Blueprint
-from esper_rpc.server import require_writable
 
 _metadata = MetaData()
 _blueprints = Table(

@@ -9,11 +9,11 @@ import pytest
 
 from esper_rpc.breaker import BreakerConfig, CircuitBreaker
 from esper_rpc.config import load, read_section
+from esper_rpc.disk import require_writable
 from esper_rpc.errors import ConfigError
 from esper_rpc.guard import StepGuard
 from esper_rpc.journal import Journal, JournalConfig
 from esper_rpc.proto.leyline.v1 import CircuitState
-from esper_rpc.server import require_writable
 from esper_rpc.testing import FakeClock
 
 CLOSED, OPEN, HALF_OPEN = (

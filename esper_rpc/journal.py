@@ -11,7 +11,8 @@ from typing import Annotated
 import structlog
 
 from .config import Range, validate
-from .errors import ConfigError
+from .database import unopenable
+from .disk import unwritable
 
 log = structlog.get_logger(__name__)
 
@@ -151,14 +152,22 @@ class Journal:
 def _open(path: Path) -> sqlite3.Connection:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        connection = sqlite3.connect(path, check_same_thread=False)
+        return _connect(path)
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    except sqlite3.Error as error:
+        raise unopenable(path, error) from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, check_same_thread=False)
+    try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.executescript(_SCHEMA)
-    except (OSError, sqlite3.Error) as error:
-        raise ConfigError(
-            f"The journal {path} cannot be written ({error}); free space or permit writing, or name another directory."
-        ) from error
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection
 
 

@@ -1,4 +1,4 @@
-"""A disk without room or permission: at the start, and while a service runs.
+"""A disk without room, permission or sound files: at the start, and while a service runs.
 
 A limit on the size of files stands for the full disk: it needs no privilege and can be set on a running process.
 """
@@ -71,6 +71,15 @@ def test_a_service_does_not_start_where_it_may_not_write(home, service, options)
     words = last_words(start(home, service, *options))
     assert str(home.state_dir(service)) in words
     assert "name another one" in words
+
+
+@pytest.mark.parametrize(("service", "file"), [("urza", "library.sqlite"), ("tamiyo", "journal.sqlite")])
+def test_a_service_whose_database_is_damaged_says_which_and_does_not_start(home, service, file):
+    database = home.state_dir(service) / file
+    database.parent.mkdir(parents=True)
+    database.write_bytes(b"no database" * 1000)
+    words = last_words(start(home, service, *dict(SERVICES)[service]))
+    assert words.startswith(f"esper: The database {database} cannot be opened (file is not a database); move it away")
 
 
 @pytest.fixture

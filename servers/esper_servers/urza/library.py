@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sqlite3
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +10,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import orjson
-from sqlalchemy import Column, LargeBinary, MetaData, String, Table, create_engine, event, insert, select, update
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy import (
+    Column,
+    Engine,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    event,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
+from esper_rpc.database import unopenable
 from esper_rpc.disk import require_writable
 from esper_rpc.errors import (
     AlreadyExists,
-    ConfigError,
     DataLoss,
     FailedPrecondition,
     InvalidRequest,
@@ -53,12 +66,7 @@ class BlueprintLibrary:
     def __init__(self, directory: Path) -> None:
         require_writable(directory)
         self._kernels = directory / "kernels"
-        self._engine = create_engine(f"sqlite:///{directory / 'library.sqlite'}")
-        event.listen(self._engine, "connect", _sync_fully)
-        try:
-            _metadata.create_all(self._engine)
-        except OperationalError as error:
-            raise ConfigError(f"The library in {directory} cannot be opened: {error.orig}.") from error
+        self._engine = _open(directory / "library.sqlite")
         self._cache: dict[str, Entry] = {}
         self._lock = threading.Lock()
 
@@ -162,6 +170,19 @@ class BlueprintLibrary:
     def _path_of(self, digest: bytes) -> Path:
         name = digest.hex()
         return self._kernels / name[:2] / name
+
+
+def _open(path: Path) -> Engine:
+    engine = create_engine(f"sqlite:///{path}")
+    event.listen(engine, "connect", _sync_fully)
+    try:
+        _metadata.create_all(engine)
+    except (DBAPIError, sqlite3.Error) as error:
+        engine.dispose()
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        assert isinstance(cause, sqlite3.Error)
+        raise unopenable(path, cause) from error
+    return engine
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import logging
 import logging.handlers
 import queue
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -10,6 +12,9 @@ from pathlib import Path
 
 import orjson
 import structlog
+
+from .disk import unwritable
+from .telemetry.metrics import AUDIT_LOST
 
 log = structlog.get_logger("audit")
 
@@ -27,13 +32,12 @@ class AuditLog:
     """Who was refused what, and who did what only an operator may: in the log, and as JSON lines in a file.
 
     The same refusal within a second is counted and written once, so that a flood cannot fill the disk. Writing happens
-    on a thread of its own; what does not fit its queue is dropped and counted.
+    on a thread of its own; what does not fit its queue or its disk is lost and counted.
     """
 
     def __init__(self, path: Path | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._recent: dict[Cause, tuple[float, int]] = {}
-        self.dropped = 0
         self._records: queue.Queue[logging.LogRecord] = queue.Queue(QUEUED_RECORDS)
         self._listener = _listener(path, self._records) if path is not None else None
 
@@ -71,12 +75,47 @@ class AuditLog:
         try:
             self._records.put_nowait(logging.makeLogRecord({"msg": line}))
         except queue.Full:
-            self.dropped += 1
+            AUDIT_LOST["queue"].inc()
+
+
+class _File(logging.handlers.RotatingFileHandler):
+    """A file that outlives a full disk: what it cannot keep is counted, and told when that begins."""
+
+    _is_failing = _has_failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        self._has_failed = False
+        super().emit(record)
+        if self._is_failing and not self._has_failed:
+            log.info("audit_writes_again", path=self.baseFilename)
+        self._is_failing = self._has_failed
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Count a record that could not be written."""
+        AUDIT_LOST["disk"].inc()
+        if not self._is_failing:
+            log.error("audit_write_failed", path=self.baseFilename, error=str(sys.exception()), priority="HIGH")
+        self._has_failed = True
+        self._forget()
+
+    def _forget(self) -> None:
+        """Open the file anew for the next record: what the stream still holds is counted as lost already."""
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+def _open(path: Path) -> _File:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return _File(path, maxBytes=FILE_BYTES, backupCount=FILES_KEPT)
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
 
 
 def _listener(path: Path, records: queue.Queue[logging.LogRecord]) -> logging.handlers.QueueListener:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    file = logging.handlers.RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES_KEPT)
-    listener = logging.handlers.QueueListener(records, file)
+    listener = logging.handlers.QueueListener(records, _open(path))
     listener.start()
     return listener

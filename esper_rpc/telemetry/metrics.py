@@ -53,6 +53,10 @@ STEP_PART = Histogram(
 STEP_ANSWERS = Counter("esper_step_answers", "Steps of a trainer, by what came of asking.", ["reason"])
 OUTCOMES = Counter("esper_command_outcomes", "Commands at a seed host.", ["result", "reason"])
 
+_AUDIT_LOST = Counter("esper_audit_records_lost", "What the audit log could not keep.", ["cause"])
+# Made now: on a disk that is full already there may be no room for a new one.
+AUDIT_LOST = {cause: _AUDIT_LOST.labels(cause) for cause in ("queue", "disk")}
+
 _LEDGER_PARTS = tuple(field.name for field in StepLedger.DESCRIPTOR.fields)
 _DECISION_PARTS = {name: DECISION_PART.labels(name.removesuffix("_us")) for name in _LEDGER_PARTS}
 _STEP_PARTS = {name: STEP_PART.labels(name) for name in ("build", "exchange", "server", "verify", "apply", "total")}

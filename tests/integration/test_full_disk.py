@@ -13,10 +13,12 @@ import subprocess
 import time
 
 import pytest
+from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from esper_client import UrzaClient
 from esper_rpc import errors
+from esper_rpc.audit import AuditLog
 from esper_rpc.journal import Journal
 from esper_rpc.proto.urza.v1 import (
     Blueprint,
@@ -71,6 +73,13 @@ def test_a_service_does_not_start_where_it_may_not_write(home, service, options)
     words = last_words(start(home, service, *options))
     assert str(home.state_dir(service)) in words
     assert "name another one" in words
+
+
+@pytest.mark.parametrize(("service", "options"), SERVICES)
+def test_a_service_does_not_start_where_it_may_not_write_its_audit_log(home, service, options):
+    (home.directory / "logs").symlink_to("/proc")
+    words = last_words(start(home, service, *options))
+    assert f"The directory {home.directory / 'logs'} cannot be written" in words
 
 
 @pytest.mark.parametrize(("service", "file"), [("urza", "library.sqlite"), ("tamiyo", "journal.sqlite")])
@@ -160,3 +169,34 @@ def test_appending_never_waits_for_a_disk_that_fails(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
     journal.close()
     assert took < 5
+
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def lost(cause):
+    return REGISTRY.get_sample_value("esper_audit_records_lost_total", {"cause": cause})
+
+
+def test_an_audit_log_without_room_counts_what_it_loses_says_so_once_and_goes_on(tmp_path, capfd):
+    path, before = tmp_path / "audit.jsonl", lost("disk")
+    audit = AuditLog(path)
+    audit.admitted("operator", "/before")
+    until(path.read_text)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    try:
+        with capture_logs() as told:
+            for number in range(20):
+                audit.admitted("operator", f"/during/{number}")
+            until(lambda: lost("disk") == before + 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
+    audit.admitted("operator", "/after")
+    audit.close()
+    assert [json.loads(line)["method"] for line in path.read_text().splitlines()] == ["/before", "/after"]
+    assert [entry["event"] for entry in told if entry["event"] != "admin_call"] == ["audit_write_failed"]
+    assert "Traceback" not in capfd.readouterr().err

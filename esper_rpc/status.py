@@ -80,7 +80,8 @@ def from_rpc_error(error: grpc.RpcError) -> errors.EsperError:
 
 def hide_unexpected(error: Exception) -> errors.EsperError:
     """Log an unexpected exception under a correlation id, and return an error that says no more than that id."""
-    if isinstance(error, errors.EsperError):
+    # A setting or file of this machine is the business of who runs it, not of who calls.
+    if isinstance(error, errors.EsperError) and not isinstance(error, errors.ConfigError):
         return error
     correlation_id = uuid.uuid4().hex
     log.error("unexpected_error", correlation_id=correlation_id, exc_info=error)

@@ -13,7 +13,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from esper_rpc.errors import ConfigError, InvalidRequest
 
 from .pem import load_certificate, load_key
-from .secret_files import read_secret, write_secret
+from .secret_files import read_secret, write_secrets
 from .spiffe import SpiffeId
 
 ROOT_LIFETIME = timedelta(days=3650)
@@ -59,13 +59,12 @@ class Authority:
         if (directory / "root.pem").exists():
             raise ConfigError(f"{directory} holds an authority already; remove it to start afresh.")
         root_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-        root = _certify_authority("esper root", root_key, None, clock(), ROOT_LIFETIME, path_length=1)
-        signer = _Signer(root, root_key)
-        intermediate = _certify_authority("esper intermediate", key, signer, clock(), INTERMEDIATE_LIFETIME, 0)
-        for name, certificate, secret in (("root", root, root_key), ("intermediate", intermediate, key)):
-            write_secret(directory / f"{name}.key", _key_pem(secret))
-            write_secret(directory / f"{name}.pem", _pem(certificate))
-        return cls(_pem(root), _Signer(intermediate, key), clock)
+        root = _Signer(_certify_authority("esper root", root_key, None, clock(), ROOT_LIFETIME, 1), root_key)
+        intermediate = _Signer(
+            _certify_authority("esper intermediate", key, root, clock(), INTERMEDIATE_LIFETIME, 0), key
+        )
+        write_secrets(_files_of(directory, "intermediate", intermediate) | _files_of(directory, "root", root))
+        return cls(_pem(root.certificate), intermediate, clock)
 
     @classmethod
     def load(cls, directory: Path, *, clock: Callable[[], datetime] = utc_now) -> Authority:
@@ -80,10 +79,11 @@ class Authority:
         """Sign a new intermediate with the root key, which must be at hand. Leaves of the old one stay valid."""
         root = _read_signer(directory, "root")
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _certify_authority("esper intermediate", key, root, clock(), INTERMEDIATE_LIFETIME, 0)
-        write_secret(directory / "intermediate.key", _key_pem(key))
-        write_secret(directory / "intermediate.pem", _pem(certificate))
-        return cls(_pem(root.certificate), _Signer(certificate, key), clock)
+        intermediate = _Signer(
+            _certify_authority("esper intermediate", key, root, clock(), INTERMEDIATE_LIFETIME, 0), key
+        )
+        write_secrets(_files_of(directory, "intermediate", intermediate))
+        return cls(_pem(root.certificate), intermediate, clock)
 
     @property
     def root_pem(self) -> bytes:
@@ -108,6 +108,10 @@ class Authority:
         return IssuedLeaf(
             chain_pem=chain, key_pem=_key_pem(key) if key else b"", root_pem=self._root_pem, not_after=end
         )
+
+
+def _files_of(directory: Path, name: str, signer: _Signer) -> dict[Path, bytes]:
+    return {directory / f"{name}.key": _key_pem(signer.key), directory / f"{name}.pem": _pem(signer.certificate)}
 
 
 def _read_signer(directory: Path, name: str) -> _Signer:

@@ -11,7 +11,7 @@ from esper_rpc.errors import ConfigError, InvalidRequest
 
 from .authority import BACKDATING, IssuedLeaf, utc_now
 from .pem import UNREADABLE, load_certificate, load_key
-from .secret_files import read_secret, write_secret
+from .secret_files import read_secret, write_secrets
 from .spiffe import SpiffeId
 
 # Written in this order: whoever sees a new certificate finds its key.
@@ -54,8 +54,7 @@ class Identity:
 
     def save(self, directory: Path) -> Identity:
         """Write the files, mode 0600, and return the identity that lives there."""
-        for part, name in _FILES.items():
-            write_secret(directory / name, getattr(self, part))
+        write_secrets({directory / name: getattr(self, part) for part, name in _FILES.items()})
         return Identity.load(directory)
 
     @property

@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 
 class Commands(TyperGroup):
-    """A group that turns errors of the mesh into a sentence and an exit code."""
+    """A group that turns errors of the mesh and of the disk into a sentence and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; 1 is a failure, 3 an unreachable peer."""
@@ -41,6 +41,12 @@ class Commands(TyperGroup):
         except EsperError as error:
             typer.echo(f"esper: {explain(error)}", err=True)
             raise typer.Exit(exit_code(error)) from error
+        except OSError as error:
+            # Of a pipe that was closed typer makes a quiet end; one without a number is no answer of the system.
+            if isinstance(error, BrokenPipeError) or error.errno is None:
+                raise
+            typer.echo(f"esper: {error.filename or 'A file'} cannot be used ({error.strerror}).", err=True)
+            raise typer.Exit(EXIT_FAILURE) from error
 
 
 def exit_code(error: EsperError) -> int:

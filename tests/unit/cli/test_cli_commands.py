@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
@@ -50,6 +52,54 @@ def test_every_command_shows_an_example_in_its_help(esper, path):
     result = esper(*path, "--help")
     assert result.exit_code == 0
     assert "Example: esper " + " ".join(path) in " ".join(result.output.replace("│", " ").split())
+
+
+WRITING = [
+    ("pki", "issue", "trainer"), ("pki", "token", "trainer", "b", "--address", "127.0.0.1:1"),
+    ("pki", "deny", "trainer", "b"), ("pki", "intermediate"), ("keys", "issue", "trainer"), ("keys", "add"),
+    ("keys", "rotate", "--settle", "0"),
+]  # fmt: skip
+
+
+def _contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def no_room():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("command", WRITING, ids=" ".join)
+def test_a_command_on_a_full_disk_fails_in_one_line_and_changes_nothing(esper, home, command):
+    before = _contents(home.directory)
+    with no_room():
+        result = esper(*command)
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
+    assert str(home.directory) in result.output
+    assert "cannot be written (File too large)" in result.output
+    assert _contents(home.directory) == before
+
+
+@pytest.mark.parametrize("command", [("pki", "init"), ("keys", "init")], ids=" ".join)
+def test_an_authority_that_a_full_disk_refused_can_be_made_later(esper, tmp_path, command):
+    with no_room():
+        assert esper(*command).exit_code == 1
+    assert not _contents(tmp_path)
+    assert esper(*command).exit_code == 0
+
+
+@pytest.mark.parametrize("command", [("pki", "init"), ("pki", "status"), ("keys", "list")], ids=" ".join)
+def test_a_home_of_which_nothing_can_be_made_is_one_line(esper, tmp_path, command):
+    result = esper(*command, "--home", str(tmp_path / ("x" * 1000)))
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
+    assert result.output.startswith("esper: ")
+    assert "File name too long" in result.output
 
 
 def test_an_authority_issues_an_identity_that_only_its_owner_can_read(esper, tmp_path):

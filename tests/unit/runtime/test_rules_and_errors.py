@@ -49,8 +49,9 @@ def test_violations_and_pushback_survive_the_wire():
     assert status.from_status(status.to_status(exhausted)).retry_after_ms == 250
 
 
-def test_an_unexpected_exception_tells_only_a_correlation_id():
-    shown = status.hide_unexpected(ValueError("secret"))
+@pytest.mark.parametrize("error", [ValueError, errors.ConfigError])
+def test_an_exception_that_is_not_for_callers_tells_only_a_correlation_id(error):
+    shown = status.hide_unexpected(error("secret"))
     assert isinstance(shown, errors.Internal)
     assert "secret" not in str(status.to_status(shown))
     assert shown.metadata["correlation_id"] in shown.message

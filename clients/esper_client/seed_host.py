@@ -61,7 +61,7 @@ class SeedHost(Protocol):
         ...
 
     def finalize_step(self, step_index: int) -> list[TelemetryPacket]:
-        """Step the seeds' optimizers and flush one packet per active seed and a global one."""
+        """Step the seeds' optimizers and flush one packet per active seed and a global one with what was rejected."""
         ...
 
     def export_seed_states(self) -> list[SeedState]:

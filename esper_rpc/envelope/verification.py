@@ -85,7 +85,7 @@ class Verifier:
         )
         self._fences: dict[str, int] = {}
         self._lock = threading.Lock()
-        self.rejections: Counter[str] = Counter()
+        self._rejections: Counter[str] = Counter()
 
     def set_clock_offset(self, offset_ns: int) -> None:
         """Set the issuer's wall clock minus our monotonic clock; a step of our wall clock then changes nothing."""
@@ -95,6 +95,12 @@ class Verifier:
         """The last accepted sequence of each issuer."""
         with self._lock:
             return dict(self._fences)
+
+    @property
+    def rejections(self) -> dict[str, int]:
+        """How many were rejected, by reason."""
+        with self._lock:
+            return dict(self._rejections)
 
     def remembered_nonces(self) -> int:
         """How many nonces are live."""
@@ -123,8 +129,10 @@ class Verifier:
 
     def count(self, reason: str) -> None:
         """Count a rejection; the first of each reason is logged."""
-        self.rejections[reason] += 1
-        if self.rejections[reason] == 1:
+        with self._lock:
+            self._rejections[reason] += 1
+            is_first = self._rejections[reason] == 1
+        if is_first:
             log.warning("envelope_rejected", reason=reason, audience=self.audience, priority="HIGH")
 
     def record_outcome(self, nonce: str, outcome: CommandOutcome) -> None:

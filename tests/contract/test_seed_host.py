@@ -17,7 +17,7 @@ from esper_rpc.envelope import reasons, sign
 from esper_rpc.envelope.verification import COMMAND_TYPE
 from esper_rpc.errors import Unimplemented
 from esper_rpc.proto.kasmina.v1 import kasmina_service_pb2
-from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, SeedOperation
+from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, SeedOperation, TelemetryLevel
 from esper_rpc.proto.urza.v1 import Blueprint
 from esper_rpc.testing import serving
 from esper_servers.blueprints.catalogue import load_factories
@@ -26,6 +26,7 @@ from esper_servers.kasmina.host import InProcessSeedHost
 from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
 from esper_servers.kasmina.learning_rate import OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
+from esper_servers.kasmina.rejections import TOLD_EACH
 from esper_servers.kasmina.service import KasminaServicer
 from esper_servers.trainer import wrap_sites
 
@@ -258,6 +259,48 @@ def test_a_refused_command_changes_nothing_and_says_why(case, reason):
     assert case.inner.verifier.rejections == {reason: 1}
     assert case.step() == []
     assert case.seed().stage == lifecycle.DORMANT
+
+
+def told(packets):
+    return [(packet.packet_id, event) for packet in packets for event in packet.events]
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_refused_command_is_told_with_the_packets_of_the_step(case, reason):
+    case.order(case.scale(1.0))
+    assert told(case.packets) == []
+    envelope = REFUSED[reason](case, case.command("GERMINATE"))
+    case.host.submit(envelope)
+    case.step()
+    ((packet_id, event),) = told(case.packets)
+    assert packet_id == f"global-{case.step_index}"
+    assert case.packets[-1].level == event.level == TelemetryLevel.TELEMETRY_LEVEL_WARNING
+    assert event.attributes == {
+        "reason": reason, "command_id": envelope.nonce, "priority": "HIGH", "step_index": str(case.step_index),
+    }  # fmt: skip
+    case.step()
+    assert told(case.packets) == []
+
+
+@pytest.mark.parametrize(
+    ("operation", "reason"), [("GERMINATE", reasons.LOCAL_LIMIT), ("FOSSILIZE", "illegal_transition")]
+)
+def test_a_command_that_is_rejected_at_the_end_of_the_step_is_counted_and_told(make_case, operation, reason):
+    case = make_case(limits=LocalLimits(live_seeds=0))
+    outcome = case.order(case.command(operation))
+    ((_, event),) = told(case.packets)
+    assert (event.attributes["reason"], event.attributes["command_id"]) == (reason, outcome.command_id)
+    assert case.inner.verifier.rejections == {reason: 1}
+
+
+def test_a_flood_of_forged_envelopes_is_told_in_a_few_events(case):
+    for number in range(200):
+        case.host.submit(altered(case.envelope(case.command("GERMINATE")), mac=b"" if number % 2 else bytes(32)))
+    case.step()
+    events = [event for _, event in told(case.packets)]
+    counts = {event.attributes["reason"]: int(event.attributes["count"]) for event in events[TOLD_EACH:]}
+    assert counts == dict.fromkeys((reasons.MISSING_SIGNATURE, reasons.INVALID_SIGNATURE), 100 - TOLD_EACH // 2)
+    assert len({event.event_id for event in events}) == len(events) == TOLD_EACH + 2
 
 
 def test_a_command_beyond_a_local_limit_changes_nothing(make_case):

@@ -313,7 +313,7 @@ def test_a_second_session_numbers_on_from_what_the_host_has_accepted(open_sessio
     accepted = inner.last_sequence
     second = open_session(kasmina.address)
     step_until(second, lambda: inner.last_sequence > accepted)
-    assert inner.verifier.rejections["sequence_replayed"] == 0
+    assert "sequence_replayed" not in inner.verifier.rejections
 
 
 def test_another_trainer_can_neither_command_nor_drive_the_model(open_session, kasmina, fake, inner):

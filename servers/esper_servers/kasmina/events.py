@@ -8,6 +8,7 @@ from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage
 
 from . import lifecycle
 from .progress import Progress
+from .rejections import Rejections
 from .seed_slot import SeedSlot
 
 REMEMBERED_OUTCOMES = 64
@@ -17,13 +18,14 @@ Listener = Callable[[SeedEvent | None], None]
 
 
 class SeedEvents:
-    """Tells listeners what happens to seeds, and remembers the last outcomes."""
+    """Tells listeners what happens to seeds, and remembers the last outcomes and what the next packets must tell."""
 
     def __init__(self, seeds: Mapping[str, SeedSlot], progress: Progress) -> None:
         self._seeds = seeds
         self._progress = progress
         self._listeners: list[Listener] = []
         self.outcomes: deque[CommandOutcome] = deque(maxlen=REMEMBERED_OUTCOMES)
+        self.rejections = Rejections()
 
     def listen(self, listener: Listener) -> Callable[[], None]:
         """Call a function at every event, from whatever thread it happens in; returns how to stop."""
@@ -47,6 +49,8 @@ class SeedEvents:
     def settled(self, outcome: CommandOutcome) -> CommandOutcome:
         """Remember what became of a command, and tell it."""
         self.outcomes.append(outcome)
+        if outcome.result == CommandOutcome.RESULT_REJECTED:
+            self.rejections.note(outcome)
         slot = self._seeds.get(outcome.seed_id)
         stage = slot.stage if slot is not None else lifecycle.DORMANT
         self._tell(

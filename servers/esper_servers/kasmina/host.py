@@ -11,7 +11,7 @@ import orjson
 from torch import nn
 
 from esper_client.seed_host import RunDescription
-from esper_rpc.envelope import Keyring, Verifier, reasons
+from esper_rpc.envelope import Keyring, Verifier
 from esper_rpc.errors import FailedPrecondition, NotFound
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedState, SignedEnvelope, TelemetryPacket
 from esper_servers.blueprints.catalogue import BlueprintFactory
@@ -179,13 +179,13 @@ class InProcessSeedHost:
             return slot.advance_alpha()
 
     def finalize_step(self, step_index: int) -> list[TelemetryPacket]:
-        """Step the seeds' optimizers, let time pass for them, and return their packets."""
+        """Step the seeds' optimizers, let time pass for them, and return their packets and what was rejected."""
         with self._lock:
             self._progress.global_step = max(self._progress.global_step, step_index)
             self._learning_rate.step()
             for slot in self.seeds.values():
                 self._surgeon.finalize(slot)
-            return step_packets.flush(self.seeds.values(), step_index)
+            return step_packets.flush(self.seeds.values(), step_index, self._events.rejections.take(step_index))
 
     def export_seed_states(self) -> list[SeedState]:
         """Return the state of every seed."""
@@ -238,7 +238,7 @@ class InProcessSeedHost:
         if what is None:
             self._inbox.put_back(queued)
             return None
-        if what.reason == reasons.LOCAL_LIMIT:
+        if what.result == CommandOutcome.RESULT_REJECTED:
             self.verifier.count(what.reason)
         command = queued.command
         outcome = what.on(command.command_id, self.global_step, command)

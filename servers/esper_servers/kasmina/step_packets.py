@@ -1,20 +1,22 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from esper_rpc.proto.leyline.v1 import MetricPoint, TelemetryLevel, TelemetryPacket
+from esper_rpc.proto.leyline.v1 import MetricPoint, TelemetryEvent, TelemetryLevel, TelemetryPacket
 
 from . import lifecycle
 from .seed_slot import SeedSlot
 
 
-def flush(seeds: Iterable[SeedSlot], step_index: int) -> list[TelemetryPacket]:
-    """Return one packet per seed that grows or has fossilised, and a global one."""
+def flush(seeds: Iterable[SeedSlot], step_index: int, events: Sequence[TelemetryEvent]) -> list[TelemetryPacket]:
+    """Return one packet per seed that grows or has fossilised, and a global one with what happened."""
     slots = list(seeds)
     shown = [slot for slot in slots if slot.stage in lifecycle.LIVE or slot.stage == lifecycle.FOSSILIZED]
     active = sum(slot.stage in lifecycle.LIVE for slot in slots)
-    overall = MetricPoint(name="kasmina.seeds.active", value=float(active))
-    return [*(_of_seed(slot, step_index) for slot in shown), _packet(f"global-{step_index}", overall)]
+    overall = _packet(f"global-{step_index}", MetricPoint(name="kasmina.seeds.active", value=float(active)))
+    overall.events.extend(events)
+    overall.level = max([overall.level, *(event.level for event in events)])
+    return [*(_of_seed(slot, step_index) for slot in shown), overall]
 
 
 def _of_seed(slot: SeedSlot, step_index: int) -> TelemetryPacket:

@@ -222,7 +222,10 @@ class FinalizeStepResponse(_message.Message):
     """The challenge of this host. Another one than before tells that it was started anew: open the run again."""
     @_builtins.property
     def packets(self) -> _containers.RepeatedCompositeFieldContainer[_telemetry_pb2.TelemetryPacket]:
-        """One packet per active seed and a global one."""
+        """One packet per active seed and a global one. The global one has an event of level WARNING and priority HIGH for each
+        command that was rejected since the last step, with its reason and command_id; in a flood for the first ones, and one
+        with the count of the others for each reason.
+        """
 
     @_builtins.property
     def seeds(self) -> _containers.RepeatedCompositeFieldContainer[_seed_pb2.SeedState]:

@@ -14,7 +14,8 @@ from prometheus_client.registry import Collector
 
 from esper_rpc.errors import ConfigError
 
-DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+from . import shared_files
+
 LOOPBACK = "127.0.0.1"
 
 
@@ -63,6 +64,7 @@ class MetricsEndpoint:
     def forget(self, pid: int) -> None:
         """Drop the gauges of a process that ended; its counters stay."""
         mark_process_dead(pid, path=str(self._directory))  # type: ignore[no-untyped-call]
+        shared_files.trim(self._directory, pid)
 
     def _clear(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)

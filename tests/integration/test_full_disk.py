@@ -27,6 +27,7 @@ from esper_rpc.proto.urza.v1 import (
     SaveBlueprintRequest,
     UploadKernelRequest,
 )
+from esper_rpc.telemetry import shared_files
 from esper_servers.cli.home import Home
 from esper_servers.cli.processes import cli_command, end
 
@@ -65,6 +66,13 @@ def test_a_service_does_not_start_on_a_full_disk_and_names_the_directory(home, s
     assert str(home.state_dir(service)) in words
     assert "free space or permit writing" in words
     assert not list(home.state_dir(service).iterdir())
+
+
+def test_a_service_with_no_room_for_its_metrics_names_its_state_directory_too(home, monkeypatch):
+    home.metrics_dir.mkdir(parents=True)
+    monkeypatch.setenv(shared_files.DIRECTORY_VARIABLE, str(home.metrics_dir))
+    assert str(home.state_dir("urza")) in last_words(start(home, "urza", room=NO_ROOM))
+    assert not list(home.metrics_dir.iterdir())
 
 
 @pytest.mark.parametrize(("service", "options"), SERVICES)

@@ -16,7 +16,8 @@ from typing import IO, Self
 
 from esper_rpc.envelope.keys import SECRET_VARIABLE
 from esper_rpc.errors import ConfigError, Unavailable
-from esper_rpc.telemetry.exposition import DIRECTORY_VARIABLE, MetricsEndpoint
+from esper_rpc.telemetry.exposition import MetricsEndpoint
+from esper_rpc.telemetry.shared_files import DIRECTORY_VARIABLE
 
 from .authority_thread import AuthorityThread
 from .home import Home

@@ -8,7 +8,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from .attach import attach
-from .blocking import Blocking
+from .blocking import BlockingIdentityClient, BlockingKasminaClient, BlockingTamiyoClient, BlockingUrzaClient
 from .client import IdentityClient, KasminaClient, TamiyoClient, UrzaClient
 from .discovery import MeshAddress, find_mesh
 from .event_loop import LoopThread
@@ -17,7 +17,10 @@ from .seed_host import RunDescription, SeedHost
 from .session import SessionConfig, TrainingSession
 
 __all__ = [
-    "Blocking",
+    "BlockingIdentityClient",
+    "BlockingKasminaClient",
+    "BlockingTamiyoClient",
+    "BlockingUrzaClient",
     "IdentityClient",
     "KasminaClient",
     "LoopThread",

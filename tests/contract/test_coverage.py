@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import esper_client
 from esper_rpc import rules
 from esper_rpc.identity import SpiffeId
 from esper_rpc.identity.authorisation import TABLE
@@ -49,9 +50,13 @@ def test_an_rpc_has_a_servicer_method_exactly_when_it_is_no_known_gap(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_sdk_has_a_method_for_every_rpc(name):
+def test_the_sdk_has_a_method_for_every_rpc_with_and_without_asyncio(name):
     service, method = name.split("/")
-    assert hasattr(CLIENTS[service], re.sub(r"(?<!^)(?=[A-Z])", "_", method).lower())
+    name_in_python = re.sub(r"(?<!^)(?=[A-Z])", "_", method).lower()
+    client = CLIENTS[service]
+    blocking = getattr(esper_client, f"Blocking{client.__name__}")
+    assert blocking.client is client
+    assert getattr(blocking, name_in_python).__wrapped__ is getattr(client, name_in_python)
 
 
 @pytest.mark.parametrize("name", METHODS)

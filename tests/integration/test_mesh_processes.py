@@ -127,8 +127,9 @@ def test_training_goes_on_when_tamiyo_hangs_and_decisions_resume_when_it_wakes(h
 
 def test_a_germinated_seed_lives_in_the_model(home, mesh):
     with TinyTraining(home, mesh, "germinated") as training:
-        training.steps_until(lambda: _applied(training))
-        assert any(slot.site.seed is not None for slot in training.session.host.seeds.values())
+        seeds = training.session.host.seeds.values()
+        training.steps_until(lambda: any(slot.site.seed is not None for slot in seeds))
+        assert _applied(training)
 
 
 def test_up_starts_a_mesh_that_status_reaches_and_a_signal_drains_it(home, tmp_path):

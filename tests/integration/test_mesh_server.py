@@ -12,7 +12,7 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 
-from esper_client import Blocking, IdentityClient, TamiyoClient, UrzaClient
+from esper_client import BlockingTamiyoClient, IdentityClient, TamiyoClient, UrzaClient
 from esper_rpc import errors
 from esper_rpc.proto.tamiyo.v1 import CloseRunRequest, GetPolicyRequest, OpenRunRequest
 from esper_rpc.testing import TAMIYO, FakeTamiyo, serving
@@ -193,8 +193,7 @@ async def test_a_leaf_is_renewed_under_the_callers_own_name(mesh):
     assert "spiffe://esper/trainer/me" in [n.value for n in names]
 
 
-def test_the_blocking_facade_serves_a_script(mesh):
-    identity = mesh.identity("trainer")
-    with Blocking(lambda: TamiyoClient("127.0.0.1:1", identity=identity)) as client:
+def test_a_script_without_asyncio_gets_the_same_errors(mesh):
+    with BlockingTamiyoClient("127.0.0.1:1", identity=mesh.identity("trainer")) as client:
         with pytest.raises(errors.Unavailable):
-            client.call(lambda c: c.close_run(CloseRunRequest(run_id="r")))
+            client.close_run(CloseRunRequest(run_id="r"), timeout=5.0)

@@ -243,11 +243,18 @@ def _blueprint_values(candidate: BlueprintCandidate) -> list[float | None]:
     return [d.risk, d.tier / 3, d.stage / 10, float(d.quarantine_only), _log(count)]
 
 
+_UNKNOWN = (0.0, 0.0)
+
+
 def _write(row: Floats, values: Sequence[Any]) -> None:
     pairs: list[float] = []
     for value in values:
-        known = isinstance(value, int | float) and math.isfinite(value)
-        pairs += (max(-FEATURE_LIMIT, min(FEATURE_LIMIT, value)), 1.0) if known else (0.0, 0.0)
+        if value is None or not isinstance(value, (int, float)):
+            pairs += _UNKNOWN
+        elif -FEATURE_LIMIT <= value <= FEATURE_LIMIT:
+            pairs += (value, 1.0)
+        else:
+            pairs += (math.copysign(FEATURE_LIMIT, value), 1.0) if math.isfinite(value) else _UNKNOWN
     row[: len(pairs)] = pairs
 
 
@@ -279,7 +286,7 @@ def _code(name: Any) -> float | None:
 
 
 def _log(value: Any) -> float | None:
-    usable = isinstance(value, int | float) and math.isfinite(value)
+    usable = isinstance(value, (int, float)) and math.isfinite(value)
     return math.copysign(math.log1p(abs(value)), value) / 4 if usable else None
 
 

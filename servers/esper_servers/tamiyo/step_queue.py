@@ -55,7 +55,8 @@ class StepQueue:
         self._arrivals += 1
         if not self._is_busy:
             self._quiet_at = arrived
-        latest_start = self._sent(arrived) + (1 - RESERVE) * budget_seconds - self._cost
+        # How long it waited unseen is not known: at most since there was nothing left to take in.
+        latest_start = self._quiet_at + (1 - RESERVE) * budget_seconds - self._cost
         if self._is_busy:
             self._check_room(latest_start)
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -65,10 +66,6 @@ class StepQueue:
             self._interval += COST_SMOOTHING * (self._cost - self._interval)
         self._is_busy = True
         self._began = self._clock()
-
-    def _sent(self, arrived: float) -> float:
-        """Guess when a step came to this machine: between the last time when none was left to take in, and now."""
-        return arrived - (arrived - self._quiet_at) / 2
 
     async def _wait(self, turn: asyncio.Future[None]) -> None:
         try:

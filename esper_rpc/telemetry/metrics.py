@@ -6,7 +6,7 @@ PROMETHEUS_MULTIPROC_DIR set before this is imported they live in files there, s
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from esper_rpc.ledger import StepTiming
 from esper_rpc.proto.leyline.v1 import CommandOutcome
@@ -46,6 +46,9 @@ DECISION_PART = Histogram(
     buckets=LATENCY_BUCKETS,
 )
 DECISIONS = Counter("esper_decisions", "Answers to steps.", ["kind", "reason"])
+
+PLAN_COMPILED = Gauge("esper_plan_compiled", "Whether the compiled plan is served.", multiprocess_mode="livemostrecent")
+PLAN_FALLBACKS = Counter("esper_plan_fallbacks", "Times that the eager plan was served although another was wanted.")
 
 STEP_PART = Histogram(
     "esper_step_part_seconds", "Where the time of a step went at the trainer.", ["part"], buckets=LATENCY_BUCKETS

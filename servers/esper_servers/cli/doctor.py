@@ -138,10 +138,12 @@ def settings_sections() -> dict[str, type]:
     from esper_servers.kasmina.limits import LocalLimits
     from esper_servers.policy.prior import PriorConfig
     from esper_servers.tamiyo.gates import GateConfig
+    from esper_servers.tamiyo.plan_switch import PlanConfig
 
     return {
         "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "gates": GateConfig,
-        "prior": PriorConfig, "quota": QuotaConfig, "concurrency": ConcurrencyConfig, "pki": PkiConfig,
+        "prior": PriorConfig, "plan": PlanConfig, "quota": QuotaConfig, "concurrency": ConcurrencyConfig,
+        "pki": PkiConfig,
     }  # fmt: skip
 
 

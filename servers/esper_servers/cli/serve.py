@@ -72,6 +72,7 @@ def tamiyo(
     require_writable(place.state_dir("tamiyo"))
     from esper_servers.policy.prior import PriorConfig
     from esper_servers.tamiyo.gates import GateConfig
+    from esper_servers.tamiyo.plan_switch import PlanConfig
     from esper_servers.tamiyo.server import TamiyoServerConfig, serve
 
     log_json_lines()
@@ -87,6 +88,7 @@ def tamiyo(
         urza_address=place.address("urza", urza),
         gates=load(GateConfig, "gates", path=place.settings_file, environ=environ),
         prior=load(PriorConfig, "prior", path=place.settings_file, environ=environ),
+        plan=load(PlanConfig, "plan", path=place.settings_file, environ=environ),
     )
     run(serve(config))
     flush_spans()

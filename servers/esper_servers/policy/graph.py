@@ -18,6 +18,8 @@ from . import schema
 from .norms import Norms
 
 Floats = NDArray[np.float32]
+LEAST_ROWS = 2
+"""What is compiled for any number of nodes takes 0 and 1 as special."""
 MAX_SEEDS = 256
 # Some relations join every node of one type with every node of another, and every run shares one process: 256 nodes of
 # each type take 1.7 s a step, 1024 half a minute. What a topology says beyond these counts is left out.
@@ -38,7 +40,7 @@ class BlueprintCandidate:
     """Sites whose shape binds."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class GraphInputs:
     """What the network reads: features x_ND per node type, and edges (2, E) per relation, source above target."""
 
@@ -46,6 +48,8 @@ class GraphInputs:
     edges: dict[tuple[str, str, str], Tensor]
     edge_index: Tensor
     """All edges in one pair of rows: source node within all nodes of all relations' messages, target node overall."""
+    padded: list[Tensor]
+    """The features by `schema.NODE_TYPES`, in the same memory, with rows of zeros up to `LEAST_ROWS`."""
 
 
 class RunGraph:
@@ -67,12 +71,17 @@ class RunGraph:
         self._layers = _dicts(topology.get("layers"))[:MAX_LAYERS]
         self._activations = _dicts(topology.get("activations"))[:MAX_ACTIVATIONS]
         self._parameters = _dicts(topology.get("parameters"))[:MAX_PARAMETERS] or _blueprint_parameters(blueprints)
-        self._arrays = {kind: self._empty(kind) for kind in schema.NODE_TYPES}
+        sizes = self._sizes()
+        rooms = {kind: self._empty(kind, sizes[kind]) for kind in schema.NODE_TYPES}
+        self._arrays = {kind: room[: sizes[kind]] for kind, room in rooms.items()}
         self._tensors = {kind: torch.from_numpy(array) for kind, array in self._arrays.items()}
         self._fill_static()
         self.edges = self._build_edges(topology, sites)
         self._inputs = GraphInputs(
-            features=self._tensors, edges=self.edges, edge_index=_flatten(self.edges, self.counts)
+            features=self._tensors,
+            edges=self.edges,
+            edge_index=_flatten(self.edges, self.counts),
+            padded=[torch.from_numpy(rooms[kind]) for kind in schema.NODE_TYPES],
         )
 
     @property
@@ -115,12 +124,16 @@ class RunGraph:
         total = sum(t for _, t in known.values())
         return ratios | {"overall": round(sum(h for h, _ in known.values()) / max(1, total), 4)}
 
-    def _empty(self, kind: str) -> Floats:
-        sizes = {
+    def _sizes(self) -> dict[str, int]:
+        return {
             "layer": max(1, len(self._layers)), "seed": len(self.seed_ids), "activation": len(self._activations),
             "parameter": len(self._parameters), "blueprint": len(self.blueprints), "global": 1,
         }  # fmt: skip
-        return np.zeros((sizes[kind], schema.width_of(kind)), dtype=np.float32)
+
+    @staticmethod
+    def _empty(kind: str, size: int) -> Floats:
+        rows = size if kind == "global" else max(LEAST_ROWS, size)
+        return np.zeros((rows, schema.width_of(kind)), dtype=np.float32)
 
     def _fill_static(self) -> None:
         last = max(1, len(self._layers) - 1)
@@ -187,20 +200,16 @@ class RunGraph:
 
 def _flatten(edges: Mapping[tuple[str, str, str], Tensor], counts: Mapping[str, int]) -> Tensor:
     """Number the messages of all relations through, and the nodes of all types, so that one scatter serves all."""
-    node_offset, message_offset, rows = _offsets(counts), 0, []
-    for source, name, target in _ordered_relations():
+    node_offset, message_offset, rows = offsets_of(counts), 0, []
+    for source, name, target in schema.ORDERED_RELATIONS:
         pair = edges[source, name, target]
         rows.append(torch.stack([pair[0] + message_offset, pair[1] + node_offset[target]]))
         message_offset += counts[source]
     return torch.cat(rows, dim=1)
 
 
-def _ordered_relations() -> list[tuple[str, str, str]]:
-    """Relations grouped by source type, in the order in which the fused plan lays out its messages."""
-    return [r for kind in schema.NODE_TYPES for r in schema.RELATIONS if r[0] == kind]
-
-
-def _offsets(counts: Mapping[str, int]) -> dict[str, int]:
+def offsets_of(counts: Mapping[str, int]) -> dict[str, int]:
+    """Number the nodes of all types through: the first of each type."""
     offsets, total = {}, 0
     for kind in schema.NODE_TYPES:
         offsets[kind] = total

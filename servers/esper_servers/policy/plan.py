@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from . import schema
-from .graph import GraphInputs, _offsets, _ordered_relations
+from .graph import GraphInputs, offsets_of
 from .network import Heads, PolicyNetwork
 
 
@@ -17,7 +18,7 @@ class FusedPlan:
 
     def __init__(self, network: PolicyNetwork) -> None:
         self._network = network
-        self._relations = _ordered_relations()
+        self._structures: WeakKeyDictionary[GraphInputs, _Structure] = WeakKeyDictionary()
         with torch.no_grad():
             self._sage = [_SageLayer(layer) for layer in network.sage]
             self._gat = [_GatLayer(layer, network.config.heads) for layer in network.gat]
@@ -28,7 +29,9 @@ class FusedPlan:
         sizes = [counts[kind] for kind in schema.NODE_TYPES]
         encoders = self._network.encoders
         h = torch.relu(torch.cat([encoders[kind](inputs.features[kind]) for kind in schema.NODE_TYPES]))
-        structure = _structure(inputs, counts)
+        structure = self._structures.get(inputs)
+        if structure is None:
+            structure = self._structures[inputs] = _Structure(inputs, counts)
         for sage in self._sage:
             h = torch.relu(sage(h, sizes, structure)) + h
         h = nn.functional.gelu(self._gat[0](h, sizes, structure))
@@ -41,7 +44,7 @@ class _Structure:
 
     def __init__(self, inputs: GraphInputs, counts: dict[str, int]) -> None:
         self.source, self.target = inputs.edge_index
-        offsets, relations = _offsets(counts), _ordered_relations()
+        offsets, relations = offsets_of(counts), schema.ORDERED_RELATIONS
         self.nodes = sum(counts.values())
         segment, base, targets = [], 0, []
         for relation in relations:
@@ -74,26 +77,13 @@ class _Structure:
         """For each edge the row of its target in the table of scores laid out by target type and relation."""
         start, rows = {}, 0
         for kind in schema.NODE_TYPES:
-            for relation in [r for r in _ordered_relations() if r[2] == kind]:
+            for relation in [r for r in schema.ORDERED_RELATIONS if r[2] == kind]:
                 start[relation] = rows
                 rows += counts[kind]
-        return torch.cat([inputs.edges[r][1] + start[r] for r in _ordered_relations()])
+        return torch.cat([inputs.edges[r][1] + start[r] for r in schema.ORDERED_RELATIONS])
 
 
-_CACHE: dict[int, tuple[Tensor, _Structure]] = {}
-_CACHE_SIZE = 256
 DENSE_LIMIT = 200_000
-
-
-def _structure(inputs: GraphInputs, counts: dict[str, int]) -> _Structure:
-    """Return the structure of a graph, kept while its edges live."""
-    key = id(inputs.edge_index)
-    found = _CACHE.get(key)
-    if found is None or found[0] is not inputs.edge_index:
-        if len(_CACHE) >= _CACHE_SIZE:
-            _CACHE.pop(next(iter(_CACHE)))
-        found = _CACHE[key] = (inputs.edge_index, _Structure(inputs, counts))
-    return found[1]
 
 
 class _SageLayer:
@@ -105,7 +95,7 @@ class _SageLayer:
         for kind in schema.NODE_TYPES:
             own = [convs[r].lin_r.weight for r in schema.RELATIONS if r[2] == kind]
             bias = [convs[r].lin_l.bias for r in schema.RELATIONS if r[2] == kind]
-            outgoing = [convs[r].lin_l.weight for r in _ordered_relations() if r[0] == kind]
+            outgoing = [convs[r].lin_l.weight for r in schema.ORDERED_RELATIONS if r[0] == kind]
             self.weights.append(torch.cat([sum(own), *outgoing]).T.contiguous())
             self.biases.append(sum(bias))
         self.width = convs[schema.RELATIONS[0]].lin_l.weight.shape[0]
@@ -131,11 +121,11 @@ class _GatLayer:
         self.heads, self.width = heads, convs[schema.RELATIONS[0]].out_channels
         self.weights, self.target_scores = [], []
         for kind in schema.NODE_TYPES:
-            outgoing = [convs[r] for r in _ordered_relations() if r[0] == kind]
-            incoming = [convs[r] for r in _ordered_relations() if r[2] == kind]
+            outgoing = [convs[r] for r in schema.ORDERED_RELATIONS if r[0] == kind]
+            incoming = [convs[r] for r in schema.ORDERED_RELATIONS if r[2] == kind]
             self.weights.append(torch.cat([self._source_weight(c) for c in outgoing]).T.contiguous())
             self.target_scores.append(
-                torch.cat([_score_weight(c.lin_dst.weight, c.att_dst) for c in incoming]).T.contiguous()
+                torch.cat([score_weight(c.lin_dst.weight, c.att_dst) for c in incoming]).T.contiguous()
             )
         self.biases = [
             torch.as_tensor(sum(convs[r].bias for r in schema.RELATIONS if r[2] == kind)) for kind in schema.NODE_TYPES
@@ -144,7 +134,7 @@ class _GatLayer:
     @staticmethod
     def _source_weight(conv: Any) -> Tensor:
         """The projection and, below it, the rows that give the source's attention score straight from the input."""
-        return torch.cat([conv.lin_src.weight, _score_weight(conv.lin_src.weight, conv.att_src)])
+        return torch.cat([conv.lin_src.weight, score_weight(conv.lin_src.weight, conv.att_src)])
 
     def __call__(self, h: Tensor, sizes: list[int], structure: _Structure) -> Tensor:
         block = self.heads * self.width + self.heads
@@ -167,7 +157,7 @@ class _GatLayer:
         return bias.index_add(0, structure.target, weighted)
 
 
-def _score_weight(weight: Tensor, attention: Tensor) -> Tensor:
+def score_weight(weight: Tensor, attention: Tensor) -> Tensor:
     """Fold the attention vector into the projection: (heads, in)."""
     heads, width = attention.shape[1:]
     return (weight.view(heads, width, -1) * attention.view(heads, width, 1)).sum(dim=1)

@@ -39,6 +39,11 @@ RELATIONS: tuple[tuple[str, str, str], ...] = (
     ("layer", "summarises", "global"),
 )
 
+ORDERED_RELATIONS: tuple[tuple[str, str, str], ...] = tuple(
+    relation for kind in NODE_TYPES for relation in RELATIONS if relation[0] == kind
+)
+"""Grouped by source type: the order in which the plans lay out messages."""
+
 STAGES = 12
 SCHEDULE_COUNT = 4
 OPERATION_COUNT = 10

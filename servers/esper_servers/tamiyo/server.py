@@ -27,6 +27,7 @@ from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
 from .gates import GateConfig
 from .pipeline import StepPipeline
+from .plan_switch import PlanConfig, PlanSwitch
 from .run_state import Runs
 from .service import RAW_METHODS, TamiyoServicer
 
@@ -47,6 +48,7 @@ class TamiyoServerConfig:
     urza_address: str | None = None
     gates: GateConfig = field(default_factory=GateConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 async def serve(config: TamiyoServerConfig) -> None:
@@ -56,6 +58,7 @@ async def serve(config: TamiyoServerConfig) -> None:
     journal = Journal(config.state_dir / "journal.sqlite")
     blueprints, mode, decisions = BlueprintCache(), ConservativeMode(), DecisionLog(journal)
     policy = Policy.initial(prior_config=config.prior)
+    plans = PlanSwitch(policy, config.state_dir / "plans", config.plan)
     pipeline = StepPipeline(
         policy=policy,
         runs=Runs(),
@@ -74,10 +77,13 @@ async def serve(config: TamiyoServerConfig) -> None:
             await blueprints.refresh(urza)
             refresher = asyncio.create_task(blueprints.keep_fresh(urza))
             stack.callback(refresher.cancel)
+        plans.prepare()
         prepare(policy)
         announce("tamiyo", await server.start())
         server.every(CHECK_SECONDS, CertificateRenewer(identity, address=config.weatherlight_address).check)
         server.every(CHECK_SECONDS, keyring.refresh)
+        building = asyncio.create_task(plans.build())
+        stack.callback(building.cancel)
         await server.run_until_signal()
     journal.close()
 

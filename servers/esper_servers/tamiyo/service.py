@@ -29,7 +29,7 @@ from esper_rpc.proto.tamiyo.v1 import (
     StepDecision,
 )
 from esper_rpc.server import Call
-from esper_servers.policy.policy import ARCHITECTURE_VERSION, PLAN
+from esper_servers.policy.policy import ARCHITECTURE_VERSION
 
 from .blueprint_cache import BlueprintCache
 from .conservative_mode import ConservativeMode
@@ -125,7 +125,7 @@ class TamiyoServicer:
             architecture_version=ARCHITECTURE_VERSION,
             policy_digest=policy.digest,
             origin=policy.origin,
-            plan=PLAN,
+            plan=policy.plan,
             parameter_count=policy.parameter_count,
             live_since=self._live_since,
         )
@@ -163,7 +163,7 @@ class TamiyoServicer:
             decisions=pipeline.kinds,
             reasons=pipeline.reasons,
             uptime_seconds=time.monotonic() - self._started,
-            plan=PLAN,
+            plan=pipeline.policy.plan,
             blueprints=len(self._blueprints),
         )  # fmt: skip
 

@@ -14,7 +14,9 @@ from esper_rpc.proto.leyline.v1 import BlueprintDescriptor, BlueprintTier, SeedS
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.leyline.v1 import SeedOperation as Operation
 from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
-from esper_servers.policy import masks, plan, sample, schema
+from esper_servers.policy import compiled_plan, masks, plan, sample, schema
+from esper_servers.policy.compiled_plan import CompiledPlan
+from esper_servers.policy.dense_plan import DensePlan
 from esper_servers.policy.graph import BlueprintCandidate, RunGraph
 from esper_servers.policy.network import PolicyNetwork
 from esper_servers.policy.plan import FusedPlan
@@ -38,6 +40,17 @@ def sample_graph():
     return RunGraph(sample.sample_topology(), sample.sample_sites(), sample.sample_seeds(), blueprints)
 
 
+def random_graph(layers, activations, parameters, seeds, blueprints):
+    topology = {
+        "layers": [{"layer_id": f"l{i}", "type": "Linear"} for i in range(layers)],
+        "activations": [{"activation_id": f"a{i}", "type": "ReLU"} for i in range(activations)],
+        "parameters": [{"name": f"p{i}", "min": 0.0, "max": 1.0} for i in range(parameters)],
+    }
+    sites = [RunSite(site_id=f"l{i}") for i in range(seeds)]
+    run_seeds = [RunSeed(seed_id=f"s{i}", site_id=f"l{i}") for i in range(seeds)]
+    return RunGraph(topology, sites, run_seeds, [candidate(f"b{i}", ["l0"]) for i in range(blueprints)])
+
+
 def packet(stage=Stage.SEED_LIFECYCLE_STAGE_DORMANT, **metrics):
     return SystemStatePacket(training_metrics={"loss": 0.5, **metrics}, seed_states=sample.sample_states(stage))
 
@@ -55,26 +68,73 @@ def test_the_sample_graph_has_the_size_that_is_measured():
     blueprints=st.integers(0, 4), seed=st.integers(0, 100),
 )  # fmt: skip
 def test_the_fused_plan_equals_the_reference(layers, activations, parameters, seeds, blueprints, seed):
-    topology = {
-        "layers": [{"layer_id": f"l{i}", "type": "Linear"} for i in range(layers)],
-        "activations": [{"activation_id": f"a{i}", "type": "ReLU"} for i in range(activations)],
-        "parameters": [{"name": f"p{i}", "min": 0.0, "max": 1.0} for i in range(parameters)],
-    }
-    sites = [RunSite(site_id=f"l{i}") for i in range(seeds)]
-    run_seeds = [RunSeed(seed_id=f"s{i}", site_id=f"l{i}") for i in range(seeds)]
-    graph = RunGraph(topology, sites, run_seeds, [candidate(f"b{i}", ["l0"]) for i in range(blueprints)])
+    graph = random_graph(layers, activations, parameters, seeds, blueprints)
     torch.manual_seed(seed)
     network = PolicyNetwork().eval()
     inputs = graph.fill(SystemStatePacket(training_metrics={"loss": 0.3}))
     with torch.no_grad():
         reference, dense = network(inputs), FusedPlan(network)(inputs)
         with unittest.mock.patch.object(plan, "DENSE_LIMIT", -1):
-            plan._CACHE.clear()
             sparse = FusedPlan(network)(inputs)
-            plan._CACHE.clear()
     for expected, first, second in zip(reference, dense, sparse, strict=True):
         torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(second, expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    layers=st.integers(0, 12), activations=st.integers(0, 4), parameters=st.integers(0, 4), seeds=st.integers(0, 5),
+    blueprints=st.integers(0, 4), seed=st.integers(0, 100),
+)  # fmt: skip
+def test_what_is_compiled_equals_the_reference(layers, activations, parameters, seeds, blueprints, seed):
+    graph = random_graph(layers, activations, parameters, seeds, blueprints)
+    torch.manual_seed(seed)
+    network = PolicyNetwork().eval()
+    inputs = graph.fill(SystemStatePacket(training_metrics={"loss": 0.3}))
+    with torch.no_grad():
+        reference, found = network(inputs), CompiledPlan(DensePlan(network), eager=None)(inputs)
+    for expected, value in zip(reference, found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_edges_that_occur_twice_count_twice_in_every_plan():
+    topology = {"layers": [{"layer_id": "a"}, {"layer_id": "b"}, {"layer_id": "c"}],
+                "adjacency": {"layer": [[0, 1], [0, 1], [2, 1]]}}  # fmt: skip
+    inputs = RunGraph(topology, [], [], []).fill(packet())
+    torch.manual_seed(0)
+    network = PolicyNetwork().eval()
+    with torch.no_grad():
+        reference = network(inputs)
+        for heads in (FusedPlan(network)(inputs), CompiledPlan(DensePlan(network), eager=None)(inputs)):
+            torch.testing.assert_close(heads.value, reference.value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_plan_sees_what_a_step_fills():
+    graph, policy = sample_graph(), Policy.initial()
+    policy.serve_compiled(DensePlan(policy.network))
+    first = policy.compute(graph.fill(packet()))
+    served = policy.evaluate(graph.fill(packet(gradient_norm=50.0)), packet().seed_states, SIGNALS)
+    assert policy.plan == "compiled"
+    assert served.value == pytest.approx(float(policy.compute(graph.inputs).value), abs=1e-5)
+    assert served.value != pytest.approx(float(first.value), abs=1e-5)
+
+
+def test_a_graph_that_is_too_large_for_matrices_is_left_to_the_eager_plan(monkeypatch):
+    monkeypatch.setattr(compiled_plan, "CELL_LIMIT", 10)
+    asked = []
+    CompiledPlan(None, eager=asked.append)(sample_graph().inputs)
+    assert len(asked) == 1
+
+
+def test_a_package_that_fails_is_left_for_the_eager_plan():
+    graph, policy = sample_graph(), Policy.initial()
+
+    def broken(_tensors):
+        raise RuntimeError("illegal instruction")
+
+    policy.serve_compiled(broken)
+    assert policy.evaluate(graph.fill(packet()), packet().seed_states, SIGNALS).is_finite
+    assert policy.plan == "eager"
 
 
 def test_a_missing_value_is_masked_and_zero_is_not():

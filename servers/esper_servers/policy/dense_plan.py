@@ -1,0 +1,145 @@
+"""PolicyNetwork as one module of dense tensors, which torch.export can take: a small matrix per relation.
+
+In these graphs most relations join every node of one type with every node of another, so that the matrices hold about
+as many cells as there are edges, and every product is a GEMM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import schema
+from .network import PolicyNetwork
+from .plan import score_weight
+
+# Shapes: N nodes of a type, T targets and S sources of a relation, H heads, D width.
+LEAST_SCORE = -1e30
+NEGATIVE_SLOPE = 0.2
+
+
+class DensePlan(nn.Module):
+    """The same heads as PolicyNetwork, from the same weights. Eagerly it is slow; it is made to be compiled."""
+
+    def __init__(self, network: PolicyNetwork) -> None:
+        super().__init__()
+        # By number: `global` cannot be a name in the code that torch.export writes.
+        self.encoders = nn.ModuleList(network.encoders[kind] for kind in schema.NODE_TYPES)
+        self.sage = nn.ModuleList(_DenseSage(layer) for layer in network.sage)
+        self.gat = nn.ModuleList(_DenseGat(layer) for layer in network.gat)
+        self.heads = nn.ModuleList(
+            [
+                network.kind_head, network.operation_head, network.blueprint_head, network.schedule_head,
+                network.value_head, network.risk_head,
+            ]
+        )  # fmt: skip
+
+    def forward(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        """Compute the heads of what `plan_inputs` laid out."""
+        features_ND, edges_TS, means_TS, (context_1N,) = _parts(tensors)
+        encoded = (torch.relu(encoder(x)) for encoder, x in zip(self.encoders, features_ND, strict=True))
+        h = dict(zip(schema.NODE_TYPES, encoded, strict=True))
+        for layer in self.sage:
+            h = {kind: torch.relu(out) + h[kind] for kind, out in layer(h, means_TS).items()}
+        h = {kind: nn.functional.gelu(out) for kind, out in self.gat[0](h, edges_TS).items()}
+        return self._read_out(self.gat[1](h, edges_TS), context_1N)
+
+    def _read_out(self, h: dict[str, Tensor], context_1N: Tensor) -> tuple[Tensor, ...]:
+        kind, operation, blueprint, schedule, value, risk = self.heads
+        overall = h["global"][0]
+        joint = torch.cat([(context_1N @ h["layer"])[0], overall])
+        seeds = torch.cat([h["seed"], overall.expand(h["seed"].shape[0], -1)], dim=1)
+        blueprints = torch.cat([h["blueprint"], overall.expand(h["blueprint"].shape[0], -1)], dim=1)
+        return (
+            kind(joint), operation(seeds), blueprint(blueprints).squeeze(1), schedule(joint),
+            value(joint).squeeze(0), torch.sigmoid(risk(joint)),
+        )  # fmt: skip
+
+
+def _parts(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    types, relations = len(schema.NODE_TYPES), len(schema.RELATIONS)
+    return (
+        tensors[:types],
+        tensors[types : types + relations],
+        tensors[types + relations : types + 2 * relations],
+        tensors[types + 2 * relations :],
+    )
+
+
+class _DenseSage(nn.Module):
+    """One product per node type for itself and all its outgoing relations, then one per relation."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        convs = {relation: layer.convs[relation] for relation in schema.RELATIONS}
+        self.width = convs[schema.RELATIONS[0]].lin_l.weight.shape[0]
+        for kind in schema.NODE_TYPES:
+            own = torch.stack([convs[r].lin_r.weight for r in schema.RELATIONS if r[2] == kind]).sum(dim=0)
+            outgoing = [convs[r].lin_l.weight for r in schema.ORDERED_RELATIONS if r[0] == kind]
+            bias = torch.stack([convs[r].lin_l.bias for r in schema.RELATIONS if r[2] == kind]).sum(dim=0)
+            self.register_buffer(f"weight_{kind}", torch.cat([own, *outgoing]).T.contiguous().detach())
+            self.register_buffer(f"bias_{kind}", bias.detach())
+
+    def forward(self, h: dict[str, Tensor], means_TS: Sequence[Tensor]) -> dict[str, Tensor]:
+        out, messages = {}, []
+        for kind in schema.NODE_TYPES:
+            y = h[kind] @ self.get_buffer(f"weight_{kind}")
+            own, *outgoing = torch.split(y, self.width, dim=1)
+            out[kind] = own + self.get_buffer(f"bias_{kind}")
+            messages += outgoing
+        for (_, _, target), mean_TS, message in zip(schema.ORDERED_RELATIONS, means_TS, messages, strict=True):
+            out[target] = out[target] + mean_TS @ message
+        return out
+
+
+class _DenseGat(nn.Module):
+    """Attention per relation as a masked softmax (Velickovic et al. 2018, arXiv 1710.10903); heads are averaged."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        convs = {relation: layer.convs[relation] for relation in schema.RELATIONS}
+        first = convs[schema.RELATIONS[0]]
+        self.heads, self.width = first.heads, first.out_channels
+        for kind in schema.NODE_TYPES:
+            outgoing = [convs[r] for r in schema.ORDERED_RELATIONS if r[0] == kind]
+            incoming = [convs[r] for r in schema.ORDERED_RELATIONS if r[2] == kind]
+            rows = [c.lin_src.weight for c in outgoing]
+            rows += [score_weight(c.lin_src.weight, c.att_src) for c in outgoing]
+            rows += [score_weight(c.lin_dst.weight, c.att_dst) for c in incoming]
+            self.register_buffer(f"weight_{kind}", torch.cat(rows).T.contiguous().detach())
+            bias = torch.stack([c.bias for c in incoming]).sum(dim=0)
+            self.register_buffer(f"bias_{kind}", bias.detach())
+
+    def forward(self, h: dict[str, Tensor], edges_TS: Sequence[Tensor]) -> dict[str, Tensor]:
+        projected, source_score, target_score = self._project(h)
+        out = {kind: self.get_buffer(f"bias_{kind}").expand(x.shape[0], -1) for kind, x in h.items()}
+        for relation, edge_TS in zip(schema.ORDERED_RELATIONS, edges_TS, strict=True):
+            attention_HTS = self._attend(source_score[relation], target_score[relation], edge_TS)
+            values_HSD = projected[relation].view(-1, self.heads, self.width).transpose(0, 1)
+            out[relation[2]] = out[relation[2]] + torch.bmm(attention_HTS, values_HSD).sum(dim=0)
+        return out
+
+    def _project(self, h: dict[str, Tensor]) -> tuple[dict[Any, Tensor], dict[Any, Tensor], dict[Any, Tensor]]:
+        projected: dict[Any, Tensor] = {}
+        source_score: dict[Any, Tensor] = {}
+        target_score: dict[Any, Tensor] = {}
+        for kind in schema.NODE_TYPES:
+            outgoing = [r for r in schema.ORDERED_RELATIONS if r[0] == kind]
+            incoming = [r for r in schema.ORDERED_RELATIONS if r[2] == kind]
+            widths = [self.heads * self.width] * len(outgoing) + [self.heads] * (len(outgoing) + len(incoming))
+            parts = torch.split(h[kind] @ self.get_buffer(f"weight_{kind}"), widths, dim=1)
+            projected |= dict(zip(outgoing, parts, strict=False))
+            source_score |= dict(zip(outgoing, parts[len(outgoing) :], strict=False))
+            target_score |= dict(zip(incoming, parts[2 * len(outgoing) :], strict=False))
+        return projected, source_score, target_score
+
+    def _attend(self, source_SH: Tensor, target_TH: Tensor, edge_TS: Tensor) -> Tensor:
+        score = nn.functional.leaky_relu(target_TH.T.unsqueeze(2) + source_SH.T.unsqueeze(1), NEGATIVE_SLOPE)
+        score = torch.where(edge_TS > 0, score, -torch.inf)
+        # A target without a source has no greatest score; its row comes out as 0.
+        peak = score.amax(dim=2, keepdim=True).clamp_min(LEAST_SCORE)
+        weight = (score - peak).exp() * edge_TS
+        return torch.div(weight, (weight.sum(dim=2, keepdim=True) + 1e-16) * self.heads)

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import structlog
+import torch
+
+from esper_rpc.errors import ConfigError
+from esper_rpc.proto.leyline.v1 import SystemStatePacket
+from esper_rpc.telemetry.metrics import PLAN_COMPILED, PLAN_FALLBACKS
+from esper_servers.policy import plan_package, sample
+from esper_servers.policy.compiled_plan import Package
+from esper_servers.policy.graph import GraphInputs, RunGraph
+from esper_servers.policy.policy import Policy
+
+log = structlog.get_logger(__name__)
+
+TOLERANCE = 1e-4
+_LAST_WORDS = 400
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig:
+    """How the policy's network is served."""
+
+    compile: bool = True
+    """Build a compiled plan beside the serving process and serve it; otherwise, and until then, the eager one."""
+
+
+class PlanSwitch:
+    """Serves the eager plan until a compiled one is at hand, and says once why when there is none.
+
+    A package is built by a process of its own, never by the one that serves, and kept for the next start.
+    """
+
+    def __init__(self, policy: Policy, directory: Path, config: PlanConfig) -> None:
+        self._policy = policy
+        self._directory = directory
+        self._is_wanted = config.compile
+        self.problem = ""
+        """Why the eager plan is served although a compiled one is wanted."""
+
+    @property
+    def package(self) -> Path:
+        """Where the package for this policy lies on this machine."""
+        return self._directory / plan_package.package_name(self._policy.digest)
+
+    def prepare(self) -> None:
+        """Serve the package of an earlier start, before the first step."""
+        if not self._is_wanted:
+            return
+        if not plan_package.has_compiler():
+            self._fall_back("there is no C++ compiler")
+            return
+        if self.package.exists():
+            self._take_up()
+
+    async def build(self) -> None:
+        """Build the package if there is none, and serve it from the next step on."""
+        if not self._is_wanted or self.problem or self.package.exists():
+            return
+        try:
+            await build_beside(self._policy, self.package)
+        except (ConfigError, OSError) as error:
+            self._fall_back(str(error))
+            return
+        await asyncio.to_thread(self._take_up)
+
+    def _take_up(self) -> None:
+        try:
+            package = plan_package.load(self.package)
+            _check(self._policy, package)
+        except (ConfigError, RuntimeError) as error:
+            self.package.unlink(missing_ok=True)
+            self._fall_back(str(error))
+            return
+        self._policy.serve_compiled(package)
+        PLAN_COMPILED.set(1)
+        log.info("plan_compiled", package=self.package.name)
+
+    def _fall_back(self, problem: str) -> None:
+        self.problem = problem
+        PLAN_FALLBACKS.inc()
+        log.warning("plan_fallback", plan=self._policy.plan, problem=problem)
+
+
+async def build_beside(policy: Policy, package: Path) -> None:
+    """Build a package in a process of its own, which is killed when this is cancelled; raises ConfigError."""
+    package.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=package.parent, prefix="build-") as scratch:
+        weights = Path(scratch) / "weights.safetensors"
+        safetensors.torch.save_file({k: v.contiguous() for k, v in policy.network.state_dict().items()}, weights)
+        # Inductor would keep native code in a directory of /tmp that others can guess.
+        environ = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor", "OMP_NUM_THREADS": "1"}
+        await _run_builder(weights, package, environ)
+    for other in package.parent.glob("*.pt2"):
+        if other != package:
+            other.unlink()
+
+
+async def _run_builder(weights: Path, package: Path, environ: dict[str, str]) -> None:
+    builder = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", plan_package.__name__, "--weights", str(weights), "--output", str(package),
+        env=environ, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        _, errors = await builder.communicate()
+    except asyncio.CancelledError:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(builder.pid, 9)  # The compiler too.
+        await builder.wait()
+        raise
+    if builder.returncode:
+        raise ConfigError(f"The plan was not built: {errors.decode(errors='replace').strip()[-_LAST_WORDS:]}")
+
+
+def _check(policy: Policy, package: Package) -> None:
+    """Raise ConfigError unless the package computes what the eager plan does, on a graph and on the smallest one."""
+    for inputs in (_sample_inputs(), RunGraph({}, [], [], []).inputs):
+        expected, found = policy.compute(inputs), policy.compute(inputs, package)
+        if not all(torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE) for a, b in zip(expected, found, strict=True)):
+            raise ConfigError("The compiled plan computes something else than the eager one.")
+
+
+def _sample_inputs() -> GraphInputs:
+    graph = RunGraph(sample.sample_topology(), sample.sample_sites(), sample.sample_seeds(), [])
+    return graph.fill(SystemStatePacket(training_metrics={"loss": 0.5}))

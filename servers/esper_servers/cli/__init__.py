@@ -8,7 +8,7 @@ import typer
 
 from esper_rpc.logging import log_warnings_to_stderr
 
-from . import bench, contract_test, demo, doctor, keys, logs, pki, serve, sign, status, top, up, urza
+from . import bench, contract_test, demo, doctor, keys, logs, pki, plan, serve, sign, status, top, up, urza
 from .console import Commands
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ for name, group in (
     ("bench", bench.app),
     ("keys", keys.app),
     ("pki", pki.app),
+    ("plan", plan.app),
     ("serve", serve.app),
     ("urza", urza.app),
 ):

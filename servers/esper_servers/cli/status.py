@@ -78,7 +78,8 @@ def _print(document: dict[str, Any]) -> None:
     tamiyo = document.get("tamiyo")
     if not tamiyo:
         return
-    typer.echo(f"Policy {document['policy']['policy_version']}, {document['policy'].get('origin', '')}")
+    policy = document["policy"]
+    typer.echo(f"Policy {policy['policy_version']} ({policy['plan']} plan), {policy.get('origin', '')}")
     if tamiyo.get("conservative_mode"):
         typer.echo(f"Conservative mode: {tamiyo['conservative_reason']}")
     runs = [{"run": r["run_id"], "step": r.get("global_step", 0), "owner": r["owner"]} for r in tamiyo.get("runs", [])]

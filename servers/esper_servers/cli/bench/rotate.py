@@ -24,6 +24,7 @@ from esper_servers.cli.processes import Supervisor
 
 from .measure import machine, percentiles, scratch_home, show
 from .scene import BenchHost
+from .served_plan import without_plan
 from .step import unary_step
 from .urza import seed
 
@@ -63,7 +64,7 @@ def rotate(
         home.settings_file.write_text(f"[pki]\nleaf_seconds = {LEAF_SECONDS}\n")
         for role in MEMBERS:
             home.issue_identity(SpiffeId(role, INSTANCE), lifetime=timedelta(seconds=FIRST_LEAF_SECONDS))
-        with Supervisor(home, environ_of(context)):
+        with Supervisor(home, without_plan(environ_of(context))):
             tally = run(_measure(home, certificates, keys, rate))
     gaps = [later - earlier for earlier, later in zip(tally.answered_at, tally.answered_at[1:], strict=False)]
     document = {

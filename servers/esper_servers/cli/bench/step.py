@@ -28,6 +28,7 @@ from esper_servers.cli.processes import Supervisor
 from . import echo
 from .measure import WARM_UP, CountOption, Pace, at_once, machine, percentiles, scratch_home, show
 from .scene import BenchHost
+from .served_plan import COMPILED, PlanOption, with_plan
 from .urza import seed
 
 GUARD_MS = 100.0
@@ -40,12 +41,14 @@ _NO_BREAKER = BreakerConfig(failures=1000, cool_down_seconds=0.5, successes=1)
 Before = Callable[[], None]
 
 
-def step(context: typer.Context, steps: CountOption = 1000, as_json: JsonOption = False) -> None:
+def step(
+    context: typer.Context, steps: CountOption = 1000, plan: PlanOption = COMPILED, as_json: JsonOption = False
+) -> None:
     """Measure EvaluateStep as a trainer sees it: another process, mutual TLS, signed, verified, the full graph."""
     environ = environ_of(context)
     with scratch_home() as home:
         seed(home)
-        with Supervisor(home, environ) as supervisor:
+        with Supervisor(home, with_plan(plan, home, environ)) as supervisor:
             document = measure(home, supervisor.addresses["tamiyo"], steps)
         with echo.serving(home, environ) as running:
             document["echo"] = echo.measure(home, running.address, steps)

@@ -54,7 +54,8 @@ def _run(home: Home, environ: Mapping[str, str], settings: dict[str, Any], conso
     results: dict[str, Any] = {}
     with _progress(console) as progress:
         results["plain"] = _train(home, environ, {**settings, "mesh": False}, progress)
-        with Supervisor(home, environ) as supervisor:
+        # A plan that is compiled beside the training would take a core from it.
+        with Supervisor(home, {"ESPER_PLAN_COMPILE": "false", **environ}) as supervisor:
             for name, address in supervisor.addresses.items():
                 console.print(f"{name} serves at {address} under mutual TLS")
             mesh = {**settings, "mesh": True, "run_id": f"demo-{int(time.time())}"}

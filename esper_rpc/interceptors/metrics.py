@@ -3,14 +3,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from functools import cache
 from typing import Any
 
 import grpc
+from prometheus_client import Counter, Histogram
 
 from esper_rpc.telemetry import metrics
 
 from .handlers import WrappedHandlers, responses_of, rewrapped
 
+RECORDING_DELAY_SECONDS = 0.001
 _STATUS_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
@@ -37,7 +40,7 @@ class _CallRecord:
         self._method = method
         self._started = time.perf_counter()
         self._received = self._sent = 0
-        metrics.SERVER_STARTED.labels(method).inc()
+        _started(method).inc()
 
     def received(self, request: Any) -> Any:
         """Count a message, or every message of a stream."""
@@ -51,15 +54,32 @@ class _CallRecord:
         return response
 
     def end(self, context: Any, error: BaseException | None) -> None:
-        labels = (self._method, _status_of(context, error))
-        metrics.SERVER_DURATION.labels(*labels).observe(time.perf_counter() - self._started)
-        metrics.SERVER_RECEIVED.labels(*labels).observe(self._received)
-        metrics.SERVER_SENT.labels(*labels).observe(self._sent)
+        seconds, status = time.perf_counter() - self._started, _status_of(context, error)
+        # The answer has not left yet, and need not wait for this.
+        asyncio.get_running_loop().call_later(RECORDING_DELAY_SECONDS, self._record, status, seconds)
+
+    def _record(self, status: str, seconds: float) -> None:
+        duration, received, sent = _ended(self._method, status)
+        duration.observe(seconds)
+        received.observe(self._received)
+        sent.observe(self._sent)
 
     async def _count_stream(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         async for request in requests:
             self._received += _size(request)
             yield request
+
+
+@cache
+def _started(method: str) -> Counter:
+    return metrics.SERVER_STARTED.labels(method)
+
+
+@cache
+def _ended(method: str, status: str) -> tuple[Histogram, Histogram, Histogram]:
+    histograms = (metrics.SERVER_DURATION, metrics.SERVER_RECEIVED, metrics.SERVER_SENT)
+    duration, received, sent = (histogram.labels(method, status) for histogram in histograms)
+    return duration, received, sent
 
 
 def _unary(call: Any, method: str) -> Any:

@@ -39,6 +39,7 @@ from .pipeline import StepPipeline
 PROTOCOL_VERSIONS = frozenset({1, 2})
 """1: steps and decisions. 2: also the greeting, `going_away` and the pushback of an overloaded server."""
 FEATURES = frozenset({"seed", "pause", "optimizer"})
+REPORTING_DELAY_SECONDS = 0.001
 RAW_METHODS = frozenset({"EvaluateEpoch", "EvaluateStep", "EvaluateSteps"})
 FAREWELL = EvaluateStepsResponse(decision=StepDecision(going_away=True)).SerializeToString()
 
@@ -109,7 +110,8 @@ class TamiyoServicer:
         left = call.time_remaining()
         remaining = math.inf if left is None else left
         reply = await self._pipeline.evaluate(raw, str(call.peer), time.perf_counter(), remaining)
-        asyncio.get_running_loop().call_soon(self._pipeline.report)
+        # The answer has not left yet, and need not wait for this.
+        asyncio.get_running_loop().call_later(REPORTING_DELAY_SECONDS, self._pipeline.report)
         return reply
 
     async def EvaluateEpoch(self, raw: bytes, call: Call) -> bytes:

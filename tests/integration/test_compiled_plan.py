@@ -44,6 +44,8 @@ def test_a_plan_is_built_while_the_eager_one_serves_and_is_there_at_the_next_sta
     with Supervisor(home, COMPILING) as mesh:
         assert asyncio.run(plan_of(home, mesh.addresses["tamiyo"], "compiled")) == "compiled"
     assert package.stat().st_mtime_ns == built_at
+    other = Policy.initial(seed=1)
+    plan_switch._check(other, plan_package.load(package, other.network))
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ async def test_a_damaged_package_is_removed_and_the_eager_plan_serves(switch):
 
 async def test_a_package_that_computes_something_else_is_not_served(switch, monkeypatch):
     other = Policy.initial(seed=1)
-    monkeypatch.setattr(plan_package, "load", lambda _path: plan_package.DensePlan(other.network))
+    monkeypatch.setattr(plan_package, "load", lambda _path, _network: plan_package.DensePlan(other.network))
     switch.package.parent.mkdir()
     switch.package.write_bytes(b"of other weights")
     switch.prepare()
@@ -78,7 +80,7 @@ async def test_without_a_compiler_the_eager_plan_serves_and_says_why(switch, mon
 
 
 async def test_a_build_that_fails_is_told_and_leaves_nothing(switch, monkeypatch):
-    async def fails(_policy, _package):
+    async def fails(_package):
         raise ConfigError("The plan was not built: no space left on device")
 
     monkeypatch.setattr(plan_switch, "build_beside", fails)
@@ -88,10 +90,10 @@ async def test_a_build_that_fails_is_told_and_leaves_nothing(switch, monkeypatch
 
 
 async def test_a_build_that_is_given_up_leaves_no_process_and_no_file(tmp_path):
-    policy, package = Policy.initial(), tmp_path / "plans" / "given-up.pt2"
-    building = asyncio.create_task(plan_switch.build_beside(policy, package))
+    package = tmp_path / "plans" / "given-up.pt2"
+    building = asyncio.create_task(plan_switch.build_beside(package))
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while not list(tmp_path.glob("plans/build-*/weights.safetensors")):
+        while not list(tmp_path.glob("plans/build-*")):
             await asyncio.sleep(0.01)
     building.cancel()
     with pytest.raises(asyncio.CancelledError):

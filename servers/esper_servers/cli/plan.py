@@ -33,15 +33,13 @@ def build(context: typer.Context, home: HomeOption = None, as_json: JsonOption =
 
 
 def build_in(directory: Path) -> Path:
-    """Build the package of the shipped policy in a directory unless it lies there; raises ConfigError."""
+    """Build this machine's package in a directory unless it lies there; raises ConfigError."""
     from esper_servers.policy import plan_package
-    from esper_servers.policy.policy import Policy
     from esper_servers.tamiyo.plan_switch import build_beside
 
     if not plan_package.has_compiler():
         raise ConfigError("A plan is compiled with a C++ compiler; install g++, or name yours in CXX.")
-    policy = Policy.initial()
-    package = directory / plan_package.package_name(policy.digest)
+    package = directory / plan_package.package_name()
     if not package.exists():
-        run(build_beside(policy, package))
+        run(build_beside(package))
     return package

@@ -19,6 +19,7 @@ from .plan import score_weight
 # Shapes: N nodes of a type, T targets and S sources of a relation, H heads, D width.
 LEAST_SCORE = -1e30
 NEGATIVE_SLOPE = 0.2
+_JOINT_WIDTHS = [schema.KIND_COUNT, schema.SCHEDULE_COUNT, 1, schema.RISK_COUNT]
 
 
 class DensePlan(nn.Module):
@@ -30,12 +31,17 @@ class DensePlan(nn.Module):
         self.encoders = nn.ModuleList(network.encoders[kind] for kind in schema.NODE_TYPES)
         self.sage = nn.ModuleList(_DenseSage(layer) for layer in network.sage)
         self.gat = nn.ModuleList(_DenseGat(layer) for layer in network.gat)
-        self.heads = nn.ModuleList(
-            [
-                network.kind_head, network.operation_head, network.blueprint_head, network.schedule_head,
-                network.value_head, network.risk_head,
-            ]
-        )  # fmt: skip
+        self._register_heads(network)
+
+    def _register_heads(self, network: PolicyNetwork) -> None:
+        # AOTInductor writes constants of a few elements into the code, where no update reaches them: the heads that
+        # read the same share a bias, and that of the blueprints stands below its weights.
+        joint = [network.kind_head, network.schedule_head, network.value_head, network.risk_head]
+        self.register_buffer("joint_weight", torch.cat([head.weight for head in joint]).T.contiguous().detach())
+        self.register_buffer("joint_bias", torch.cat([head.bias for head in joint]).detach())
+        self.operation_head = network.operation_head
+        blueprint = network.blueprint_head
+        self.register_buffer("blueprint", torch.cat([blueprint.weight[0], blueprint.bias]).detach())
 
     def forward(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """Compute the heads of what `plan_inputs` laid out."""
@@ -48,14 +54,17 @@ class DensePlan(nn.Module):
         return self._read_out(self.gat[1](h, edges_TS), context_1N)
 
     def _read_out(self, h: dict[str, Tensor], context_1N: Tensor) -> tuple[Tensor, ...]:
-        kind, operation, blueprint, schedule, value, risk = self.heads
         overall = h["global"][0]
         joint = torch.cat([(context_1N @ h["layer"])[0], overall])
         seeds = torch.cat([h["seed"], overall.expand(h["seed"].shape[0], -1)], dim=1)
         blueprints = torch.cat([h["blueprint"], overall.expand(h["blueprint"].shape[0], -1)], dim=1)
+        weight, bias = self.get_buffer("blueprint")[:-1], self.get_buffer("blueprint")[-1]
+        kind, schedule, value, risk = torch.split(
+            joint @ self.get_buffer("joint_weight") + self.get_buffer("joint_bias"), _JOINT_WIDTHS
+        )
         return (
-            kind(joint), operation(seeds), blueprint(blueprints).squeeze(1), schedule(joint),
-            value(joint).squeeze(0), torch.sigmoid(risk(joint)),
+            kind, self.operation_head(seeds), (blueprints * weight).sum(dim=1) + bias, schedule, value[0],
+            torch.sigmoid(risk),
         )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Building the compiled plan: an AOTInductor package for any number of nodes, made beside the serving process.
 
-`python -m esper_servers.policy.plan_package --weights FILE --output FILE` builds one. It is native code: it is built
+`python -m esper_servers.policy.plan_package --output FILE` builds one. It is native code: it is built
 where it is served, kept below the mesh's directory, and never taken from the wire.
 """
 
@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch.export import Dim
 
@@ -26,16 +25,16 @@ from .dense_plan import DensePlan
 from .graph import BlueprintCandidate, GraphInputs, RunGraph
 from .network import PolicyNetwork
 
-FORM = 1
+FORM = 2
 """Of DensePlan: a package of another form is not looked at."""
 MOST_NODES = 1024
 NICENESS = 19
 
 
-def package_name(digest: bytes) -> str:
-    """Name the file for these weights on this machine: torch and the CPU decide about the code too."""
+def package_name() -> str:
+    """Name the file for this machine: torch and the CPU decide about the code. Any policy's weights fit into it."""
     machine = f"{FORM} {torch.__version__} {torch.backends.cpu.get_cpu_capability()} {_cpu_flags()}"
-    return f"{hashlib.sha256(machine.encode() + digest).hexdigest()[:32]}.pt2"
+    return f"{hashlib.sha256(machine.encode()).hexdigest()[:32]}.pt2"
 
 
 def has_compiler() -> bool:
@@ -43,29 +42,34 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def build(network: PolicyNetwork, output: Path) -> None:
+def build(output: Path) -> None:
     """Compile the plan of a network and write its package; about half a minute of one core."""
     from torch._inductor import aoti_compile_and_package
 
     torch.set_num_threads(1)  # As it is served: the code holds no parallel loops then.
     with torch.no_grad():
         example, shapes = (plan_inputs(_example()),), (_dynamic_shapes(),)
-        program = torch.export.export(DensePlan(network).eval(), example, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(DensePlan(PolicyNetwork()).eval(), example, dynamic_shapes=shapes, strict=False)
     # AOTInductor wants this ending.
     scratch = output.with_suffix(f".{os.getpid()}.pt2")
     aoti_compile_and_package(program, package_path=str(scratch))
     scratch.replace(output)
 
 
-def load(path: Path) -> Package:
-    """Load a package in some 20 ms; raises ConfigError when it is none."""
+def load(path: Path, network: PolicyNetwork) -> Package:
+    """Load a package and give it these weights, in some 30 ms; raises ConfigError when it is none."""
     # torch._inductor.aoti_load_package would start compilers to name the CPU again, for a second and a half, and its
     # result would parse the tree of its arguments at every call.
-    loader: Any = torch._C._aoti.AOTIModelPackageLoader  # torch is pinned.
+    make: Any = torch._C._aoti.AOTIModelPackageLoader  # torch is pinned.
     try:
-        package: Package = loader(str(path), "model", False, 1, -1).run
-    except (OSError, RuntimeError, ValueError) as error:
+        loader = make(str(path), "model", False, 1, -1)
+        weights = DensePlan(network).state_dict()
+        constants = {name: weights[name].contiguous() for name in loader.get_constant_fqns()}
+        # Into the constants in use, every one of them, copied.
+        loader.load_constants(constants, False, True, False, False)
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{path} is not a compiled plan: {error}; remove it.") from error
+    package: Package = loader.run
     return package
 
 
@@ -95,15 +99,12 @@ def _cpu_flags() -> str:
 
 
 def main() -> None:
-    """Build a package from weights."""
-    parser = argparse.ArgumentParser(description="Compile the plan of a policy.")
-    parser.add_argument("--weights", type=Path, required=True)
+    """Build the package of this machine."""
+    parser = argparse.ArgumentParser(description="Compile the plan of the policy's network.")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     os.nice(NICENESS)
-    network = PolicyNetwork()
-    network.load_state_dict(safetensors.torch.load_file(arguments.weights))
-    build(network, arguments.output)
+    build(arguments.output)
 
 
 if __name__ == "__main__":

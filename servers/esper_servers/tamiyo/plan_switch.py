@@ -8,7 +8,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import structlog
 import torch
 
@@ -49,8 +48,8 @@ class PlanSwitch:
 
     @property
     def package(self) -> Path:
-        """Where the package for this policy lies on this machine."""
-        return self._directory / plan_package.package_name(self._policy.digest)
+        """Where the package for this machine lies."""
+        return self._directory / plan_package.package_name()
 
     def prepare(self) -> None:
         """Serve the package of an earlier start, before the first step."""
@@ -67,7 +66,7 @@ class PlanSwitch:
         if not self._is_wanted or self.problem or self.package.exists():
             return
         try:
-            await build_beside(self._policy, self.package)
+            await build_beside(self.package)
         except (ConfigError, OSError) as error:
             self._fall_back(str(error))
             return
@@ -75,7 +74,7 @@ class PlanSwitch:
 
     def _take_up(self) -> None:
         try:
-            package = plan_package.load(self.package)
+            package = plan_package.load(self.package, self._policy.network)
             _check(self._policy, package)
         except (ConfigError, RuntimeError) as error:
             self.package.unlink(missing_ok=True)
@@ -91,23 +90,21 @@ class PlanSwitch:
         log.warning("plan_fallback", plan=self._policy.plan, problem=problem)
 
 
-async def build_beside(policy: Policy, package: Path) -> None:
+async def build_beside(package: Path) -> None:
     """Build a package in a process of its own, which is killed when this is cancelled; raises ConfigError."""
     package.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=package.parent, prefix="build-") as scratch:
-        weights = Path(scratch) / "weights.safetensors"
-        safetensors.torch.save_file({k: v.contiguous() for k, v in policy.network.state_dict().items()}, weights)
         # Inductor would keep native code in a directory of /tmp that others can guess.
         environ = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor", "OMP_NUM_THREADS": "1"}
-        await _run_builder(weights, package, environ)
+        await _run_builder(package, environ)
     for other in package.parent.glob("*.pt2"):
         if other != package:
             other.unlink()
 
 
-async def _run_builder(weights: Path, package: Path, environ: dict[str, str]) -> None:
+async def _run_builder(package: Path, environ: dict[str, str]) -> None:
     builder = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", plan_package.__name__, "--weights", str(weights), "--output", str(package),
+        sys.executable, "-m", plan_package.__name__, "--output", str(package),
         env=environ, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE, start_new_session=True,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esper_rpc.proto.leyline.v1 import BlueprintDescriptor, SeedState, SystemStatePacket
+from esper_rpc.proto.leyline.v1 import BlueprintDescriptor, HandlingClass, HazardBand, SeedState, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
 
 from . import schema
@@ -38,6 +38,14 @@ class BlueprintCandidate:
     extras_digest: bytes = b""
     fits: frozenset[str] = frozenset()
     """Sites whose shape binds."""
+    hazard_band: HazardBand.ValueType = HazardBand.HAZARD_BAND_UNSPECIFIED
+    handling_class: HandlingClass.ValueType = HandlingClass.HANDLING_CLASS_UNSPECIFIED
+    bsds_risk: float | None = None
+
+    @property
+    def risk(self) -> float:
+        """From 0 to 1, by the safety data sheet where there is one."""
+        return self.descriptor.risk if self.bsds_risk is None else self.bsds_risk
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,6 +75,7 @@ class RunGraph:
         self.seed_ids = [seed.seed_id for seed in seeds[:MAX_SEEDS]]
         self.site_of = {seed.seed_id: seed.site_id for seed in seeds}
         self.blueprints = list(blueprints)
+        self.blueprint_of = {blueprint.blueprint_id: blueprint for blueprint in self.blueprints}
         self._seed_index = {seed_id: i for i, seed_id in enumerate(self.seed_ids)}
         self._layers = _dicts(topology.get("layers"))[:MAX_LAYERS]
         self._activations = _dicts(topology.get("activations"))[:MAX_ACTIVATIONS]
@@ -249,7 +258,7 @@ def _blueprint_values(candidate: BlueprintCandidate) -> list[float | None]:
     d = candidate.descriptor
     counts = (layer.get("parameter_count") for layer in _dicts(candidate.extras.get("layers")))
     count = sum(c for c in counts if isinstance(c, int | float))
-    return [d.risk, d.tier / 3, d.stage / 10, float(d.quarantine_only), _log(count)]
+    return [candidate.risk, d.tier / 3, d.stage / 10, float(d.quarantine_only), _log(count)]
 
 
 _UNKNOWN = (0.0, 0.0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from esper_rpc.proto.leyline.v1 import BlueprintTier, SeedState
+from esper_rpc.proto.leyline.v1 import BlueprintTier, HandlingClass, HazardBand, SeedState
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.leyline.v1 import SeedOperation as Operation
 
@@ -52,12 +52,9 @@ def legal(
     features: frozenset[str],
 ) -> Masks:
     """Mask what the stage forbids, what the run does not offer, and blueprints that do not bind or are not free."""
-    usable = [not b.descriptor.quarantine_only and not b.descriptor.approval_required for b in blueprints]
-    safe = [
-        u and b.descriptor.tier == BlueprintTier.BLUEPRINT_TIER_SAFE for u, b in zip(usable, blueprints, strict=True)
-    ]
+    free = [_is_free(b) for b in blueprints]
     fitting = np.array(
-        [[ok and site in b.fits for ok, b in zip(safe, blueprints, strict=True)] for site in sites], dtype=bool
+        [[ok and site in b.fits for ok, b in zip(free, blueprints, strict=True)] for site in sites], dtype=bool
     ).reshape(len(seeds), len(blueprints))
     operation = np.zeros((len(seeds), schema.OPERATION_COUNT), dtype=bool)
     for i, seed in enumerate(seeds):
@@ -65,6 +62,14 @@ def legal(
             operation[i, number] = number != Operation.SEED_OPERATION_GERMINATE or fitting[i].any()
     offered = [True, "seed" in features and bool(operation.any()), "optimizer" in features, "pause" in features]
     return Masks(kind=np.array(offered), operation=operation, blueprint=fitting)
+
+
+def _is_free(blueprint: BlueprintCandidate) -> bool:
+    descriptor = blueprint.descriptor
+    held = descriptor.quarantine_only or blueprint.handling_class == HandlingClass.HANDLING_CLASS_QUARANTINE
+    dangerous = blueprint.hazard_band >= HazardBand.HAZARD_BAND_HIGH
+    safe = descriptor.tier == BlueprintTier.BLUEPRINT_TIER_SAFE
+    return safe and not (held or dangerous or descriptor.approval_required)
 
 
 def choose(

@@ -20,6 +20,8 @@ from esper_rpc.proto.urza.v1 import (
 from esper_servers.blueprints.binding import fits
 from esper_servers.policy.graph import BlueprintCandidate
 
+from .risk.bsds import read_sheet
+
 log = structlog.get_logger(__name__)
 
 REFRESH_SECONDS = 2.0
@@ -100,9 +102,14 @@ def _candidate(blueprint: Blueprint, extras_json: bytes) -> BlueprintCandidate:
         extras = orjson.loads(extras_json)
     except orjson.JSONDecodeError:
         extras = {}
+    extras = extras if isinstance(extras, dict) else {}
+    sheet = read_sheet(extras)
     return BlueprintCandidate(
         blueprint_id=blueprint.descriptor.blueprint_id,
         descriptor=blueprint.descriptor,
-        extras=extras if isinstance(extras, dict) else {},
+        extras=extras,
         extras_digest=blueprint.extras_digest,
+        hazard_band=sheet.hazard_band,
+        handling_class=sheet.handling_class,
+        bsds_risk=sheet.risk_score,
     )

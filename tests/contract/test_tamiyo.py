@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import math
 import time
 
 import grpc
 import pytest
+import structlog
 from google.rpc import error_details_pb2
 
 from esper_client import TamiyoClient
@@ -28,9 +30,10 @@ from esper_rpc.proto.tamiyo.v1 import (
     SetConservativeModeRequest,
     Step,
 )
-from esper_rpc.proto.urza.v1 import BatchGetExtrasResponse
+from esper_rpc.proto.urza.v1 import BatchGetExtrasResponse, BlueprintExtras
 from esper_rpc.testing import TAMIYO, FakeTamiyo, serving
 from esper_servers.policy import sample
+from esper_servers.tamiyo.conservative_mode import COOL_DOWN_SECONDS, EXIT_SUCCESSES
 from esper_servers.urza.seeding import installed_blueprints
 
 SERVICE = "esper.tamiyo.v1.TamiyoService"
@@ -46,8 +49,11 @@ def open_run(run_id="run", **fields):
     return OpenRunRequest(run_id=run_id, **(defaults | fields))
 
 
-def step(sequence, *, loss=0.5, stage=Stage.SEED_LIFECYCLE_STAGE_GERMINATED, budget_us=5_000_000, run_id="run"):
-    packet = SystemStatePacket(training_metrics={"loss": loss}, seed_states=sample.sample_states(stage))
+def step(
+    sequence, *, loss=0.5, stage=Stage.SEED_LIFECYCLE_STAGE_GERMINATED, budget_us=5_000_000, run_id="run", metrics=()
+):
+    told = {"loss": loss} | dict(metrics)
+    packet = SystemStatePacket(training_metrics=told, seed_states=sample.sample_states(stage))
     return EvaluateStepRequest(step=Step(run_id=run_id, sequence=sequence, budget_us=budget_us, packet=packet))
 
 
@@ -162,6 +168,112 @@ def test_a_loss_that_explodes_pauses_the_seeds(run, loss, reason):
     command = command_of(decide(run, step(60, loss=loss)))
     assert command.command_type == CommandType.COMMAND_TYPE_PAUSE
     assert command.annotations["reason"] == reason
+
+
+SLOW_APPLY = {"kasmina.apply_ms": 40.0}
+
+
+def test_a_command_tells_the_risk_and_its_record_keeps_it(run):
+    command = command_of(decide(run, step(1, metrics={"gradient_norm": 8.0})))
+    assert command.annotations["risk_score"] == f"{0.2 * 0.3 / 0.5:.4f}"
+    risk_map = json.loads(command.annotations["risk_map"])
+    assert risk_map["gradient_norm"] == pytest.approx(0.2)
+    assert "memory" not in risk_map
+    assert run._decisions.explain(command.command_id).command.annotations == command.annotations
+
+
+def test_a_drifting_run_has_its_optimizer_adjusted_where_a_seed_was_due_once_until_it_is_nominal(run):
+    def answers(first, metrics):
+        return [decide(run, step(first + i, metrics=metrics)) for i in range(60)]
+
+    adjusted = [d for d in answers(1, SLOW_APPLY) if d.HasField("command")]
+    assert [command_of(d).command_type for d in adjusted] == [CommandType.COMMAND_TYPE_OPTIMIZER]
+    assert command_of(adjusted[0]).annotations["reason"] == "apply_latency"
+    assert command_of(decide(run, step(61))).command_type == CommandType.COMMAND_TYPE_SEED
+    assert command_of(decide(run, step(62, metrics=SLOW_APPLY))).command_type == CommandType.COMMAND_TYPE_OPTIMIZER
+
+
+def test_without_a_due_seed_a_drifting_run_is_left_alone(run):
+    fossil = Stage.SEED_LIFECYCLE_STAGE_FOSSILIZED
+    assert decide(run, step(1, stage=fossil, metrics=SLOW_APPLY)).no_action.reason == "apply_latency"
+
+
+@pytest.mark.parametrize(("loss", "rate", "multiplier"), [(0.51, 1e-9, 1.25), (0.6, 1e-3, 0.8)])
+def test_a_learning_rate_that_vanished_is_raised_and_a_drift_lowers_it(run, loss, rate, multiplier):
+    decide(run, step(1, metrics={"optimizer_lr": rate}))
+    adjustment = command_of(decide(run, step(2, loss=loss, metrics={"optimizer_lr": rate}))).optimizer_adjustment
+    assert adjustment.hyperparameters["learning_rate_multiplier"] == pytest.approx(multiplier)
+
+
+def test_a_step_without_a_loss_gets_no_seed_operation(run):
+    packet = SystemStatePacket(seed_states=sample.sample_states(Stage.SEED_LIFECYCLE_STAGE_GERMINATED))
+    request = EvaluateStepRequest(step=Step(run_id="run", sequence=1, budget_us=5_000_000, packet=packet))
+    assert decide(run, request).no_action.reason == "degraded_inputs"
+
+
+def test_repeated_high_risk_holds_back_its_run_and_no_other(run):
+    candidates = run._blueprints.candidates(sample.sample_sites())
+    run.runs.open(open_run("calm"), OWNER, candidates, 1)
+    with structlog.testing.capture_logs() as logs:
+        for sequence in range(1, 4):
+            decide(run, step(sequence, loss=math.nan))
+        run.report()
+    assert decide(run, step(4)).no_action.reason == "conservative_mode"
+    assert decide(run, step(1, run_id="calm")).HasField("command")
+    entered = [entry for entry in logs if entry["event"] == "conservative_entered"]
+    assert [(e["reason"], e["run_id"], e["priority"]) for e in entered] == [("loss_not_finite", "run", "HIGH")]
+    assert [e["priority"] for e in logs if e["event"] == "loss_not_finite"] == ["HIGH"]
+
+
+def test_a_held_back_run_is_let_go_after_its_cool_down_and_enough_successes(run):
+    held = run.runs.get("run", OWNER)
+    for sequence in range(1, 4):
+        decide(run, step(sequence, loss=math.nan))
+    held.mode._entered_at -= COOL_DOWN_SECONDS
+    reasons = [decide(run, step(4 + i)).no_action.reason for i in range(EXIT_SUCCESSES)]
+    assert reasons[:-1] == ["conservative_mode"] * (EXIT_SUCCESSES - 1)
+    assert decide(run, step(100)).HasField("command")
+
+
+def catalogue_with(sheet):
+    requests = installed_blueprints()
+    extras = json.dumps({"bsds": sheet}).encode()
+    blueprints = [request.blueprint for request in requests]
+    for blueprint in blueprints:
+        blueprint.extras_digest = hashlib.sha256(extras).digest()
+    told = [BlueprintExtras(blueprint_id=b.descriptor.blueprint_id, extras_json=extras) for b in blueprints]
+    return blueprints, BatchGetExtrasResponse(extras=told)
+
+
+@pytest.mark.parametrize(
+    ("sheet", "kind", "reason", "is_held"),
+    [
+        ({"hazard_band": "CRITICAL"}, CommandType.COMMAND_TYPE_PAUSE, "bsds_hazard_critical", True),
+        ({"handling_class": "QUARANTINE"}, CommandType.COMMAND_TYPE_PAUSE, "bsds_quarantine", True),
+        ({"hazard_band": "HIGH"}, CommandType.COMMAND_TYPE_OPTIMIZER, "bsds_hazard_high", False),
+    ],
+)
+def test_a_blueprint_that_turns_out_dangerous_is_answered_where_it_grows(run, sheet, kind, reason, is_held):
+    seeds = sample.sample_seeds()
+    seeds[0].blueprint_id = "residual_mlp"
+    run.runs.open(open_run("grown", seeds=seeds), OWNER, run._blueprints.candidates(sample.sample_sites()), 1)
+    run._blueprints.replace_with(*catalogue_with(sheet))
+    with structlog.testing.capture_logs() as logs:
+        command = command_of(decide(run, step(1, run_id="grown")))
+        run.report()
+    assert (command.command_type, command.annotations["reason"]) == (kind, reason)
+    assert run.runs.get("grown", OWNER).mode.enabled == is_held
+    assert [e["log_level"] for e in logs if e["event"] == reason] == ["critical" if is_held else "warning"]
+    assert decide(run, step(1)).HasField("command")
+
+
+def test_a_blueprint_is_remembered_from_the_command_that_planted_it(run):
+    for sequence in range(1, 100):
+        decision = decide(run, step(sequence, stage=Stage.SEED_LIFECYCLE_STAGE_DORMANT))
+        if decision.HasField("command"):
+            break
+    planted = command_of(decision)
+    assert run.runs.get("run", OWNER).planted[planted.target_seed_id] == planted.seed_operation.blueprint_id
 
 
 class Broken:
@@ -283,6 +395,17 @@ async def test_an_operator_reads_policy_status_and_the_record_of_a_decision(clie
     record = await operator.explain_decision(ExplainDecisionRequest(command_id=issued.command_id))
     assert record.command == issued
     assert record.packet == step(1).step.packet
+
+
+async def test_an_operator_sees_the_run_that_is_held_back_and_lets_it_go(client, operator):
+    await client.open_run(open_run())
+    for sequence in range(1, 4):
+        await client.evaluate_step(step(sequence, loss=math.nan))
+    status = await operator.get_status(GetStatusRequest())
+    assert (status.conservative_mode, status.conservative_reason) == (True, "run run: loss_not_finite")
+    await operator.set_conservative_mode(SetConservativeModeRequest(enabled=False, reason="test"))
+    assert not (await operator.get_status(GetStatusRequest())).conservative_mode
+    assert (await client.evaluate_step(step(4))).decision.HasField("command")
 
 
 async def test_conservative_mode_by_hand_stops_seeds_until_it_is_left(client, operator):

@@ -50,8 +50,8 @@ from esper_servers.policy.policy import Policy
 from esper_servers.policy.prior import PriorConfig
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
 from esper_servers.tamiyo.conservative_mode import ConservativeMode
-from esper_servers.tamiyo.gates import GateConfig
 from esper_servers.tamiyo.pipeline import INFERENCE_FAILED, StepPipeline
+from esper_servers.tamiyo.risk.config import RiskConfig
 from esper_servers.tamiyo.run_state import Runs, build_graph
 from esper_servers.urza.seeding import installed_blueprints
 
@@ -384,7 +384,7 @@ def settings(data):
     verdicts = {
         _config_error_or(lambda: find_mesh({"ESPER_HOME": str(home.directory)}), object),
         _config_error_or(home.read_mesh, dict),
-        _config_error_or(lambda: config.load(GateConfig, "gates", path=home.settings_file, environ={}), GateConfig),
+        _config_error_or(lambda: config.load(RiskConfig, "risk", path=home.settings_file, environ={}), RiskConfig),
         _config_error_or(lambda: config.load(PriorConfig, "prior", path=home.settings_file, environ={}), PriorConfig),
         _from_environment(text),
     }
@@ -393,15 +393,15 @@ def settings(data):
 
 def _from_environment(text):
     value = text[:64].decode(errors="replace")
-    environ = {"ESPER_GATES_LOSS_SPIKE": value}, {"ESPER_PRIOR_WARM_UP_STEPS": value}
-    _config_error_or(lambda: config.load(GateConfig, "gates", path=None, environ=environ[0]), GateConfig)
+    environ = {"ESPER_RISK_LOSS_SPIKE": value}, {"ESPER_PRIOR_WARM_UP_STEPS": value}
+    _config_error_or(lambda: config.load(RiskConfig, "risk", path=None, environ=environ[0]), RiskConfig)
     return _config_error_or(lambda: config.load(PriorConfig, "prior", path=None, environ=environ[1]), PriorConfig)
 
 
 def _settings():
     return {
         "mesh": {"tamiyo": "127.0.0.1:1", "urza": "127.0.0.1:2", "identity": "x"},
-        "gates": {"loss_spike": 0.2, "hook_latency_ms": 40.0},
+        "risk": {"loss_spike": 0.2, "hook_latency_ms": 40.0},
         "prior": {"warm_up_steps": 10, "oscillation": 0.5},
     }
 

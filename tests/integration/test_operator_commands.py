@@ -76,15 +76,15 @@ def break_keyring(home):
 
 
 def break_settings(home):
-    home.settings_file.write_text("[gates]\nhook_latency_ms = 0\n")
+    home.settings_file.write_text("[risk]\nhook_latency_ms = 0\n")
 
 
 def break_section(home):
-    home.settings_file.write_text("[gate]\n")
+    home.settings_file.write_text("[risks]\n")
 
 
 def break_toml(home):
-    home.settings_file.write_text("[gates\n")
+    home.settings_file.write_text("[risk\n")
 
 
 def break_deny_list(home):
@@ -109,8 +109,8 @@ def break_authority(home):
         (break_certificate, "ended at", "esper pki issue trainer"),
         (break_permission, "can be read by others", "esper pki issue trainer"),
         (break_keyring, "not active", "esper keys issue tamiyo"),
-        (break_settings, "[gates] hook_latency_ms = 0", "correct it in"),
-        (break_section, "[gate] is read by nobody", "use one of"),
+        (break_settings, "[risk] hook_latency_ms = 0", "correct it in"),
+        (break_section, "[risks] is read by nobody", "use one of"),
         (break_toml, "not valid TOML", "correct it in"),
         (break_deny_list, "by mistake", "esper pki allow trainer local"),
         (break_mesh, "nobody listens for tamiyo at 127.0.0.1:1", "esper up"),

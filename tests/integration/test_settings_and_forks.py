@@ -64,7 +64,7 @@ def test_twenty_epochs_with_two_forked_loader_workers_under_a_live_session(mesh,
 
 def test_a_setting_out_of_range_stops_the_service_and_names_itself(mesh):
     mesh.identity("tamiyo")
-    (mesh.directory / "esper.toml").write_text("[gates]\nhook_latency_ms = 0\n")
+    (mesh.directory / "esper.toml").write_text("[risk]\nhook_latency_ms = 0\n")
     result = subprocess.run(
         [sys.executable, "-m", "esper_servers.cli", "serve", "tamiyo", "--home", mesh.directory, "--urza", "127.0.0.1:1"],
         capture_output=True, text=True, timeout=60,

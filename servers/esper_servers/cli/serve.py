@@ -71,8 +71,8 @@ def tamiyo(
     # Before torch is imported, which on a full disk fails with a riddle about temporary directories.
     require_writable(place.state_dir("tamiyo"))
     from esper_servers.policy.prior import PriorConfig
-    from esper_servers.tamiyo.gates import GateConfig
     from esper_servers.tamiyo.plan_switch import PlanConfig
+    from esper_servers.tamiyo.risk.config import RiskConfig
     from esper_servers.tamiyo.server import TamiyoServerConfig, serve
 
     log_json_lines()
@@ -86,7 +86,7 @@ def tamiyo(
         server=_server_config(context, place, "tamiyo", address),
         weatherlight_address=weatherlight,
         urza_address=place.address("urza", urza),
-        gates=load(GateConfig, "gates", path=place.settings_file, environ=environ),
+        risk=load(RiskConfig, "risk", path=place.settings_file, environ=environ),
         prior=load(PriorConfig, "prior", path=place.settings_file, environ=environ),
         plan=load(PlanConfig, "plan", path=place.settings_file, environ=environ),
     )

@@ -6,19 +6,32 @@ import orjson
 
 from esper_rpc.envelope import Keyring, sign
 from esper_rpc.envelope.verification import COMMAND_TYPE
-from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedOperation, SignedEnvelope
+from esper_rpc.proto.leyline.v1 import (
+    AdaptationCommand,
+    CommandType,
+    HandlingClass,
+    HazardBand,
+    SeedOperation,
+    SignedEnvelope,
+)
 from esper_servers.policy import schema
+from esper_servers.policy.graph import BlueprintCandidate
 from esper_servers.policy.masks import Choice
 
+from .risk.engine import Verdict
+from .risk.signals.optimizer_hints import LEARNING_RATE_VANISHED
 from .run_state import RunState
 
 SCHEDULE_NAMES = ("linear", "cosine", "warmup_hold", "sigmoid")
 PAUSE_UNITS_MS = 100
 LEARNING_RATE_MULTIPLIER = 0.8
+LEARNING_RATE_MULTIPLIERS = {LEARNING_RATE_VANISHED: 1.25}
 COVERAGE_KEYS = 32
 
 
-def build_command(run: RunState, choice: Choice, *, reason: str, policy_version: str) -> AdaptationCommand:
+def build_command(
+    run: RunState, choice: Choice, *, reason: str, policy_version: str, verdict: Verdict
+) -> AdaptationCommand:
     """Write the command of a choice, with the annotations that operators read."""
     coverage = run.graph.coverage()
     command = AdaptationCommand(version=1, command_id=str(uuid.uuid4()), issued_by="tamiyo", execution_deadline_ms=5)
@@ -27,11 +40,14 @@ def build_command(run: RunState, choice: Choice, *, reason: str, policy_version:
     command.annotations["policy_version"] = policy_version
     command.annotations["feature_coverage"] = f"{coverage['overall']:.4f}"
     command.annotations["coverage_map"] = orjson.dumps(dict(list(coverage.items())[:COVERAGE_KEYS])).decode()
+    command.annotations["risk_score"] = f"{verdict.score:.4f}"
+    command.annotations["risk_map"] = orjson.dumps({n: round(r.score, 4) for n, r in verdict.readings.items()}).decode()
     if choice.kind == schema.KIND_SEED:
         _write_seed_operation(command, run, choice)
     elif choice.kind == schema.KIND_OPTIMIZER:
         command.command_type = CommandType.COMMAND_TYPE_OPTIMIZER
-        command.optimizer_adjustment.hyperparameters["learning_rate_multiplier"] = LEARNING_RATE_MULTIPLIER
+        multiplier = LEARNING_RATE_MULTIPLIERS.get(reason, LEARNING_RATE_MULTIPLIER)
+        command.optimizer_adjustment.hyperparameters["learning_rate_multiplier"] = multiplier
     else:
         command.command_type = CommandType.COMMAND_TYPE_PAUSE
         command.execution_deadline_ms = PAUSE_UNITS_MS
@@ -44,12 +60,26 @@ def _write_seed_operation(command: AdaptationCommand, run: RunState, choice: Cho
     operation = command.seed_operation
     operation.operation = SeedOperation.ValueType(choice.operation)
     if choice.blueprint >= 0:
-        operation.blueprint_id = run.graph.blueprints[choice.blueprint].blueprint_id
+        blueprint = run.graph.blueprints[choice.blueprint]
+        operation.blueprint_id = blueprint.blueprint_id
+        _annotate_hazard(command, blueprint)
     operation.parameters["blending_method_index"] = float(choice.schedule)
     start, end = sorted((0.0, 1.0))
     operation.parameters["blending_schedule_start"], operation.parameters["blending_schedule_end"] = start, end
     command.annotations["blending_method_index"] = str(choice.schedule)
     command.annotations["blending_method"] = SCHEDULE_NAMES[choice.schedule]
+
+
+def _annotate_hazard(command: AdaptationCommand, blueprint: BlueprintCandidate) -> None:
+    """Tell what the safety data sheet of a blueprint says, where there is one."""
+    if blueprint.hazard_band:
+        band = HazardBand.Name(blueprint.hazard_band).removeprefix("HAZARD_BAND_")
+        command.annotations["bsds_hazard_band"] = band
+    if blueprint.handling_class:
+        handling = HandlingClass.Name(blueprint.handling_class).removeprefix("HANDLING_CLASS_")
+        command.annotations["bsds_handling_class"] = handling
+    if blueprint.bsds_risk is not None:
+        command.annotations["bsds_risk"] = f"{blueprint.bsds_risk:.4f}"
 
 
 def sign_command(

@@ -14,8 +14,9 @@ COOL_DOWN_SECONDS = 10.0
 class ConservativeMode:
     """Holds back the policy after faults. Leaves by itself after a cool-down and a run of successes."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, run_id: str = "") -> None:
         self._clock = clock
+        self._context = {"run_id": run_id} if run_id else {}
         self.enabled = False
         self.reason = ""
         self._by_hand = False
@@ -25,14 +26,14 @@ class ConservativeMode:
     def enter(self, reason: str, *, by_hand: bool = False) -> None:
         """Turn on; entered by hand, it stays on until it is left by hand."""
         if not self.enabled:
-            log.warning("conservative_entered", reason=reason, priority="HIGH")
+            log.warning("conservative_entered", reason=reason, priority="HIGH", **self._context)
         self.enabled, self.reason, self._by_hand = True, reason, by_hand or self._by_hand
         self._entered_at, self._successes = self._clock(), 0
 
     def leave(self) -> None:
         """Turn off."""
         if self.enabled:
-            log.info("conservative_exited", reason=self.reason)
+            log.info("conservative_exited", reason=self.reason, **self._context)
         self.enabled, self.reason, self._by_hand = False, "", False
 
     def record_success(self) -> None:

@@ -35,12 +35,14 @@ from esper_servers.policy import masks, schema
 from esper_servers.policy.masks import Choice
 from esper_servers.policy.policy import Policy, PolicyOutput
 
-from . import gates
 from .blueprint_cache import BlueprintCache
 from .commands import build_command, sign_command
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
-from .gates import GateConfig
+from .risk import engine
+from .risk.config import RiskConfig
+from .risk.engine import Verdict
+from .risk.events import RiskEvents
 from .run_state import Runs, RunState, build_graph
 from .step_queue import StepQueue
 
@@ -108,7 +110,7 @@ class StepPipeline:
         keyring: Keyring,
         decisions: DecisionLog,
         mode: ConservativeMode,
-        gate_config: GateConfig | None = None,
+        risk_config: RiskConfig | None = None,
         clock: Callable[[], float] = time.perf_counter,
         clock_ns: Callable[[], int] | None = None,
     ) -> None:
@@ -120,7 +122,8 @@ class StepPipeline:
         self._keyring = keyring
         self._decisions = decisions
         self._mode = mode
-        self._gates = gate_config or GateConfig()
+        self._risk = risk_config or RiskConfig()
+        self._risk_events = RiskEvents(self._risk.cool_down_steps)
         self._clock = clock
         self.clock_ns = clock_ns or SteadyClock()
         """The time that commands carry, and that OpenRun tells the run."""
@@ -179,6 +182,7 @@ class StepPipeline:
 
     def report(self) -> None:
         """Record metrics and spans of what was answered; call it when the answer is on its way."""
+        self._risk_events.report()
         while self._unreported:
             reported = self._unreported.popleft()
             observe_decision(reported.ledger, reported.kind, reported.reason)
@@ -190,11 +194,15 @@ class StepPipeline:
     def _decide(self, step: Step, run: RunState, digest: bytes, watch: _Stopwatch, budget: float) -> StepDecision:
         packet = step.packet
         self._note(run, step)
-        decided = self._choose(packet, run, watch, budget)
+        verdict = self._judge(packet, run)
+        watch.lap("risk_us")
+        decided = self._choose(packet, run, watch, budget, verdict)
         if decided.choice is None:
             self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason))
             return StepDecision(no_action=NoAction(reason=decided.reason))
-        command = build_command(run, decided.choice, reason=decided.reason, policy_version=self.policy.version)
+        command = build_command(
+            run, decided.choice, reason=decided.reason, policy_version=self.policy.version, verdict=verdict
+        )
         envelope = sign_command(
             command,
             keyring=self._keyring,
@@ -217,27 +225,25 @@ class StepPipeline:
             run.graph = build_graph(run.request, self._blueprints.candidates(run.request.sites))
             run.catalogue_version = self._blueprints.version
 
-    def _choose(self, packet: SystemStatePacket, run: RunState, watch: _Stopwatch, budget: float) -> Decided:
-        loss = packet.training_metrics.get(
-            "loss", packet.training_loss if packet.HasField("training_loss") else math.nan
-        )
-        deviation = math.sqrt(max(0.0, run.loss.variance))
-        delta = run.loss.update(loss)
-        verdict = gates.judge(
-            loss=loss,
-            delta=delta,
-            deviation=deviation,
-            hook_latency_ms=packet.training_metrics.get("hook_latency_ms", 0.0),
-            conservative=self._mode.enabled,
-            config=self._gates,
-        )
+    def _judge(self, packet: SystemStatePacket, run: RunState) -> Verdict:
+        conservative = self._mode.enabled or run.mode.enabled
+        verdict = engine.judge(run.observe(packet, self._risk), self._risk, conservative=conservative)
+        run.risk.settle(is_high=verdict.is_high, is_nominal=verdict.is_nominal)
+        if verdict.holds:
+            run.mode.enter(verdict.reason)
+        self._risk_events.note(run.risk.told, run_id=run.request.run_id, step=run.steps, verdict=verdict)
+        return verdict
+
+    def _choose(
+        self, packet: SystemStatePacket, run: RunState, watch: _Stopwatch, budget: float, verdict: Verdict
+    ) -> Decided:
         inputs = run.graph.fill(packet)
         watch.lap("features_us")
         if watch.spent() >= budget:
             return Decided(None, BUDGET_EXHAUSTED)
         seeds = run.ordered_seeds(packet)
         if verdict.forced is not None:
-            return _forced(verdict, run)
+            return self._act(verdict.forced, verdict, run)
         if not self.breaker.allow():
             return Decided(None, BREAKER_OPEN)
         try:
@@ -250,6 +256,7 @@ class StepPipeline:
             return Decided(None, INFERENCE_FAILED)
         self.breaker.record_success()
         self._mode.record_success()
+        run.mode.record_success()
         watch.lap("inference_us")
         decided = self._select(output, run, seeds, verdict)
         watch.lap("risk_us")
@@ -257,16 +264,37 @@ class StepPipeline:
             return Decided(None, BUDGET_EXHAUSTED)
         return decided
 
-    def _select(self, output: PolicyOutput, run: RunState, seeds: object, verdict: gates.Verdict) -> Decided:
+    def _select(self, output: PolicyOutput, run: RunState, seeds: object, verdict: Verdict) -> Decided:
         graph = run.graph
         sites = [graph.site_of[seed_id] for seed_id in graph.seed_ids]
         legal = masks.legal(seeds, sites, graph.blueprints, run.features)  # type: ignore[arg-type]  # A sequence.
-        legal.kind[:] &= verdict.allowed
         legal.kind[schema.KIND_PAUSE] = False  # The policy pauses only through a gate until it is trained to.
-        choice = masks.choose(output.kind, output.operation, output.blueprint, output.schedule, legal)
+        heads = (output.kind, output.operation, output.blueprint, output.schedule)
+        choice = masks.choose(*heads, legal)
+        if choice.kind == schema.KIND_SEED and verdict.replaces_seed:
+            return self._adjust(verdict, run)
+        if not verdict.allowed[choice.kind]:
+            legal.kind[:] &= verdict.allowed
+            choice = masks.choose(*heads, legal)
         if choice.kind == schema.KIND_NONE:
             return Decided(None, verdict.reason or NOMINAL)
         return Decided(choice, verdict.reason or POLICY)
+
+    def _adjust(self, verdict: Verdict, run: RunState) -> Decided:
+        """Adjust the optimizer in place of a seed operation, once for each time that the risk comes up."""
+        if run.risk.adjusted_for:
+            return Decided(None, verdict.reason)
+        decided = self._act(schema.KIND_OPTIMIZER, verdict, run)
+        if decided.choice is not None:
+            run.risk.adjusted_for = verdict.reason
+        return decided
+
+    def _act(self, kind: int, verdict: Verdict, run: RunState) -> Decided:
+        """What the risk demands, unless the run cannot do it or did it a moment ago."""
+        last, feature = (run.paused_at, "pause") if kind == schema.KIND_PAUSE else (run.optimizer_at, "optimizer")
+        if feature not in run.features or run.steps - last < self._risk.cool_down_steps:
+            return Decided(None, verdict.reason)
+        return Decided(Choice(kind), verdict.reason)
 
     def _issued(self, run: RunState, command: AdaptationCommand) -> str:
         """Note a command; returns what kind it is."""
@@ -277,6 +305,7 @@ class StepPipeline:
             kind = SeedOperation.Name(operation).removeprefix("SEED_OPERATION_")
             if operation == SeedOperation.SEED_OPERATION_GERMINATE:
                 run.germinated_at = run.steps
+                run.planted[command.target_seed_id] = command.seed_operation.blueprint_id
         elif command.command_type == CommandType.COMMAND_TYPE_OPTIMIZER:
             run.optimizer_at = run.steps
         else:
@@ -314,15 +343,6 @@ def _answer_again(run: RunState, sequence: int, digest: bytes) -> bytes:
     raise FailedPrecondition(
         f"Sequence {sequence} was answered already; the last one is {run.last_sequence}.", reason="SEQUENCE_REPLAYED"
     )
-
-
-def _forced(verdict: gates.Verdict, run: RunState) -> Decided:
-    """What a gate demands, unless the run cannot do it or did it a moment ago."""
-    kind = verdict.forced
-    last, feature = (run.paused_at, "pause") if kind == schema.KIND_PAUSE else (run.optimizer_at, "optimizer")
-    if kind is None or feature not in run.features or run.steps - last < gates.PAUSE_COOL_DOWN_STEPS:
-        return Decided(None, verdict.reason)
-    return Decided(Choice(kind), verdict.reason)
 
 
 def _record_span(reported: Reported) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,46 +7,23 @@ from dataclasses import dataclass, field
 import orjson
 
 from esper_rpc.errors import FailedPrecondition, NotFound, PermissionDenied
+from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.leyline.v1 import SeedState, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import OpenRunRequest
-from esper_servers.policy.graph import BlueprintCandidate, RunGraph
+from esper_servers.policy.graph import MAX_SEEDS, BlueprintCandidate, RunGraph
 from esper_servers.policy.prior import RunSignals
 
-FAST, SLOW = 0.2, 0.02
+from .conservative_mode import ConservativeMode
+from .risk.config import RiskConfig
+from .risk.history import RiskHistory
+from .risk.step_signals import StepSignals
+
 NEVER = 10**9
-
-
-@dataclass
-class LossWindow:
-    """Exponential means of the loss at two speeds, and its variance."""
-
-    fast: float | None = None
-    slow: float = 0.0
-    variance: float = 0.0
-    last: float | None = None
-
-    def update(self, loss: float) -> float:
-        """Take in a loss and return how far it lies above the last one; 0 for the first, NaN passes."""
-        if not math.isfinite(loss):
-            return math.nan
-        delta = 0.0 if self.last is None else loss - self.last
-        if self.fast is None:
-            self.fast = self.slow = loss
-        self.fast += FAST * (loss - self.fast)
-        self.slow += SLOW * (loss - self.slow)
-        self.variance += FAST * ((loss - self.fast) ** 2 - self.variance)
-        self.last = loss
-        return delta
-
-    @property
-    def trend(self) -> float:
-        """Positive while the loss falls."""
-        return self.slow - (self.fast or 0.0)
-
-    @property
-    def volatility(self) -> float:
-        """Standard deviation over mean."""
-        return math.sqrt(max(0.0, self.variance)) / max(1e-6, abs(self.fast or 0.0))
+LIVE = frozenset({
+    Stage.SEED_LIFECYCLE_STAGE_GERMINATED, Stage.SEED_LIFECYCLE_STAGE_TRAINING, Stage.SEED_LIFECYCLE_STAGE_BLENDING,
+    Stage.SEED_LIFECYCLE_STAGE_SHADOWING, Stage.SEED_LIFECYCLE_STAGE_PROBATIONARY,
+})  # fmt: skip
+"""Where Kasmina can still hold what a seed grows."""
 
 
 @dataclass
@@ -59,7 +35,7 @@ class RunState:
     graph: RunGraph
     catalogue_version: int
     protocol_version: int = 1
-    loss: LossWindow = field(default_factory=LossWindow)
+    risk: RiskHistory = field(default_factory=RiskHistory)
     steps: int = 0
     germinated_at: int = -NEVER
     optimizer_at: int = -NEVER
@@ -70,6 +46,14 @@ class RunState:
     last_reply: bytes = b""
     commands: int = 0
     outcomes: Counter[int] = field(default_factory=Counter)
+    planted: dict[str, str] = field(init=False)
+    """The blueprint that each seed was last given."""
+    mode: ConservativeMode = field(init=False)
+    """Of this run alone: what one trainer sends must not hold back another."""
+
+    def __post_init__(self) -> None:
+        self.planted = {seed.seed_id: seed.blueprint_id for seed in self.request.seeds}
+        self.mode = ConservativeMode(run_id=self.request.run_id)
 
     @property
     def features(self) -> frozenset[str]:
@@ -81,15 +65,24 @@ class RunState:
         return RunSignals(
             steps=self.steps,
             steps_since_germination=self.steps - self.germinated_at,
-            loss_trend=self.loss.trend,
-            loss_volatility=self.loss.volatility,
+            loss_trend=self.risk.loss.trend,
+            loss_volatility=self.risk.loss.volatility,
             steps_since_optimizer=self.steps - self.optimizer_at,
         )
+
+    def observe(self, packet: SystemStatePacket, config: RiskConfig) -> StepSignals:
+        """Take in the packet of a step."""
+        seeds = packet.seed_states[:MAX_SEEDS]
+        return self.risk.observe(packet, seeds, self._grown(seeds), config)
 
     def ordered_seeds(self, packet: SystemStatePacket) -> Sequence[SeedState]:
         """The packet's seeds in the order of the graph's nodes; an unknown one is ignored, a missing one is blank."""
         by_id = {state.seed_id: state for state in packet.seed_states}
         return [by_id.get(seed_id) or SeedState(seed_id=seed_id) for seed_id in self.graph.seed_ids]
+
+    def _grown(self, seeds: Sequence[SeedState]) -> list[BlueprintCandidate]:
+        planted = {self.planted.get(seed.seed_id, "") for seed in seeds if seed.stage in LIVE}
+        return [self.graph.blueprint_of[name] for name in planted if name in self.graph.blueprint_of]
 
 
 class Runs:
@@ -121,6 +114,7 @@ class Runs:
             if known.request.receiver_epoch == request.receiver_epoch:
                 known.request, known.protocol_version = request, protocol_version
                 known.graph, known.catalogue_version = build_graph(request, blueprints), catalogue_version
+                known.planted |= {seed.seed_id: seed.blueprint_id for seed in request.seeds if seed.blueprint_id}
                 return False
         graph = build_graph(request, blueprints)
         state = RunState(request, owner, graph, catalogue_version, protocol_version)

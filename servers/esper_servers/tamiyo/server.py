@@ -25,9 +25,9 @@ from esper_servers.policy.prior import PriorConfig, RunSignals
 from .blueprint_cache import BlueprintCache
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
-from .gates import GateConfig
 from .pipeline import StepPipeline
 from .plan_switch import PlanConfig, PlanSwitch
+from .risk.config import RiskConfig
 from .run_state import Runs
 from .service import RAW_METHODS, TamiyoServicer
 
@@ -46,7 +46,7 @@ class TamiyoServerConfig:
     weatherlight_address: str | None = None
     """Who renews the certificate."""
     urza_address: str | None = None
-    gates: GateConfig = field(default_factory=GateConfig)
+    risk: RiskConfig = field(default_factory=RiskConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
@@ -66,7 +66,7 @@ async def serve(config: TamiyoServerConfig) -> None:
         keyring=keyring,
         decisions=decisions,
         mode=mode,
-        gate_config=config.gates,
+        risk_config=config.risk,
     )
     servicer = TamiyoServicer(pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode)
     server = MeshServer(config=config.server, identity=identity)

@@ -138,6 +138,8 @@ class TamiyoServicer:
             self._mode.enter(f"operator: {request.reason}", by_hand=True)
         else:
             self._mode.leave()
+            for run in self._pipeline.runs.all():
+                run.mode.leave()
         return SetConservativeModeResponse(enabled=self._mode.enabled)
 
     async def GetStatus(self, request: GetStatusRequest, call: Call) -> GetStatusResponse:
@@ -148,12 +150,13 @@ class TamiyoServicer:
             state=pipeline.breaker.state,
             consecutive_failures=pipeline.breaker.consecutive_failures,
         )
+        reason = self._conservative_reason()
         healthy, degraded = HealthStatus.HEALTH_STATUS_HEALTHY, HealthStatus.HEALTH_STATUS_DEGRADED
         return GetStatusResponse(
             status=degraded if self._mode.enabled else healthy,
             policy_version=pipeline.policy.version,
-            conservative_mode=self._mode.enabled,
-            conservative_reason=self._mode.reason,
+            conservative_mode=bool(reason),
+            conservative_reason=reason,
             runs=[
                 RunStatus(
                     run_id=run.request.run_id, owner=run.owner, global_step=run.global_step, evaluated_steps=run.steps,
@@ -168,6 +171,11 @@ class TamiyoServicer:
             plan=pipeline.policy.plan,
             blueprints=len(self._blueprints),
         )  # fmt: skip
+
+    def _conservative_reason(self) -> str:
+        """Why the service holds back, else why one of the runs is held back; empty when none is."""
+        held = (f"run {run.request.run_id}: {run.mode.reason}" for run in self._pipeline.runs.all() if run.mode.enabled)
+        return self._mode.reason if self._mode.enabled else next(held, "")
 
     async def ExplainDecision(self, request: ExplainDecisionRequest, call: Call) -> ExplainDecisionResponse:
         """Return the record of a decision."""

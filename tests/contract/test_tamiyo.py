@@ -230,7 +230,9 @@ def test_a_held_back_run_is_let_go_after_its_cool_down_and_enough_successes(run)
     for sequence in range(1, 4):
         decide(run, step(sequence, loss=math.nan))
     held.mode._entered_at -= COOL_DOWN_SECONDS
-    reasons = [decide(run, step(4 + i)).no_action.reason for i in range(EXIT_SUCCESSES)]
+    with structlog.testing.capture_logs() as logs:
+        reasons = [decide(run, step(4 + i)).no_action.reason for i in range(EXIT_SUCCESSES)]
+    assert [(e["event"], e["run_id"]) for e in logs] == [("conservative_exited", "run")]
     assert reasons[:-1] == ["conservative_mode"] * (EXIT_SUCCESSES - 1)
     assert decide(run, step(100)).HasField("command")
 

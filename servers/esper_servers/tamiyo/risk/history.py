@@ -51,7 +51,7 @@ class RiskHistory:
             loss_deviation=deviation,
             loss_variance=self.loss.variance / (scale * scale),
             loss_trend=self.loss.trend / scale,
-            gradient_volatility=None if self.gradient.fast is None else self.gradient.volatility,
+            gradient_volatility=None if self.gradient.fast is None else self.gradient.deviation / self.gradient.scale,
             slow_hooks=self.slow_hooks,
             high_steps=self.high_steps,
         )

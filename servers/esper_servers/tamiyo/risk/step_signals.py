@@ -27,6 +27,7 @@ class StepSignals:
     loss_trend: float = 0.0
     """Positive while the loss falls; in the same measure."""
     gradient_volatility: float | None = None
+    """Deviation of the norm over its mean, where that is above 1: small gradients may scatter as they like."""
     slow_hooks: int = 0
     """Steps in a row whose hook took too long, with this one."""
     high_steps: int = 0

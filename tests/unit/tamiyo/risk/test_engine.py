@@ -130,7 +130,6 @@ seed_states = st.builds(
     stage=st.integers(0, 40),
     gradient_norm=st.none() | numbers,
     risk_score=st.none() | numbers,
-    metrics=st.dictionaries(st.sampled_from(["isolation_violations", "alpha"]), numbers),
 )
 devices = st.builds(
     HardwareContext,
@@ -169,6 +168,14 @@ def test_the_history_counts_what_comes_in_a_row():
     for is_high in (True, True, False, True):
         history.settle(is_high=is_high, is_nominal=not is_high)
     assert history.high_steps == 1
+
+
+@pytest.mark.parametrize(("scale", "least", "most"), [(0.01, 0.0, 0.1), (100.0, 0.5, 2.0)])
+def test_gradients_scatter_only_where_they_are_large(scale, least, most):
+    history = RiskHistory()
+    for norm in (1.0, 5.0, 0.1, 9.0, 0.2):
+        observed = history.observe(SystemStatePacket(training_metrics={"gradient_norm": scale * norm}), (), (), CONFIG)
+    assert least <= observed.gradient_volatility <= most
 
 
 def test_a_large_loss_is_judged_relative_to_its_mean():

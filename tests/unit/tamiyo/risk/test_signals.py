@@ -137,7 +137,6 @@ ROWS = [
     ("blueprint", grown(band("MEDIUM") | handling("RESTRICTED")), NOTHING, ""),
     # Isolation.
     ("isolation", step({"kasmina.isolation.violations": 1.0}), NO_SEED, "isolation_violations"),
-    ("isolation", seeds({"metrics": {"isolation_violations": 2.0}}), NO_SEED, "isolation_violations"),
     ("isolation", step({"kasmina.breaker.state": OPEN}), NO_SEED, "kasmina_breaker_open"),
     ("isolation", step({"kasmina.breaker.state": HALF_OPEN, "kasmina.isolation.violations": 0.0}), NOTHING, ""),
     # Lifecycle.

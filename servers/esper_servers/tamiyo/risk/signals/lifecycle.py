@@ -3,7 +3,6 @@ from __future__ import annotations
 import math
 
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
-from esper_rpc.proto.leyline.v1 import SeedState
 from esper_servers.tamiyo.risk.config import RiskConfig
 from esper_servers.tamiyo.risk.reading import NO_SEED, Reading, linear, nominal
 from esper_servers.tamiyo.risk.step_signals import StepSignals
@@ -20,15 +19,14 @@ def read(step: StepSignals, config: RiskConfig) -> Reading | None:
     """Judge the seeds: their own gradients and risk, and how many recover from a failure."""
     if not step.seeds:
         return None
-    if any(_diverges(seed) for seed in step.seeds):
-        return Reading(NO_SEED, 1.0, SEED_DIVERGES)
-    risk = max(linear(seed.risk_score, 0.0, 1.0) for seed in step.seeds)
+    risk, unsettled = 0.0, 0
+    for seed in step.seeds:  # One pass: there may be 256.
+        if not math.isfinite(seed.gradient_norm):  # 0 where it is absent.
+            return Reading(NO_SEED, 1.0, SEED_DIVERGES)
+        risk = max(risk, seed.risk_score)
+        unsettled += seed.stage in UNSETTLED
+    share = unsettled / len(step.seeds)
+    score = linear(max(risk, share), 0.0, 1.0)
     if risk > config.seed_risk:
-        return Reading(NO_SEED, risk, SEED_RISK)
-    unsettled = sum(seed.stage in UNSETTLED for seed in step.seeds) / len(step.seeds)
-    score = max(risk, unsettled)
-    return Reading(NO_SEED, score, SEEDS_UNSETTLED) if unsettled > config.unsettled_seeds else nominal(score)
-
-
-def _diverges(seed: SeedState) -> bool:
-    return not math.isfinite(seed.gradient_norm)  # 0 where it is absent.
+        return Reading(NO_SEED, score, SEED_RISK)
+    return Reading(NO_SEED, score, SEEDS_UNSETTLED) if share > config.unsettled_seeds else nominal(score)

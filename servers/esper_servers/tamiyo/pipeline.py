@@ -281,13 +281,11 @@ class StepPipeline:
         return Decided(choice, verdict.reason or POLICY)
 
     def _adjust(self, verdict: Verdict, run: RunState) -> Decided:
-        """Adjust the optimizer in place of a seed operation, once for each time that the risk comes up."""
-        if run.risk.adjusted_for:
+        """Adjust the optimizer where a seed operation was due."""
+        # Once while the risk lasts: an adjustment after every cool-down would grind the learning rate down.
+        if run.risk.adjusted:
             return Decided(None, verdict.reason)
-        decided = self._act(schema.KIND_OPTIMIZER, verdict, run)
-        if decided.choice is not None:
-            run.risk.adjusted_for = verdict.reason
-        return decided
+        return self._act(schema.KIND_OPTIMIZER, verdict, run)
 
     def _act(self, kind: int, verdict: Verdict, run: RunState) -> Decided:
         """What the risk demands, unless the run cannot do it or did it a moment ago."""
@@ -307,7 +305,7 @@ class StepPipeline:
                 run.germinated_at = run.steps
                 run.planted[command.target_seed_id] = command.seed_operation.blueprint_id
         elif command.command_type == CommandType.COMMAND_TYPE_OPTIMIZER:
-            run.optimizer_at = run.steps
+            run.optimizer_at, run.risk.adjusted = run.steps, True
         else:
             run.paused_at = run.steps
         return kind

@@ -22,8 +22,8 @@ class RiskHistory:
     high_steps: int = 0
     told: dict[str, int] = field(default_factory=dict)
     """The step at which each reason was last logged."""
-    adjusted_for: str = ""
-    """What the optimizer was adjusted for in place of a seed operation, until the run is nominal again."""
+    adjusted: bool = False
+    """Whether the optimizer was adjusted since the run was last nominal."""
 
     def observe(
         self,
@@ -60,4 +60,4 @@ class RiskHistory:
         """Take in the verdict on it."""
         self.high_steps = self.high_steps + 1 if is_high else 0
         if is_nominal:
-            self.adjusted_for = ""
+            self.adjusted = False

@@ -47,6 +47,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS record (
     id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, key TEXT NOT NULL, body BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS record_key ON record (kind, key);
+CREATE INDEX IF NOT EXISTS record_kind ON record (kind);
 """
 
 
@@ -79,6 +80,12 @@ class Journal:
         self._queue.put(request)
         request.done.wait()
 
+    def keep(self, kind: str, key: str, body: bytes) -> bool:
+        """Write a record whose key is new, and wait for the disk; False when the disk did not take it."""
+        self.append(kind, key, body)
+        self.flush()
+        return self.find(kind, key) is not None
+
     def find(self, kind: str, key: str) -> Record | None:
         """Return the newest record of a kind and key that is on the disk."""
         with _reading(self._path) as connection:
@@ -91,6 +98,22 @@ class Journal:
         """Yield the records of a kind that are on the disk, oldest first."""
         with _reading(self._path) as connection:
             for row in connection.execute("SELECT kind, key, body FROM record WHERE kind = ? ORDER BY id", (kind,)):
+                yield Record(*row)
+
+    def page(self, kind: str, *, after: int, limit: int) -> list[tuple[int, Record]]:
+        """Return the first records of a kind beyond a position, oldest first, each with its own; 0 is the start."""
+        with _reading(self._path) as connection:
+            rows = connection.execute(
+                "SELECT id, kind, key, body FROM record WHERE kind = ? AND id > ? ORDER BY id LIMIT ?",
+                (kind, after, limit),
+            )
+            return [(position, Record(*row)) for position, *row in rows]
+
+    def newest(self, kind: str) -> Iterator[Record]:
+        """Yield the records of a kind that are on the disk, newest first."""
+        with _reading(self._path) as connection:
+            query = "SELECT kind, key, body FROM record WHERE kind = ? ORDER BY id DESC"
+            for row in connection.execute(query, (kind,)):
                 yield Record(*row)
 
     def close(self) -> None:

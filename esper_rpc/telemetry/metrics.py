@@ -6,6 +6,8 @@ PROMETHEUS_MULTIPROC_DIR set before this is imported they live in files there, s
 
 from __future__ import annotations
 
+from functools import cache
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from esper_rpc.ledger import StepTiming
@@ -46,6 +48,7 @@ DECISION_PART = Histogram(
     buckets=LATENCY_BUCKETS,
 )
 DECISIONS = Counter("esper_decisions", "Answers to steps.", ["kind", "reason"])
+PAUSE_REQUESTS = Counter("esper_pause_requests", "Requests for a pause, by what was granted of them.", ["result"])
 
 PLAN_COMPILED = Gauge("esper_plan_compiled", "Whether the compiled plan is served.", multiprocess_mode="livemostrecent")
 PLAN_FALLBACKS = Counter("esper_plan_fallbacks", "Times that the eager plan was served although another was wanted.")
@@ -70,6 +73,23 @@ def observe_decision(ledger: StepLedger, kind: str, reason: str) -> None:
     DECISIONS.labels(kind, reason).inc()
     for name, histogram in _DECISION_PARTS.items():
         histogram.observe(getattr(ledger, name) / 1e6)
+
+
+def observe_pause(result: str) -> None:
+    """Record one request for a pause: full, partial or denied."""
+    PAUSE_REQUESTS.labels(result).inc()
+
+
+def tell_pause_quota(least_remaining: int) -> None:
+    """Show the units that are left to the identity that has the fewest."""
+    _pause_quota_remaining().set(least_remaining)
+
+
+@cache
+def _pause_quota_remaining() -> Gauge:
+    """Made where a quota is kept: any other process would show 0."""
+    purpose = "Pause units left in the window of the identity that has the fewest."
+    return Gauge("esper_pause_quota_remaining", purpose, multiprocess_mode="livemostrecent")
 
 
 def observe_step(timing: StepTiming) -> None:

@@ -24,6 +24,8 @@ from esper_servers.policy.policy import Policy
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
 from esper_servers.tamiyo.conservative_mode import ConservativeMode
 from esper_servers.tamiyo.decisions import DecisionLog
+from esper_servers.tamiyo.pause_quota import PauseConfig
+from esper_servers.tamiyo.pauses import Pauses
 from esper_servers.tamiyo.pipeline import StepPipeline
 from esper_servers.tamiyo.run_state import Runs
 from esper_servers.tamiyo.service import RAW_METHODS, TamiyoServicer
@@ -71,8 +73,9 @@ def make_pipeline(mesh, policy, directory):
 
 def make_tamiyo(pipeline):
     return TamiyoServicer(
-        pipeline=pipeline, blueprints=pipeline._blueprints, decisions=pipeline._decisions, mode=pipeline._mode
-    )
+        pipeline=pipeline, blueprints=pipeline._blueprints, decisions=pipeline._decisions, mode=pipeline._mode,
+        pauses=Pauses.of(pipeline._decisions._journal, PauseConfig()),
+    )  # fmt: skip
 
 
 @pytest.fixture

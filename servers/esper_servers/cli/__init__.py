@@ -8,7 +8,7 @@ import typer
 
 from esper_rpc.logging import log_warnings_to_stderr
 
-from . import bench, contract_test, demo, doctor, keys, logs, pki, plan, serve, sign, status, top, up, urza
+from . import bench, contract_test, demo, doctor, keys, logs, pauses, pki, plan, serve, sign, status, top, up, urza
 from .console import Commands
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command(epilog="Example: esper status --json")(status.status)
 app.command(epilog="Example: esper doctor")(doctor.doctor)
 app.command(epilog="Example: esper logs --service tamiyo --level warning --follow")(logs.logs)
 app.command(epilog="Example: esper top --every 2")(top.top)
+app.command(epilog="Example: esper pauses --json")(pauses.pauses)
 app.command(epilog="Example: esper contract-test 127.0.0.1:40123 --only 'Evaluate*'")(contract_test.contract_test)
 app.command(epilog="Example: esper sign --address 127.0.0.1:40123 --seed hidden1 --operation cull --apply")(sign.sign)
 for name, group in (

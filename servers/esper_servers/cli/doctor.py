@@ -137,12 +137,14 @@ def settings_sections() -> dict[str, type]:
     from esper_client.session import SessionConfig
     from esper_servers.kasmina.limits import LocalLimits
     from esper_servers.policy.prior import PriorConfig
+    from esper_servers.tamiyo.pause_quota import PauseConfig
     from esper_servers.tamiyo.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
 
     return {
         "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "risk": RiskConfig,
-        "prior": PriorConfig, "plan": PlanConfig, "quota": QuotaConfig, "concurrency": ConcurrencyConfig,
+        "prior": PriorConfig, "plan": PlanConfig, "pause": PauseConfig, "quota": QuotaConfig,
+        "concurrency": ConcurrencyConfig,
         "pki": PkiConfig,
     }  # fmt: skip
 

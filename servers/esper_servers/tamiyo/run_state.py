@@ -128,11 +128,16 @@ class Runs:
         """The oldest protocol among the runs of an identity: what one stream of it must be able to read."""
         return min((state.protocol_version for state in self._runs.values() if state.owner == owner), default=1)
 
-    def get(self, run_id: str, owner: str) -> RunState:
-        """Return a run of this owner; raises NotFound or PermissionDenied."""
+    def find(self, run_id: str) -> RunState:
+        """Return a run, whoever owns it; raises NotFound."""
         state = self._runs.get(run_id)
         if state is None:
             raise NotFound(f"Run {run_id!r} is not open here; call OpenRun first.", reason="RUN_NOT_OPEN")
+        return state
+
+    def get(self, run_id: str, owner: str) -> RunState:
+        """Return a run of this owner; raises NotFound or PermissionDenied."""
+        state = self.find(run_id)
         _check_owner(state, owner)
         self._runs.move_to_end(run_id)
         return state

@@ -25,6 +25,8 @@ from esper_servers.policy.prior import PriorConfig, RunSignals
 from .blueprint_cache import BlueprintCache
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
+from .pause_quota import PauseConfig
+from .pauses import Pauses
 from .pipeline import StepPipeline
 from .plan_switch import PlanConfig, PlanSwitch
 from .risk.config import RiskConfig
@@ -33,6 +35,7 @@ from .service import RAW_METHODS, TamiyoServicer
 
 SERVICE = tamiyo_service_pb2.DESCRIPTOR.services_by_name["TamiyoService"]
 WARM_UP_STEPS = 20
+PAUSE_QUOTA_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +52,7 @@ class TamiyoServerConfig:
     risk: RiskConfig = field(default_factory=RiskConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    pause: PauseConfig = field(default_factory=PauseConfig)
 
 
 async def serve(config: TamiyoServerConfig) -> None:
@@ -68,7 +72,8 @@ async def serve(config: TamiyoServerConfig) -> None:
         mode=mode,
         risk_config=config.risk,
     )
-    servicer = TamiyoServicer(pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode)
+    pauses = Pauses.of(journal, config.pause)
+    servicer = TamiyoServicer(pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses)
     server = MeshServer(config=config.server, identity=identity)
     server.add_service(SERVICE, servicer, raw_methods=RAW_METHODS)
     async with contextlib.AsyncExitStack() as stack:
@@ -84,6 +89,7 @@ async def serve(config: TamiyoServerConfig) -> None:
         server.every(CHECK_SECONDS, keyring.refresh)
         building = asyncio.create_task(plans.build())
         stack.callback(building.cancel)
+        server.every(PAUSE_QUOTA_SECONDS, pauses.tell_remaining)
         await server.run_until_signal()
     journal.close()
 

@@ -21,8 +21,12 @@ from esper_rpc.proto.tamiyo.v1 import (
     GetPolicyResponse,
     GetStatusRequest,
     GetStatusResponse,
+    ListPauseGrantsRequest,
+    ListPauseGrantsResponse,
     OpenRunRequest,
     OpenRunResponse,
+    RequestPauseRequest,
+    RequestPauseResponse,
     RunStatus,
     SetConservativeModeRequest,
     SetConservativeModeResponse,
@@ -34,12 +38,14 @@ from esper_servers.policy.policy import ARCHITECTURE_VERSION
 from .blueprint_cache import BlueprintCache
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
+from .pauses import Pauses
 from .pipeline import StepPipeline
 
 PROTOCOL_VERSIONS = frozenset({1, 2})
 """1: steps and decisions. 2: also the greeting, `going_away` and the pushback of an overloaded server."""
 FEATURES = frozenset({"seed", "pause", "optimizer"})
 REPORTING_DELAY_SECONDS = 0.001
+DEFAULT_PAGE = 100
 RAW_METHODS = frozenset({"EvaluateEpoch", "EvaluateStep", "EvaluateSteps"})
 FAREWELL = EvaluateStepsResponse(decision=StepDecision(going_away=True)).SerializeToString()
 
@@ -54,11 +60,13 @@ class TamiyoServicer:
         blueprints: BlueprintCache,
         decisions: DecisionLog,
         mode: ConservativeMode,
+        pauses: Pauses,
     ) -> None:
         self._pipeline = pipeline
         self._blueprints = blueprints
         self._decisions = decisions
         self._mode = mode
+        self._pauses = pauses
         self._started = time.monotonic()
         self._live_since = Timestamp()
         self._live_since.GetCurrentTime()
@@ -132,6 +140,16 @@ class TamiyoServicer:
             live_since=self._live_since,
         )
 
+    async def RequestPause(self, request: RequestPauseRequest, call: Call) -> RequestPauseResponse:
+        """Grant what the caller's quota holds; an operator may ask for any run, from a quota of its own."""
+        self._check_run(request.run_id, call)
+        return await self._pauses.request(str(call.peer), request.run_id, request.units, request.reason)
+
+    async def ListPauseGrants(self, request: ListPauseGrantsRequest, call: Call) -> ListPauseGrantsResponse:
+        """Return a page of the audit trail."""
+        grants, more = await self._pauses.page(request.page_size or DEFAULT_PAGE, request.page_token)
+        return ListPauseGrantsResponse(grants=grants, next_page_token=more)
+
     async def SetConservativeMode(self, request: SetConservativeModeRequest, call: Call) -> SetConservativeModeResponse:
         """Turn conservative mode on or off by hand."""
         if request.enabled:
@@ -180,6 +198,14 @@ class TamiyoServicer:
     async def ExplainDecision(self, request: ExplainDecisionRequest, call: Call) -> ExplainDecisionResponse:
         """Return the record of a decision."""
         return await asyncio.to_thread(self._decisions.explain, request.command_id)
+
+    def _check_run(self, run_id: str, call: Call) -> None:
+        """Raise NotFound, or PermissionDenied for another's run."""
+        runs = self._pipeline.runs
+        if call.peer.role == "operator":
+            runs.find(run_id)
+        else:
+            runs.get(run_id, str(call.peer))
 
     async def is_able_to_serve(self) -> bool:
         """Whether steps get decisions; without inference they would all be NoAction."""

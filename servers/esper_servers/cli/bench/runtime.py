@@ -109,18 +109,21 @@ async def _serve(home: Home, work_seconds: float) -> None:
     from esper_servers.tamiyo.blueprint_cache import BlueprintCache
     from esper_servers.tamiyo.conservative_mode import ConservativeMode
     from esper_servers.tamiyo.decisions import DecisionLog
+    from esper_servers.tamiyo.pause_quota import PauseConfig
+    from esper_servers.tamiyo.pauses import Pauses
     from esper_servers.tamiyo.pipeline import StepPipeline
     from esper_servers.tamiyo.run_state import Runs
     from esper_servers.tamiyo.server import SERVICE
     from esper_servers.tamiyo.service import RAW_METHODS, TamiyoServicer
 
     blueprints, mode = BlueprintCache(), ConservativeMode()
-    decisions = DecisionLog(Journal(home.state_dir("bench") / "journal.sqlite"))
+    journal = Journal(home.state_dir("bench") / "journal.sqlite")
+    decisions, pauses = DecisionLog(journal), Pauses.of(journal, PauseConfig())
     pipeline = StepPipeline(
         policy=_ConstantPolicy(work_seconds),  # type: ignore[arg-type]  # Like a Policy, without a network.
         runs=Runs(), blueprints=blueprints, keyring=home.keyring("tamiyo"), decisions=decisions, mode=mode,
     )  # fmt: skip
-    servicer = TamiyoServicer(pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode)
+    servicer = TamiyoServicer(pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses)
     server = MeshServer(config=ServerConfig(), identity=home.identity("tamiyo"))
     server.add_service(SERVICE, servicer, raw_methods=RAW_METHODS)
     gc.collect()

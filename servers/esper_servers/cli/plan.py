@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
@@ -8,6 +10,9 @@ import typer
 from esper_rpc.errors import ConfigError
 
 from .console import Commands, HomeOption, JsonOption, home_of, print_json, run
+from .home import Home
+
+_VARIABLE = "ESPER_PLAN_COMPILE"
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="The compiled form in which the policy is served.")
 
@@ -43,3 +48,21 @@ def build_in(directory: Path) -> Path:
     if not package.exists():
         run(build_beside(package))
     return package
+
+
+def with_plan(home: Home, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which Tamiyo serves the compiled plan from its start; it is built once a user."""
+    directory = home.state_dir("tamiyo") / "plans"
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    shutil.copy(build_in(_cache(environ)), directory)
+    return {**environ, _VARIABLE: "true"}
+
+
+def without_plan(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which no plan is built: that would take a core from what is measured."""
+    return {**environ, _VARIABLE: "false"}
+
+
+def _cache(environ: Mapping[str, str]) -> Path:
+    base = environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "esper" / "plans"

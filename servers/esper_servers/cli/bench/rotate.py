@@ -20,11 +20,11 @@ from esper_rpc.proto.tamiyo.v1 import EvaluateStepRequest, OpenRunRequest
 from esper_rpc.proto.urza.v1 import ListBlueprintsRequest
 from esper_servers.cli.console import JsonOption, environ_of, run
 from esper_servers.cli.home import INSTANCE, MEMBERS, Home
+from esper_servers.cli.plan import without_plan
 from esper_servers.cli.processes import Supervisor
 
 from .measure import machine, percentiles, scratch_home, show
 from .scene import BenchHost
-from .served_plan import without_plan
 from .step import unary_step
 from .urza import seed
 

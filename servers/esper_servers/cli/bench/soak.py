@@ -10,7 +10,7 @@ from esper_servers.cli.home import Home
 from esper_servers.cli.processes import Supervisor
 
 from .measure import at_once, machine, percentiles, rss_mb, scratch_home, show
-from .served_plan import COMPILED, PlanOption, with_plan
+from .served_plan import COMPILED, PlanOption, serving_plan
 from .step import GUARD_MS, StepBench
 from .urza import seed
 
@@ -29,7 +29,7 @@ def soak(
     """
     with scratch_home() as home:
         seed(home)
-        with Supervisor(home, with_plan(plan, home, environ_of(context))) as supervisor:
+        with Supervisor(home, serving_plan(plan, home, environ_of(context))) as supervisor:
             pid = supervisor.services["tamiyo"].process.pid
             document = measure(home, supervisor.addresses["tamiyo"], pid, steps)
     show("soak", document | {"steps": steps, "machine": machine()}, as_json=as_json)

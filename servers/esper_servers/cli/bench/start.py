@@ -6,11 +6,11 @@ from typing import Any
 import typer
 
 from esper_servers.cli.console import JsonOption, environ_of, run
+from esper_servers.cli.plan import without_plan
 from esper_servers.cli.processes import Supervisor
 from esper_servers.cli.status import collect
 
 from .measure import machine, rss_mb, scratch_home, show
-from .served_plan import without_plan
 from .urza import seed
 
 _ROUNDS = 3

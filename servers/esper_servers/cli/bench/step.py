@@ -28,7 +28,7 @@ from esper_servers.cli.processes import Supervisor
 from . import echo
 from .measure import WARM_UP, CountOption, Pace, at_once, machine, percentiles, scratch_home, show
 from .scene import BenchHost
-from .served_plan import COMPILED, PlanOption, with_plan
+from .served_plan import COMPILED, PlanOption, serving_plan
 from .urza import seed
 
 GUARD_MS = 100.0
@@ -48,7 +48,7 @@ def step(
     environ = environ_of(context)
     with scratch_home() as home:
         seed(home)
-        with Supervisor(home, with_plan(plan, home, environ)) as supervisor:
+        with Supervisor(home, serving_plan(plan, home, environ)) as supervisor:
             document = measure(home, supervisor.addresses["tamiyo"], steps)
         with echo.serving(home, environ) as running:
             document["echo"] = echo.measure(home, running.address, steps)

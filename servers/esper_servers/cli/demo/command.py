@@ -17,6 +17,7 @@ from esper_rpc.errors import ConfigError
 from esper_rpc.proto.tamiyo.v1 import GetPolicyRequest, GetStatusRequest
 from esper_servers.cli.console import JsonOption, environ_of, print_json, run
 from esper_servers.cli.home import Home
+from esper_servers.cli.plan import with_plan, without_plan
 from esper_servers.cli.processes import Supervisor, child_environ, cli_command, end
 
 _SHOWN_STAGES = 6
@@ -51,17 +52,29 @@ def _run(home: Home, environ: Mapping[str, str], settings: dict[str, Any], conso
     home.prepare()
     seeding = [*cli_command(), "urza", "seed", "--home", str(home.directory)]
     subprocess.run(seeding, check=True, stdout=subprocess.DEVNULL)
+    served = _environ_with_plan(home, environ, console)
     results: dict[str, Any] = {}
     with _progress(console) as progress:
         results["plain"] = _train(home, environ, {**settings, "mesh": False}, progress)
-        # A plan that is compiled beside the training would take a core from it.
-        with Supervisor(home, {"ESPER_PLAN_COMPILE": "false", **environ}) as supervisor:
+        with Supervisor(home, served) as supervisor:
             for name, address in supervisor.addresses.items():
                 console.print(f"{name} serves at {address} under mutual TLS")
             mesh = {**settings, "mesh": True, "run_id": f"demo-{int(time.time())}"}
             results["mesh"] = _train(home, environ, mesh, progress)
             results["tamiyo"] = run(_ask_tamiyo(home, supervisor.addresses["tamiyo"]))
     return results
+
+
+def _environ_with_plan(home: Home, environ: Mapping[str, str], console: Console) -> dict[str, str]:
+    """The compiled plan now: built beside the training it would take a core from it."""
+    if environ.get("ESPER_PLAN_COMPILE", "true") in ("false", "0"):
+        return dict(environ)
+    console.print("Compiling the policy's plan, once on this machine; that takes about half a minute")
+    try:
+        return with_plan(home, environ)
+    except ConfigError as error:
+        console.print(f"The policy is served by its eager plan: {error.message}")
+        return without_plan(environ)
 
 
 def _train(home: Home, environ: Mapping[str, str], settings: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -2,64 +2,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
 
-from esper_rpc.channel import open_channel
-from esper_rpc.identity import SpiffeId
-from esper_rpc.proto.tamiyo.v1 import EvaluateStepsRequest, EvaluateStepsResponse
 from esper_servers.cli.console import JsonOption, environ_of, run
 from esper_servers.cli.home import Home
 
 from . import echo
 from .measure import machine, percentiles, rss_mb, scratch_home, show
-from .runtime import opening
-from .scene import BenchHost
-from .step import unary_step
+from .run_streams import Answers, RunStream, close_runs, open_runs
 
-METHOD = "/esper.tamiyo.v1.TamiyoService/EvaluateSteps"
 WORK_MS = 10.0
 BUDGET_MS = 50.0
-TRAINERS = 8
 LOADS = (1, 2, 10)
 RUNS = 200
 """So many that two steps of one run never wait at the same time: their order would matter."""
 _CLOSED_LOOP = 4
 _CAPACITY_SECONDS = 3.0
-_LOST_SECONDS = 5.0
-
-
-@dataclass(slots=True)
-class Answers:
-    """Latencies in milliseconds by what came."""
-
-    decided: list[float] = field(default_factory=list)
-    refused: list[float] = field(default_factory=list)
-    expired: int = 0
-    lost: int = 0
-
-    def add(self, answer: EvaluateStepsResponse | None, latency_ms: float) -> None:
-        """Sort an answer in; None stands for none at all."""
-        if answer is None:
-            self.lost += 1
-        elif answer.decision.HasField("error"):
-            self.refused.append(latency_ms)
-        elif answer.decision.no_action.reason == "nominal":
-            self.decided.append(latency_ms)
-        else:
-            self.expired += 1
-
-    @property
-    def in_time(self) -> int:
-        """How many were decided within the budget."""
-        return sum(latency <= BUDGET_MS for latency in self.decided)
-
-    @property
-    def total(self) -> int:
-        """How many were asked."""
-        return len(self.decided) + len(self.refused) + self.expired + self.lost
 
 
 def overload(
@@ -120,70 +80,21 @@ async def _recovery(caller: _Caller, capacity: float) -> float:
             return round(started - begun, 2)
 
 
-class _Run:
-    """One run and its stream: a writer, a reader, and who waits for which step."""
-
-    def __init__(self, channel: Any, host: BenchHost, run_id: str) -> None:
-        self._host, self._run_id = host, run_id
-        self._sequence = 0
-        self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
-        self._waiting: dict[int, asyncio.Future[EvaluateStepsResponse]] = {}
-        call = channel.stream_stream(METHOD)()
-        self._tasks = (asyncio.ensure_future(self._write(call)), asyncio.ensure_future(self._read(call)))
-
-    async def ask(self, answers: Answers) -> None:
-        """Ask one step, and sort in what comes."""
-        self._sequence += 1
-        step = unary_step(self._host, self._sequence, [], run_id=self._run_id)
-        step.budget_us = int(BUDGET_MS * 1000)
-        raw = EvaluateStepsRequest(step=step).SerializeToString()
-        answer = asyncio.get_running_loop().create_future()
-        self._waiting[self._sequence] = answer
-        begun = time.perf_counter()
-        self._outgoing.put_nowait(raw)
-        try:
-            found = await asyncio.wait_for(answer, _LOST_SECONDS)
-        except TimeoutError:
-            found = None
-        answers.add(found, (time.perf_counter() - begun) * 1e3)
-
-    def close(self) -> None:
-        """Leave the stream."""
-        for task in self._tasks:
-            task.cancel()
-
-    async def _write(self, call: Any) -> None:
-        while True:
-            await call.write(await self._outgoing.get())
-
-    async def _read(self, call: Any) -> None:
-        async for raw in call:
-            response = EvaluateStepsResponse.FromString(raw)
-            waiting = self._waiting.pop(response.decision.sequence, None)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(response)
-
-
 class _Caller:
     """Asks on many streams without waiting for answers: an open loop."""
 
-    def __init__(self, channels: list[Any], host: BenchHost) -> None:
-        self._channels = channels
-        self._runs = [_Run(channels[n % len(channels)], host, f"overload-{n}") for n in range(RUNS)]
+    def __init__(self, channels: list[Any], runs: list[RunStream]) -> None:
+        self._channels, self._runs = channels, runs
         self._turn = 0
 
     @classmethod
     async def open(cls, home: Home, address: str) -> _Caller:
-        """Open the runs and the channels, one of each trainer: a single one may not open so many streams."""
-        host = BenchHost(home)
-        trainers = [home.issue_identity(SpiffeId("trainer", f"t{number}")) for number in range(TRAINERS)]
-        for number in range(RUNS):
-            await opening(trainers[number % TRAINERS], address, host, run_id=f"overload-{number}")
-        return cls([open_channel(address, identity=trainer, role="tamiyo") for trainer in trainers], host)
+        """Open the runs and the channels."""
+        return cls(*await open_runs(home, address, RUNS))
 
     async def capacity(self) -> float:
         """Return how many steps a second are decided when a few callers wait for each answer."""
-        answers, begun = Answers(), time.perf_counter()
+        answers, begun = Answers(BUDGET_MS), time.perf_counter()
 
         async def ask_in_turn() -> None:
             while time.perf_counter() - begun < _CAPACITY_SECONDS:
@@ -194,7 +105,7 @@ class _Caller:
 
     async def offer(self, rate: float, seconds: float) -> Answers:
         """Ask `rate` times a second and wait for the last answer."""
-        answers, pending = Answers(), []
+        answers, pending = Answers(BUDGET_MS), []
         begun = time.perf_counter()
         for index in range(int(rate * seconds)):
             pending.append(asyncio.create_task(self._next().ask(answers)))
@@ -204,11 +115,8 @@ class _Caller:
 
     async def close(self) -> None:
         """Leave every stream and close every channel."""
-        for asking in self._runs:
-            asking.close()
-        for channel in self._channels:
-            await channel.close()
+        await close_runs(self._channels, self._runs)
 
-    def _next(self) -> _Run:
+    def _next(self) -> RunStream:
         self._turn += 1
         return self._runs[self._turn % RUNS]

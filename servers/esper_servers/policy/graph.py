@@ -4,6 +4,7 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esper_rpc.proto.leyline.v1 import BlueprintDescriptor, HandlingClass, HazardBand, SeedState, SystemStatePacket
+from esper_rpc.proto.leyline.v1 import (
+    BlueprintDescriptor,
+    BlueprintTier,
+    HandlingClass,
+    HazardBand,
+    SeedState,
+    SystemStatePacket,
+)
 from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
 
 from . import schema
@@ -46,6 +54,14 @@ class BlueprintCandidate:
     def risk(self) -> float:
         """From 0 to 1, by the safety data sheet where there is one."""
         return self.descriptor.risk if self.bsds_risk is None else self.bsds_risk
+
+    @cached_property
+    def is_free(self) -> bool:
+        """Whether it may be planted at all: safe, approved, and with no safety data sheet against it."""
+        held = self.descriptor.quarantine_only or self.handling_class == HandlingClass.HANDLING_CLASS_QUARANTINE
+        dangerous = self.hazard_band >= HazardBand.HAZARD_BAND_HIGH
+        safe = self.descriptor.tier == BlueprintTier.BLUEPRINT_TIER_SAFE
+        return safe and not (held or dangerous or self.descriptor.approval_required)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

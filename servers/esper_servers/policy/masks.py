@@ -6,12 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from esper_rpc.proto.leyline.v1 import BlueprintTier, HandlingClass, HazardBand, SeedState
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.leyline.v1 import SeedOperation as Operation
+from esper_rpc.proto.leyline.v1 import SeedState
 
 from . import schema
 from .graph import BlueprintCandidate
+
+# A name of an enum is looked up by string each time, and this is asked many times a step.
+GERMINATE = Operation.SEED_OPERATION_GERMINATE
 
 # What the controller may ask of a seed in each stage; the host holds the same table and checks again.
 LEGAL_OPERATIONS: Mapping[int, tuple[Operation.ValueType, ...]] = {
@@ -52,24 +55,15 @@ def legal(
     features: frozenset[str],
 ) -> Masks:
     """Mask what the stage forbids, what the run does not offer, and blueprints that do not bind or are not free."""
-    free = [_is_free(b) for b in blueprints]
-    fitting = np.array(
-        [[ok and site in b.fits for ok, b in zip(free, blueprints, strict=True)] for site in sites], dtype=bool
-    ).reshape(len(seeds), len(blueprints))
+    fitting = np.array([[b.is_free and site in b.fits for b in blueprints] for site in sites], dtype=bool).reshape(
+        len(seeds), len(blueprints)
+    )
     operation = np.zeros((len(seeds), schema.OPERATION_COUNT), dtype=bool)
     for i, seed in enumerate(seeds):
         for number in LEGAL_OPERATIONS.get(seed.stage, ()):
-            operation[i, number] = number != Operation.SEED_OPERATION_GERMINATE or fitting[i].any()
+            operation[i, number] = number != GERMINATE or fitting[i].any()
     offered = [True, "seed" in features and bool(operation.any()), "optimizer" in features, "pause" in features]
     return Masks(kind=np.array(offered), operation=operation, blueprint=fitting)
-
-
-def _is_free(blueprint: BlueprintCandidate) -> bool:
-    descriptor = blueprint.descriptor
-    held = descriptor.quarantine_only or blueprint.handling_class == HandlingClass.HANDLING_CLASS_QUARANTINE
-    dangerous = blueprint.hazard_band >= HazardBand.HAZARD_BAND_HIGH
-    safe = descriptor.tier == BlueprintTier.BLUEPRINT_TIER_SAFE
-    return safe and not (held or dangerous or descriptor.approval_required)
 
 
 def choose(
@@ -86,6 +80,6 @@ def choose(
     flat = int(np.where(masks.operation, operation, -np.inf).argmax())
     seed, number = divmod(flat, schema.OPERATION_COUNT)
     chosen = -1
-    if number == Operation.SEED_OPERATION_GERMINATE:
+    if number == GERMINATE:
         chosen = int(np.where(masks.blueprint[seed], blueprint, -np.inf).argmax())
     return Choice(best, seed, number, chosen, int(schedule.argmax()))

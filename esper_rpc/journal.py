@@ -3,7 +3,7 @@ from __future__ import annotations
 import queue
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +43,14 @@ class _Flush:
     done: threading.Event
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    make: Callable[[], Sequence[Record]]
+
+
+_Item = Record | _Made | _Flush | None
+
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS record (
     id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, key TEXT NOT NULL, body BLOB NOT NULL);
@@ -60,7 +68,7 @@ class Journal:
     def __init__(self, path: Path, *, config: JournalConfig | None = None) -> None:
         self._path = path
         self._config = config or JournalConfig()
-        self._queue: queue.Queue[Record | _Flush | None] = queue.Queue(self._config.queue_records)
+        self._queue: queue.Queue[_Item] = queue.Queue(self._config.queue_records)
         self.dropped = 0
         self._is_failing = False
         self._writer_connection = _open(path)
@@ -71,6 +79,13 @@ class Journal:
         """Queue a record."""
         try:
             self._queue.put_nowait(Record(kind, key, body))
+        except queue.Full:
+            self.dropped += 1
+
+    def append_made(self, make: Callable[[], Sequence[Record]]) -> None:
+        """Queue records that take long to write down; `make` is called on the writer's thread."""
+        try:
+            self._queue.put_nowait(_Made(make))
         except queue.Full:
             self.dropped += 1
 
@@ -85,6 +100,12 @@ class Journal:
         self.append(kind, key, body)
         self.flush()
         return self.find(kind, key) is not None
+
+    def holds(self, kind: str, key: str) -> bool:
+        """Whether a record of a kind and key is on the disk."""
+        with _reading(self._path) as connection:
+            query = "SELECT EXISTS (SELECT 1 FROM record WHERE kind = ? AND key = ?)"
+            return bool(connection.execute(query, (kind, key)).fetchone()[0])
 
     def find(self, kind: str, key: str) -> Record | None:
         """Return the newest record of a kind and key that is on the disk."""
@@ -126,7 +147,7 @@ class Journal:
     def _write(self) -> None:
         while True:
             batch = self._drain()
-            records = [item for item in batch if isinstance(item, Record)]
+            records = [record for item in batch for record in self._records_of(item)]
             if records:
                 self._commit(records)
             for item in batch:
@@ -135,7 +156,17 @@ class Journal:
             if None in batch:
                 return
 
-    def _drain(self) -> list[Record | _Flush | None]:
+    def _records_of(self, item: _Item) -> Sequence[Record]:
+        if isinstance(item, Record):
+            return (item,)
+        try:
+            return item.make() if isinstance(item, _Made) else ()
+        except Exception as error:  # A record that cannot be made must not end the writer.
+            self.dropped += 1
+            log.error("journal_record_failed", path=str(self._path), exc_info=error)
+            return ()
+
+    def _drain(self) -> list[_Item]:
         batch = [self._queue.get()]
         while len(batch) < self._config.commit_records:
             try:

@@ -8,8 +8,27 @@ import typer
 
 from esper_rpc.logging import log_warnings_to_stderr
 
-from . import bench, contract_test, demo, doctor, keys, logs, pauses, pki, plan, serve, sign, status, top, up, urza
+from . import (
+    bench,
+    contract_test,
+    decisions,
+    demo,
+    doctor,
+    keys,
+    logs,
+    pauses,
+    pki,
+    plan,
+    serve,
+    sign,
+    status,
+    top,
+    up,
+    urza,
+)
 from .console import Commands
+
+_COMMAND = "5b3c9a52-6d0e-4b7a-9d1f-0c2f6f1f8a11"
 
 app = typer.Typer(
     cls=Commands,
@@ -25,6 +44,8 @@ app.command(epilog="Example: esper status --json")(status.status)
 app.command(epilog="Example: esper doctor")(doctor.doctor)
 app.command(epilog="Example: esper logs --service tamiyo --level warning --follow")(logs.logs)
 app.command(epilog="Example: esper top --every 2")(top.top)
+app.command(epilog=f"Example: esper explain {_COMMAND} --json")(decisions.explain)
+app.command(epilog=f"Example: esper replay {_COMMAND}")(decisions.replay)
 app.command(epilog="Example: esper pauses --json")(pauses.pauses)
 app.command(epilog="Example: esper contract-test 127.0.0.1:40123 --only 'Evaluate*'")(contract_test.contract_test)
 app.command(epilog="Example: esper sign --address 127.0.0.1:40123 --seed hidden1 --operation cull --apply")(sign.sign)

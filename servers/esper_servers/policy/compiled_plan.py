@@ -23,20 +23,27 @@ class CompiledPlan:
     """Runs the package, and the eager plan for graphs that are too large for it."""
 
     def __init__(self, package: Package, eager: Callable[[GraphInputs], Heads]) -> None:
-        self._package = package
+        self.package = package
         self._eager = eager
         self._laid_out: WeakKeyDictionary[GraphInputs, list[Tensor]] = WeakKeyDictionary()
 
     def __call__(self, inputs: GraphInputs) -> Heads:
         """Compute the heads of one graph."""
-        if inputs not in self._laid_out:
-            self._laid_out[inputs] = plan_inputs(inputs) if cells(inputs) <= CELL_LIMIT else []
-        tensors = self._laid_out[inputs]
+        tensors = self._tensors(inputs)
         if not tensors:
             return self._eager(inputs)
-        kind, operation, blueprint, schedule, value, risk = self._package(tensors)
+        kind, operation, blueprint, schedule, value, risk = self.package(tensors)
         seeds, blueprints = inputs.features["seed"].shape[0], inputs.features["blueprint"].shape[0]
         return Heads(kind, operation[:seeds], blueprint[:blueprints], schedule, value, risk)
+
+    def covers(self, inputs: GraphInputs) -> bool:
+        """Whether a graph is small enough for the package."""
+        return bool(self._tensors(inputs))
+
+    def _tensors(self, inputs: GraphInputs) -> list[Tensor]:
+        if inputs not in self._laid_out:
+            self._laid_out[inputs] = plan_inputs(inputs) if cells(inputs) <= CELL_LIMIT else []
+        return self._laid_out[inputs]
 
 
 def plan_inputs(inputs: GraphInputs) -> list[Tensor]:

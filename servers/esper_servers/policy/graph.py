@@ -141,6 +141,10 @@ class RunGraph:
         layer[:, 15] = known
         return self._inputs
 
+    def copy_features(self) -> dict[str, Floats]:
+        """Copy what the last `fill` wrote, by type of node."""
+        return {kind: array.copy() for kind, array in self._arrays.items()}
+
     def coverage(self) -> dict[str, float]:
         """Return the share of known features, per node type as `node.<type>` and overall as `overall`."""
         known = {kind: _known(array, kind) for kind, array in self._arrays.items()}

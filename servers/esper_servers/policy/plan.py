@@ -24,19 +24,30 @@ class FusedPlan:
             self._gat = [_GatLayer(layer, network.config.heads) for layer in network.gat]
 
     def __call__(self, inputs: GraphInputs) -> Heads:
-        """Compute the heads of one graph."""
-        counts = {kind: x.shape[0] for kind, x in inputs.features.items()}
+        """Compute the heads of one graph, whose structure is kept for the next time."""
+        structure = self._structures.get(inputs)
+        if structure is None:
+            structure = self._structures[inputs] = _Structure(inputs, _counts(inputs))
+        return self._compute(inputs, structure)
+
+    def compute_once(self, inputs: GraphInputs) -> Heads:
+        """Compute the heads of a graph that will not come again; safe beside the thread of the steps."""
+        return self._compute(inputs, _Structure(inputs, _counts(inputs)))
+
+    def _compute(self, inputs: GraphInputs, structure: _Structure) -> Heads:
+        counts = _counts(inputs)
         sizes = [counts[kind] for kind in schema.NODE_TYPES]
         encoders = self._network.encoders
         h = torch.relu(torch.cat([encoders[kind](inputs.features[kind]) for kind in schema.NODE_TYPES]))
-        structure = self._structures.get(inputs)
-        if structure is None:
-            structure = self._structures[inputs] = _Structure(inputs, counts)
         for sage in self._sage:
             h = torch.relu(sage(h, sizes, structure)) + h
         h = nn.functional.gelu(self._gat[0](h, sizes, structure))
         h = self._gat[1](h, sizes, structure)
         return self._network.read_out(dict(zip(schema.NODE_TYPES, torch.split(h, sizes), strict=True)))
+
+
+def _counts(inputs: GraphInputs) -> dict[str, int]:
+    return {kind: x.shape[0] for kind, x in inputs.features.items()}
 
 
 class _Structure:

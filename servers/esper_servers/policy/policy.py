@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from .compiled_plan import CompiledPlan, Package
 from .graph import GraphInputs
 from .network import Heads, NetworkConfig, PolicyNetwork
 from .plan import FusedPlan
-from .prior import PriorConfig, RunSignals
+from .prior import Bonus, PriorConfig, RunSignals
 
 ARCHITECTURE_VERSION = "gnn_v1"
 EAGER, COMPILED = "eager", "compiled"
@@ -33,6 +33,8 @@ class PolicyOutput:
     schedule: NDArray[np.float32]
     value: float
     risk: NDArray[np.float32]
+    plan: str = EAGER
+    """Which plan computed it: also under a compiled one it may be `eager`, for large graphs."""
 
     @property
     def is_finite(self) -> bool:
@@ -48,11 +50,9 @@ class Policy:
         self.network = network.eval()
         self.version = version
         self.origin = origin
-        self._prior = prior_config
+        self.prior = prior_config
         self._eager = FusedPlan(network)
-        self._plan: Callable[[GraphInputs], Heads] = self._eager
-        self.plan = EAGER
-        """Which form of the network is served: `eager` or `compiled`."""
+        self._compiled: CompiledPlan | None = None
         self.digest = _digest(network)
         self.parameter_count = sum(p.numel() for p in network.parameters())
 
@@ -72,39 +72,69 @@ class Policy:
     def evaluate(self, inputs: GraphInputs, seeds: Sequence[SeedState], signals: RunSignals) -> PolicyOutput:
         """Run the network on one graph and add the prior. `seeds` are in the order of the graph's seed nodes."""
         with torch.inference_mode():
-            heads = self._heads(inputs)
-        added = prior.bonus(seeds, signals, self._prior)
-        return PolicyOutput(
-            np.tanh(heads.kind.numpy()) + added.kind,
-            np.tanh(heads.operation.numpy()) + added.operation,
-            heads.blueprint.numpy(),
-            heads.schedule.numpy(),
-            float(heads.value),
-            heads.risk.numpy(),
-        )
+            heads, plan = self._heads(inputs)
+        return _with_bonus(heads, prior.bonus(seeds, signals, self.prior), plan)
+
+    def evaluate_again(
+        self, inputs: GraphInputs, seeds: Sequence[SeedState], signals: RunSignals, prior_config: PriorConfig, plan: str
+    ) -> PolicyOutput:
+        """Evaluate with other thresholds, and by this plan if it is here; on any thread, for it changes nothing."""
+        with torch.inference_mode():
+            heads, used = self._heads_again(inputs, plan)
+        return _with_bonus(heads, prior.bonus(seeds, signals, prior_config), used)
 
     def compute(self, inputs: GraphInputs, package: Package | None = None) -> Heads:
         """Compute the heads alone, by the eager plan or by a package that is not served yet."""
         with torch.inference_mode():
             return self._eager(inputs) if package is None else CompiledPlan(package, self._eager)(inputs)
 
+    @property
+    def plan(self) -> str:
+        """Which form of the network is served: `eager` or `compiled`."""
+        return EAGER if self._compiled is None else COMPILED
+
     def serve_compiled(self, package: Package) -> None:
         """Serve a package from the next step on."""
-        self._plan, self.plan = CompiledPlan(package, self._eager), COMPILED
+        self._compiled = CompiledPlan(package, self._eager)
 
     def serve_eager(self) -> None:
         """Serve the eager plan from the next step on."""
-        self._plan, self.plan = self._eager, EAGER
+        self._compiled = None
 
-    def _heads(self, inputs: GraphInputs) -> Heads:
+    def _heads(self, inputs: GraphInputs) -> tuple[Heads, str]:
+        """The heads, and the plan that computed them."""
+        compiled = self._compiled  # Read once: another thread sets it.
+        if compiled is None:
+            return self._eager(inputs), EAGER
         try:
-            return self._plan(inputs)
+            return _by(compiled, inputs)
         except RuntimeError as error:
-            if self.plan == EAGER:
-                raise
             log.error("compiled_plan_failed", error=str(error)[:200], priority="HIGH")
             self.serve_eager()
-            return self._eager(inputs)
+            return self._eager(inputs), EAGER
+
+    def _heads_again(self, inputs: GraphInputs, plan: str) -> tuple[Heads, str]:
+        compiled = self._compiled
+        if plan == EAGER or compiled is None:
+            return self._eager.compute_once(inputs), EAGER
+        # What the served plans keep of each graph belongs to the thread of the steps.
+        return _by(CompiledPlan(compiled.package, self._eager.compute_once), inputs)
+
+
+def _by(compiled: CompiledPlan, inputs: GraphInputs) -> tuple[Heads, str]:
+    return compiled(inputs), COMPILED if compiled.covers(inputs) else EAGER
+
+
+def _with_bonus(heads: Heads, added: Bonus, plan: str) -> PolicyOutput:
+    return PolicyOutput(
+        np.tanh(heads.kind.numpy()) + added.kind,
+        np.tanh(heads.operation.numpy()) + added.operation,
+        heads.blueprint.numpy(),
+        heads.schedule.numpy(),
+        float(heads.value),
+        heads.risk.numpy(),
+        plan,
+    )
 
 
 def _digest(network: PolicyNetwork) -> bytes:

@@ -51,6 +51,7 @@ RISK_COUNT = 5
 # Kinds of action, by index of the head.
 KIND_NONE, KIND_SEED, KIND_OPTIMIZER, KIND_PAUSE = range(4)
 KIND_COUNT = 4
+KIND_NAMES = ("none", "seed", "optimizer", "pause")
 
 
 def width_of(node_type: str) -> int:

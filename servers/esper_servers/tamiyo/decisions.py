@@ -1,32 +1,30 @@
 from __future__ import annotations
 
-from esper_rpc.errors import NotFound
-from esper_rpc.journal import Journal
-from esper_rpc.proto.leyline.v1 import AdaptationCommand, SystemStatePacket
-from esper_rpc.proto.tamiyo.v1 import ExplainDecisionResponse, StepLedger
+from weakref import WeakKeyDictionary
+
+from esper_rpc.errors import FailedPrecondition, NotFound
+from esper_rpc.journal import Journal, Record
+from esper_rpc.proto.tamiyo.v1 import ExplainDecisionResponse, RunStructure
+from esper_servers.policy.graph import RunGraph
+
+from .evidence import Evidence
+from .structure import digest_of, write_structure
 
 KIND = "decision"
+STRUCTURE = "structure"
 
 
 class DecisionLog:
-    """Keeps the record of every command in the journal; writing never waits for the disk."""
+    """Keeps the record of every command in the journal, and beside it once what each graph was built from."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
+        # Only the journal's writer looks at it.
+        self._digests: WeakKeyDictionary[RunGraph, bytes] = WeakKeyDictionary()
 
-    def record(
-        self,
-        command: AdaptationCommand,
-        packet: SystemStatePacket,
-        reason: str,
-        policy_version: str,
-        ledger: StepLedger,
-    ) -> None:
-        """Queue a record."""
-        record = ExplainDecisionResponse(
-            command=command, packet=packet, reason=reason, policy_version=policy_version, ledger=ledger
-        )
-        self._journal.append(KIND, command.command_id, record.SerializeToString())
+    def record(self, evidence: Evidence) -> None:
+        """Queue a record; it is written down on the journal's thread."""
+        self._journal.append_made(lambda: self._records(evidence))
 
     def explain(self, command_id: str) -> ExplainDecisionResponse:
         """Return the record of a command; raises NotFound. Waits for the disk: keep it off the step path."""
@@ -35,3 +33,23 @@ class DecisionLog:
         if record is None:
             raise NotFound(f"There is no decision {command_id!r}.")
         return ExplainDecisionResponse.FromString(record.body)
+
+    def structure(self, digest: bytes) -> RunStructure:
+        """Return what a graph was built from; raises FailedPrecondition when the journal dropped it."""
+        record = self._journal.find(STRUCTURE, digest.hex())
+        if record is None:
+            raise FailedPrecondition(
+                "The journal no longer holds the structure of this decision's run.", reason="NOT_REPLAYABLE"
+            )
+        return RunStructure.FromString(record.body)
+
+    def _records(self, evidence: Evidence) -> list[Record]:
+        digest, records = self._digests.get(evidence.graph), []
+        # The journal drops what is oldest, so a structure that is still in use may have to be written again.
+        if digest is None or not self._journal.holds(STRUCTURE, digest.hex()):
+            body = write_structure(evidence.request, evidence.graph)
+            digest = self._digests[evidence.graph] = digest_of(body)
+            if not self._journal.holds(STRUCTURE, digest.hex()):
+                records.append(Record(STRUCTURE, digest.hex(), body))
+        body = evidence.record(digest).SerializeToString()
+        return [*records, Record(KIND, evidence.command.command_id, body)]

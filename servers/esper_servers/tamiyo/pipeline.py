@@ -31,15 +31,16 @@ from esper_rpc.status import hide_unexpected, to_status
 from esper_rpc.steady_clock import SteadyClock
 from esper_rpc.telemetry.metrics import observe_decision
 from esper_rpc.telemetry.tracing import record_span
-from esper_servers.policy import masks, schema
-from esper_servers.policy.masks import Choice
-from esper_servers.policy.policy import Policy, PolicyOutput
+from esper_servers.policy.policy import Policy
 
+from . import choosing
 from .blueprint_cache import BlueprintCache
+from .choosing import Decided
 from .commands import build_command, sign_command
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
-from .risk import engine
+from .evidence import Evidence
+from .memory import Memory
 from .risk.config import RiskConfig
 from .risk.engine import Verdict
 from .risk.events import RiskEvents
@@ -48,10 +49,7 @@ from .step_queue import StepQueue
 
 log = structlog.get_logger(__name__)
 
-NOMINAL, BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN = (
-    "nominal", "budget_exhausted", "inference_failed", "inference_breaker_open",
-)  # fmt: skip
-POLICY = "policy"
+BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN = "budget_exhausted", "inference_failed", "inference_breaker_open"
 EPOCH_BUDGET_SECONDS = 2.0
 Request = TypeVar("Request", EvaluateStepsRequest, EvaluateEpochRequest)
 GREETING_ANSWER = EvaluateStepsResponse(decision=StepDecision()).SerializeToString()
@@ -88,14 +86,6 @@ class Reported:
     kind: str
     reason: str
     command_id: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Decided:
-    """A choice with its reason; no choice is NoAction."""
-
-    choice: Choice | None
-    reason: str
 
 
 class StepPipeline:
@@ -173,11 +163,13 @@ class StepPipeline:
     def _answer(self, step: Step, run: RunState, digest: bytes, watch: _Stopwatch, budget: float) -> bytes:
         if step.sequence <= run.last_sequence:
             return _answer_again(run, step.sequence, digest)
-        decision = self._decide(step, run, digest, watch, budget)
+        decision, evidence = self._decide(step, run, digest, watch, budget)
         decision.sequence = step.sequence
         decision.ledger.CopyFrom(watch.close())
         reply = EvaluateStepsResponse(decision=decision).SerializeToString()
         run.last_sequence, run.last_digest, run.last_reply = step.sequence, digest, reply
+        if evidence is not None:
+            self._decisions.record(evidence)
         return reply
 
     def report(self) -> None:
@@ -191,15 +183,17 @@ class StepPipeline:
             if reported.command_id:
                 _log_command(reported)
 
-    def _decide(self, step: Step, run: RunState, digest: bytes, watch: _Stopwatch, budget: float) -> StepDecision:
-        packet = step.packet
+    def _decide(
+        self, step: Step, run: RunState, digest: bytes, watch: _Stopwatch, budget: float
+    ) -> tuple[StepDecision, Evidence | None]:
         self._note(run, step)
-        verdict = self._judge(packet, run)
+        memory, conservative = Memory.of(run), self._mode.enabled or run.mode.enabled
+        verdict = self._judge(step.packet, run, conservative=conservative)
         watch.lap("risk_us")
-        decided = self._choose(packet, run, watch, budget, verdict)
+        decided = self._choose(step.packet, run, watch, budget, verdict)
         if decided.choice is None:
             self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason))
-            return StepDecision(no_action=NoAction(reason=decided.reason))
+            return StepDecision(no_action=NoAction(reason=decided.reason)), None
         command = build_command(
             run, decided.choice, reason=decided.reason, policy_version=self.policy.version, verdict=verdict
         )
@@ -211,10 +205,13 @@ class StepPipeline:
             request_digest=digest,
             now_ns=self.clock_ns(),
         )
+        evidence = Evidence.of(
+            command, step.packet, watch.ledger, decided, verdict, run=run, memory=memory, policy=self.policy,
+            prior=self.policy.prior, risk=self._risk, conservative=conservative,
+        )  # fmt: skip
         watch.lap("signing_us")
         self._count(Reported(step, watch.ledger, self._issued(run, command), decided.reason, command.command_id))
-        self._decisions.record(command, packet, decided.reason, self.policy.version, watch.ledger)
-        return StepDecision(command=envelope)
+        return StepDecision(command=envelope), evidence
 
     def _note(self, run: RunState, step: Step) -> None:
         run.steps += 1
@@ -225,10 +222,8 @@ class StepPipeline:
             run.graph = build_graph(run.request, self._blueprints.candidates(run.request.sites))
             run.catalogue_version = self._blueprints.version
 
-    def _judge(self, packet: SystemStatePacket, run: RunState) -> Verdict:
-        conservative = self._mode.enabled or run.mode.enabled
-        verdict = engine.judge(run.observe(packet, self._risk), self._risk, conservative=conservative)
-        run.risk.settle(is_high=verdict.is_high, is_nominal=verdict.is_nominal)
+    def _judge(self, packet: SystemStatePacket, run: RunState, *, conservative: bool) -> Verdict:
+        verdict = choosing.judge(run, packet, conservative=conservative, config=self._risk)
         if verdict.holds:
             run.mode.enter(verdict.reason)
         self._risk_events.note(run.risk.told, run_id=run.request.run_id, step=run.steps, verdict=verdict)
@@ -243,7 +238,7 @@ class StepPipeline:
             return Decided(None, BUDGET_EXHAUSTED)
         seeds = run.ordered_seeds(packet)
         if verdict.forced is not None:
-            return self._act(verdict.forced, verdict, run)
+            return choosing.obey(verdict.forced, verdict, run, self._risk)
         if not self.breaker.allow():
             return Decided(None, BREAKER_OPEN)
         try:
@@ -258,41 +253,11 @@ class StepPipeline:
         self._mode.record_success()
         run.mode.record_success()
         watch.lap("inference_us")
-        decided = self._select(output, run, seeds, verdict)
+        decided = choosing.select(output, run, seeds, verdict, self._risk)
         watch.lap("risk_us")
         if watch.spent() >= budget:
             return Decided(None, BUDGET_EXHAUSTED)
         return decided
-
-    def _select(self, output: PolicyOutput, run: RunState, seeds: object, verdict: Verdict) -> Decided:
-        graph = run.graph
-        sites = [graph.site_of[seed_id] for seed_id in graph.seed_ids]
-        legal = masks.legal(seeds, sites, graph.blueprints, run.features)  # type: ignore[arg-type]  # A sequence.
-        legal.kind[schema.KIND_PAUSE] = False  # The policy pauses only through a gate until it is trained to.
-        heads = (output.kind, output.operation, output.blueprint, output.schedule)
-        choice = masks.choose(*heads, legal)
-        if choice.kind == schema.KIND_SEED and verdict.replaces_seed:
-            return self._adjust(verdict, run)
-        if not verdict.allowed[choice.kind]:
-            legal.kind[:] &= verdict.allowed
-            choice = masks.choose(*heads, legal)
-        if choice.kind == schema.KIND_NONE:
-            return Decided(None, verdict.reason or NOMINAL)
-        return Decided(choice, verdict.reason or POLICY)
-
-    def _adjust(self, verdict: Verdict, run: RunState) -> Decided:
-        """Adjust the optimizer where a seed operation was due."""
-        # Once while the risk lasts: an adjustment after every cool-down would grind the learning rate down.
-        if run.risk.adjusted:
-            return Decided(None, verdict.reason)
-        return self._act(schema.KIND_OPTIMIZER, verdict, run)
-
-    def _act(self, kind: int, verdict: Verdict, run: RunState) -> Decided:
-        """What the risk demands, unless the run cannot do it or did it a moment ago."""
-        last, feature = (run.paused_at, "pause") if kind == schema.KIND_PAUSE else (run.optimizer_at, "optimizer")
-        if feature not in run.features or run.steps - last < self._risk.cool_down_steps:
-            return Decided(None, verdict.reason)
-        return Decided(Choice(kind), verdict.reason)
 
     def _issued(self, run: RunState, command: AdaptationCommand) -> str:
         """Note a command; returns what kind it is."""

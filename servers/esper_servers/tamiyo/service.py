@@ -25,6 +25,8 @@ from esper_rpc.proto.tamiyo.v1 import (
     ListPauseGrantsResponse,
     OpenRunRequest,
     OpenRunResponse,
+    ReplayDecisionRequest,
+    ReplayDecisionResponse,
     RequestPauseRequest,
     RequestPauseResponse,
     RunStatus,
@@ -40,6 +42,7 @@ from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
 from .pauses import Pauses
 from .pipeline import StepPipeline
+from .replay import Replay
 
 PROTOCOL_VERSIONS = frozenset({1, 2})
 """1: steps and decisions. 2: also the greeting, `going_away` and the pushback of an overloaded server."""
@@ -67,6 +70,9 @@ class TamiyoServicer:
         self._decisions = decisions
         self._mode = mode
         self._pauses = pauses
+        self._replay = Replay(decisions, lambda: pipeline.policy)
+        # Whatever computes beside the steps slows them down.
+        self._one_replay_at_a_time = asyncio.Lock()
         self._started = time.monotonic()
         self._live_since = Timestamp()
         self._live_since.GetCurrentTime()
@@ -198,6 +204,12 @@ class TamiyoServicer:
     async def ExplainDecision(self, request: ExplainDecisionRequest, call: Call) -> ExplainDecisionResponse:
         """Return the record of a decision."""
         return await asyncio.to_thread(self._decisions.explain, request.command_id)
+
+    async def ReplayDecision(self, request: ReplayDecisionRequest, call: Call) -> ReplayDecisionResponse:
+        """Decide again from the record, beside the steps."""
+        async with self._one_replay_at_a_time:
+            found = await asyncio.to_thread(self._replay.differences, request.command_id)
+        return ReplayDecisionResponse(identical=not found, differences=found)
 
     def _check_run(self, run_id: str, call: Call) -> None:
         """Raise NotFound, or PermissionDenied for another's run."""

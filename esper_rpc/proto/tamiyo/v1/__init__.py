@@ -1,5 +1,14 @@
 """Generated. Do not edit."""
 
+from .evidence_pb2 import (
+    DecisionEvidence as DecisionEvidence,
+    GraphBlueprint as GraphBlueprint,
+    GraphSeed as GraphSeed,
+    NumberArray as NumberArray,
+    RiskVerdict as RiskVerdict,
+    RunStructure as RunStructure,
+    SignalReading as SignalReading,
+)
 from .step_pb2 import (
     NoAction as NoAction,
     Step as Step,

@@ -11,6 +11,7 @@ from esper_rpc.proto.leyline.v1 import report_pb2 as _report_pb2
 from esper_rpc.proto.leyline.v1 import seed_pb2 as _seed_pb2
 from esper_rpc.proto.leyline.v1 import state_pb2 as _state_pb2
 from esper_rpc.proto.leyline.v1 import telemetry_pb2 as _telemetry_pb2
+from esper_rpc.proto.tamiyo.v1 import evidence_pb2 as _evidence_pb2
 from esper_rpc.proto.tamiyo.v1 import step_pb2 as _step_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -1072,6 +1073,7 @@ class ExplainDecisionResponse(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """The reason that was given."""
     policy_version: _builtins.str
@@ -1088,6 +1090,10 @@ class ExplainDecisionResponse(_message.Message):
     def ledger(self) -> _step_pb2.StepLedger:
         """Where the time went."""
 
+    @_builtins.property
+    def evidence(self) -> _evidence_pb2.DecisionEvidence:
+        """What else it was computed from. Not set in a record of an earlier version."""
+
     def __init__(
         self,
         *,
@@ -1096,10 +1102,11 @@ class ExplainDecisionResponse(_message.Message):
         reason: _builtins.str = ...,
         policy_version: _builtins.str = ...,
         ledger: _step_pb2.StepLedger | None = ...,
+        evidence: _evidence_pb2.DecisionEvidence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "ledger", b"ledger", "packet", b"packet"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "evidence", b"evidence", "ledger", b"ledger", "packet", b"packet"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "ledger", b"ledger", "packet", b"packet", "policy_version", b"policy_version", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "evidence", b"evidence", "ledger", b"ledger", "packet", b"packet", "policy_version", b"policy_version", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ExplainDecisionResponse: _TypeAlias = ExplainDecisionResponse  # noqa: Y015
@@ -1135,7 +1142,7 @@ class ReplayDecisionResponse(_message.Message):
     """Whether the decision came out the same, bit for bit."""
     @_builtins.property
     def differences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What differs, empty when nothing does."""
+        """What differs, field by field: what was recorded and what came out now. Empty when nothing does."""
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ from esper_rpc.proto.leyline.v1 import HealthStatus
 
 # What a signal demands, by rising severity.
 NOTHING, NO_SEED, OPTIMIZER_FOR_SEED, OPTIMIZER, PAUSE, PAUSE_AND_HOLD = range(6)
+DEMAND_NAMES = ("nothing", "no_seed", "optimizer_for_seed", "optimizer", "pause", "pause_and_hold")
 _STATUS = (
     HealthStatus.HEALTH_STATUS_HEALTHY, HealthStatus.HEALTH_STATUS_DEGRADED, HealthStatus.HEALTH_STATUS_DEGRADED,
     HealthStatus.HEALTH_STATUS_DEGRADED, HealthStatus.HEALTH_STATUS_UNHEALTHY, HealthStatus.HEALTH_STATUS_CRITICAL,

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+from google.protobuf.json_format import MessageToDict
+
+from esper_client.client import TamiyoClient
+from esper_rpc.proto.leyline.v1 import CommandType, SeedOperation
+from esper_rpc.proto.tamiyo.v1 import (
+    ExplainDecisionRequest,
+    ExplainDecisionResponse,
+    NumberArray,
+    ReplayDecisionRequest,
+    ReplayDecisionResponse,
+    RiskVerdict,
+)
+
+from .console import EXIT_FAILURE, AddressOption, HomeOption, JsonOption, home_of, print_json, print_rows, run
+from .home import Home
+
+CommandArgument = Annotated[str, typer.Argument(help="The identifier of the command.", show_default=False)]
+
+
+def explain(
+    context: typer.Context,
+    command_id: CommandArgument,
+    address: AddressOption = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show why a command was given: inputs, signals, risk, policy and where the time went."""
+    record = run(_explain(home_of(context, home), address, command_id))
+    if as_json:
+        print_json(_document(record))
+        return
+    for title, rows in _tables(record).items():
+        print_rows(title, [{"name": name, "value": value} for name, value in rows.items()], as_json=False)
+
+
+def replay(
+    context: typer.Context,
+    command_id: CommandArgument,
+    address: AddressOption = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let Tamiyo decide again from the record of a command; exits with 1 when anything comes out otherwise."""
+    answer = run(_replay(home_of(context, home), address, command_id))
+    if as_json:
+        print_json({"identical": answer.identical, "differences": list(answer.differences)})
+    else:
+        typer.echo("Identical, bit for bit." if answer.identical else "\n".join(answer.differences))
+    if not answer.identical:
+        raise typer.Exit(EXIT_FAILURE)
+
+
+async def _explain(home: Home, address: str | None, command_id: str) -> ExplainDecisionResponse:
+    async with TamiyoClient(home.address("tamiyo", address), identity=home.identity()) as client:
+        return await client.explain_decision(ExplainDecisionRequest(command_id=command_id))
+
+
+async def _replay(home: Home, address: str | None, command_id: str) -> ReplayDecisionResponse:
+    async with TamiyoClient(home.address("tamiyo", address), identity=home.identity()) as client:
+        return await client.replay_decision(ReplayDecisionRequest(command_id=command_id))
+
+
+def _document(record: ExplainDecisionResponse) -> dict[str, Any]:
+    """The record as JSON, its arrays as nested lists."""
+    document: dict[str, Any] = MessageToDict(record, preserving_proto_field_name=True)
+    evidence = record.evidence
+    for name, arrays in (("features", evidence.features), ("masks", evidence.masks), ("outputs", evidence.outputs)):
+        if arrays:
+            document["evidence"][name] = _lists(arrays)
+    return document
+
+
+def _lists(arrays: Mapping[str, NumberArray]) -> dict[str, Any]:
+    from esper_servers.tamiyo.arrays import read_array
+
+    return {name: read_array(array).tolist() for name, array in sorted(arrays.items())}
+
+
+def _rounded(outputs: Mapping[str, NumberArray]) -> dict[str, Any]:
+    """The outputs that are about the run as a whole; those for each seed or blueprint are in the JSON."""
+    from esper_servers.policy.schema import KIND_NAMES
+    from esper_servers.tamiyo.arrays import read_array
+
+    found = {name: read_array(outputs[name]).round(4).tolist() for name in ("kind", "risk", "value") if name in outputs}
+    kinds = zip(KIND_NAMES, found.pop("kind", ()), strict=False)
+    return {f"kind: {kind}": value for kind, value in kinds} | found
+
+
+def _tables(record: ExplainDecisionResponse) -> dict[str, dict[str, Any]]:
+    """What is shown, by title; a table without rows is left out."""
+    evidence, verdict = record.evidence, record.evidence.verdict
+    seeds = {state.seed_id: MessageToDict(state)["stage"] for state in record.packet.seed_states if state.stage}
+    tables: dict[str, dict[str, Any]] = {
+        "Decision": _summary(record),
+        "Inputs": {**_sorted(record.packet.training_metrics), **seeds},
+        "Signals": _sorted(evidence.signals),
+        "Remembered before": _sorted(evidence.memory),
+        "Risk": _risk(verdict),
+        "Policy": _rounded(evidence.outputs),
+        "Ledger": {field.name: getattr(record.ledger, field.name) for field in record.ledger.DESCRIPTOR.fields},
+    }
+    return {title: rows for title, rows in tables.items() if rows}
+
+
+def _summary(record: ExplainDecisionResponse) -> dict[str, Any]:
+    command, change = record.command, record.command.seed_operation
+    operation = SeedOperation.Name(change.operation).removeprefix("SEED_OPERATION_") if change.operation else ""
+    rows = {
+        "command": command.command_id,
+        "type": CommandType.Name(command.command_type).removeprefix("COMMAND_TYPE_"),
+        "operation": operation,
+        "seed": command.target_seed_id,
+        "blueprint": change.blueprint_id,
+        "reason": record.reason,
+        "run": record.evidence.run_id,
+        "step": record.packet.global_step,
+        "issued": command.issued_at.ToJsonString(),
+        "policy": record.policy_version,
+        "plan": record.evidence.plan,
+        "policy digest": record.evidence.policy_digest.hex(),
+        "conservative mode": record.evidence.conservative,
+    }
+    return {name: value for name, value in rows.items() if value != ""}
+
+
+def _risk(verdict: RiskVerdict) -> dict[str, Any]:
+    """What the risk engine said, and after it each signal that demanded something."""
+    rows = {
+        "allowed": list(verdict.allowed_kinds),
+        "forced": verdict.forced_kind,
+        "demand": verdict.demand,
+        "reason": verdict.reason,
+        "score": round(verdict.score, 4),
+    }
+    readings = sorted(verdict.readings.items())
+    return rows | {name: f"{read.demand}: {read.reason}" for name, read in readings if read.reason}
+
+
+def _sorted(numbers: Mapping[str, float]) -> dict[str, float]:
+    return dict(sorted(numbers.items()))

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from typing import TypeVar
+
+import numpy as np
+
+from esper_rpc.errors import FailedPrecondition
+from esper_rpc.proto.leyline.v1 import AdaptationCommand
+from esper_rpc.proto.tamiyo.v1 import DecisionEvidence, ExplainDecisionResponse, NumberArray, RunStructure
+from esper_servers.policy.graph import GraphInputs
+from esper_servers.policy.policy import Policy, PolicyOutput
+from esper_servers.policy.prior import PriorConfig
+
+from . import choosing
+from .arrays import read_array
+from .choosing import Decided
+from .commands import build_command
+from .comparison import differences
+from .decisions import DecisionLog
+from .evidence import Evidence
+from .memory import Memory
+from .plan_switch import TOLERANCE
+from .risk.config import RiskConfig
+from .risk.engine import Verdict
+from .run_state import RunState
+from .structure import digest_of, run_of
+
+Config = TypeVar("Config", RiskConfig, PriorConfig)
+
+DRAWN = frozenset({"command.command_id", "command.issued_at"})
+"""What is drawn for each command and not decided."""
+OUTPUTS = "evidence.outputs"
+RUNTIME = "evidence.runtime:"
+"""It may explain a difference and is none by itself."""
+
+
+class Replay:
+    """Decides again what stands in a record, on a run made anew from it. Nothing live is touched."""
+
+    def __init__(self, decisions: DecisionLog, policy: Callable[[], Policy]) -> None:
+        self._decisions = decisions
+        self._policy = policy
+
+    def differences(self, command_id: str) -> list[str]:
+        """Say what comes out otherwise than recorded; raises NotFound, or FailedPrecondition without the means.
+
+        Takes milliseconds and waits for the disk: keep it off the step path.
+        """
+        recorded = self._decisions.explain(command_id)
+        if not recorded.HasField("evidence"):
+            raise FailedPrecondition("An earlier version recorded this decision.", reason="NOT_REPLAYABLE")
+        structure = self._decisions.structure(recorded.evidence.structure_digest)
+        now = decide_again(recorded, structure, self._policy())
+        found = list(differences(recorded, now, skip=_skipped(recorded.evidence, now.evidence)))
+        return found if any(not line.startswith(RUNTIME) for line in found) else []
+
+
+def decide_again(recorded: ExplainDecisionResponse, structure: RunStructure, policy: Policy) -> ExplainDecisionResponse:
+    """Return the record that the same state gives now, with the thresholds of then."""
+    evidence = recorded.evidence
+    run = run_of(structure, evidence.run_id)
+    memory = Memory.of_numbers(evidence.memory)
+    memory.give_to(run)
+    run.planted = dict(evidence.planted)
+    risk, prior = _config(RiskConfig(), "risk", evidence), _config(PriorConfig(), "prior", evidence)
+    verdict = choosing.judge(run, recorded.packet, conservative=evidence.conservative, config=risk)
+    inputs = run.graph.fill(recorded.packet)
+    if verdict.forced is not None:
+        decided = choosing.obey(verdict.forced, verdict, run, risk)
+    else:
+        output = _output(inputs, recorded, run, policy, prior)
+        decided = choosing.select(output, run, run.ordered_seeds(recorded.packet), verdict, risk)
+    return Evidence.of(
+        _command(run, decided, verdict, recorded), recorded.packet, recorded.ledger, decided, verdict,
+        run=run, memory=memory, policy=policy, prior=prior, risk=risk, conservative=evidence.conservative,
+    ).record(digest_of(structure.SerializeToString(deterministic=True)))  # fmt: skip
+
+
+def _output(
+    inputs: GraphInputs, recorded: ExplainDecisionResponse, run: RunState, policy: Policy, prior: PriorConfig
+) -> PolicyOutput:
+    """What the policy puts out; that of another policy cannot be had, so what was recorded stands for it."""
+    evidence = recorded.evidence
+    if evidence.policy_digest != policy.digest and evidence.outputs:
+        return _read_output(evidence.outputs, evidence.plan)
+    return policy.evaluate_again(inputs, run.ordered_seeds(recorded.packet), run.signals(), prior, evidence.plan)
+
+
+def _read_output(outputs: Mapping[str, NumberArray], plan: str) -> PolicyOutput:
+    arrays = {name: read_array(array) for name, array in outputs.items()}
+    value = float(arrays.pop("value"))
+    return PolicyOutput(value=value, plan=plan, **arrays)
+
+
+def _command(run: RunState, decided: Decided, verdict: Verdict, recorded: ExplainDecisionResponse) -> AdaptationCommand:
+    if decided.choice is None:
+        return AdaptationCommand()
+    return build_command(
+        run, decided.choice, reason=decided.reason, policy_version=recorded.policy_version, verdict=verdict
+    )
+
+
+def _skipped(recorded: DecisionEvidence, now: DecisionEvidence) -> AbstractSet[str]:
+    """What need not be the same: two plans compute the same only nearly, and their difference is told as such."""
+    if not recorded.plan or not now.plan or recorded.plan == now.plan:
+        return DRAWN
+    return DRAWN | {OUTPUTS} if _are_near(recorded.outputs, now.outputs) else DRAWN
+
+
+def _are_near(ours: Mapping[str, NumberArray], theirs: Mapping[str, NumberArray]) -> bool:
+    pairs = [(read_array(ours[name]), read_array(theirs[name])) for name in ours if name in theirs]
+    return len(pairs) == len(ours) == len(theirs) and all(
+        a.shape == b.shape and np.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE) for a, b in pairs
+    )
+
+
+def _config(default: Config, section: str, evidence: DecisionEvidence) -> Config:
+    """The thresholds of then; one that was not known then is as it is by default."""
+    found = {}
+    for field in dataclasses.fields(default):
+        value = getattr(default, field.name)
+        found[field.name] = type(value)(evidence.settings.get(f"{section}.{field.name}", value))
+    return dataclasses.replace(default, **found)

@@ -71,6 +71,8 @@ class Journal:
         self._queue: queue.Queue[_Item] = queue.Queue(self._config.queue_records)
         self.dropped = 0
         self._is_failing = False
+        self._made: set[tuple[str, str]] = set()
+        """What was made for the batch that is not on the disk yet."""
         self._writer_connection = _open(path)
         self._writer = threading.Thread(target=self._write, name="journal", daemon=True)
         self._writer.start()
@@ -102,7 +104,9 @@ class Journal:
         return self.find(kind, key) is not None
 
     def holds(self, kind: str, key: str) -> bool:
-        """Whether a record of a kind and key is on the disk."""
+        """Whether a record of a kind and key is on the disk, or was made for the batch that goes there next."""
+        if (kind, key) in self._made:
+            return True
         with _reading(self._path) as connection:
             query = "SELECT EXISTS (SELECT 1 FROM record WHERE kind = ? AND key = ?)"
             return bool(connection.execute(query, (kind, key)).fetchone()[0])
@@ -150,6 +154,7 @@ class Journal:
             records = [record for item in batch for record in self._records_of(item)]
             if records:
                 self._commit(records)
+            self._made.clear()
             for item in batch:
                 if isinstance(item, _Flush):
                     item.done.set()
@@ -160,7 +165,9 @@ class Journal:
         if isinstance(item, Record):
             return (item,)
         try:
-            return item.make() if isinstance(item, _Made) else ()
+            made = item.make() if isinstance(item, _Made) else ()
+            self._made.update((record.kind, record.key) for record in made)
+            return made
         except Exception as error:  # A record that cannot be made must not end the writer.
             self.dropped += 1
             log.error("journal_record_failed", path=str(self._path), exc_info=error)

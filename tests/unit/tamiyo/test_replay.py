@@ -205,6 +205,15 @@ def test_a_structure_is_kept_once_however_often_the_run_is_opened(controller):
     assert len(list(controller.journal.read(STRUCTURE))) == 1
 
 
+def test_a_structure_is_kept_once_also_when_the_disk_is_behind(controller):
+    released = threading.Event()
+    controller.journal.append_made(lambda: [Record("first", "1", b"")] * released.wait(60))
+    controller.train(5, stage=Stage.SEED_LIFECYCLE_STAGE_GERMINATED)
+    released.set()
+    controller.journal.flush()
+    assert len(list(controller.journal.read(STRUCTURE))) == 1
+
+
 def test_a_structure_that_the_journal_dropped_is_written_again(controller, monkeypatch):
     controller.train(2, stage=Stage.SEED_LIFECYCLE_STAGE_GERMINATED)
     controller.journal.flush()

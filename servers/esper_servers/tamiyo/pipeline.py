@@ -3,14 +3,12 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import structlog
 from google.protobuf.message import DecodeError
-from opentelemetry.trace import SpanKind
 
 from esper_rpc import rules
 from esper_rpc.breaker import CircuitBreaker
@@ -24,13 +22,10 @@ from esper_rpc.proto.tamiyo.v1 import (
     NoAction,
     Step,
     StepDecision,
-    StepLedger,
     StepStatus,
 )
 from esper_rpc.status import hide_unexpected, to_status
 from esper_rpc.steady_clock import SteadyClock
-from esper_rpc.telemetry.metrics import observe_decision
-from esper_rpc.telemetry.tracing import record_span
 from esper_servers.policy.policy import Policy
 
 from . import choosing
@@ -41,11 +36,13 @@ from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
 from .evidence import Evidence
 from .memory import Memory
+from .reporting import DecisionReports, Reported
 from .risk.config import RiskConfig
 from .risk.engine import Verdict
 from .risk.events import RiskEvents
 from .run_state import Runs, RunState, build_graph
 from .step_queue import StepQueue
+from .stopwatch import Stopwatch
 
 log = structlog.get_logger(__name__)
 
@@ -53,39 +50,6 @@ BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN = "budget_exhausted", "inferenc
 EPOCH_BUDGET_SECONDS = 2.0
 Request = TypeVar("Request", EvaluateStepsRequest, EvaluateEpochRequest)
 GREETING_ANSWER = EvaluateStepsResponse(decision=StepDecision()).SerializeToString()
-
-
-class _Stopwatch:
-    """Fills a ledger: each `lap` adds the time since the one before."""
-
-    def __init__(self, arrived: float) -> None:
-        self.arrived = arrived
-        self.ledger = StepLedger()
-        self._last = time.perf_counter()
-        self.ledger.queue_us = _microseconds(self._last - arrived)
-
-    def lap(self, field: str) -> None:
-        now = time.perf_counter()
-        setattr(self.ledger, field, getattr(self.ledger, field) + _microseconds(now - self._last))
-        self._last = now
-
-    def close(self) -> StepLedger:
-        self.ledger.total_us = _microseconds(time.perf_counter() - self.arrived)
-        return self.ledger
-
-    def spent(self) -> float:
-        return time.perf_counter() - self.arrived
-
-
-@dataclass(frozen=True, slots=True)
-class Reported:
-    """What is told of a decision once its answer is on its way."""
-
-    step: Step
-    ledger: StepLedger
-    kind: str
-    reason: str
-    command_id: str = ""
 
 
 class StepPipeline:
@@ -119,7 +83,7 @@ class StepPipeline:
         """The time that commands carry, and that OpenRun tells the run."""
         self.kinds: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
-        self._unreported: deque[Reported] = deque(maxlen=4096)
+        self._reports = DecisionReports()
 
     async def evaluate_in_band(self, raw: bytes, owner: str) -> bytes:
         """Answer a message of the stream; a refusal is an answer too, and the stream goes on."""
@@ -138,18 +102,18 @@ class StepPipeline:
 
         `time_remaining` is what the call's own deadline leaves: it tells of time that passed before the call came here.
         """
-        watch = _Stopwatch(arrived)
+        watch = Stopwatch(arrived)
         step = _parse(raw, EvaluateStepsRequest).step
         return await self._take_turn(step, raw, owner, watch, min(step.budget_us / 1e6, time_remaining))
 
     async def evaluate_epoch(self, raw: bytes, owner: str, arrived: float) -> bytes:
         """Answer one serialised EvaluateEpochRequest, bound to these very bytes; raises EsperError."""
-        watch = _Stopwatch(arrived)
+        watch = Stopwatch(arrived)
         asked = _parse(raw, EvaluateEpochRequest)
         step = Step(run_id=asked.run_id, sequence=asked.sequence, packet=asked.packet)
         return await self._take_turn(step, raw, owner, watch, EPOCH_BUDGET_SECONDS)
 
-    async def _take_turn(self, step: Step, raw: bytes, owner: str, watch: _Stopwatch, budget: float) -> bytes:
+    async def _take_turn(self, step: Step, raw: bytes, owner: str, watch: Stopwatch, budget: float) -> bytes:
         run = self.runs.get(step.run_id, owner)
         digest = hashlib.sha256(raw).digest()
         watch.lap("validate_us")
@@ -160,7 +124,7 @@ class StepPipeline:
         finally:
             self.queue.end_turn()
 
-    def _answer(self, step: Step, run: RunState, digest: bytes, watch: _Stopwatch, budget: float) -> bytes:
+    def _answer(self, step: Step, run: RunState, digest: bytes, watch: Stopwatch, budget: float) -> bytes:
         if step.sequence <= run.last_sequence:
             return _answer_again(run, step.sequence, digest)
         decision, evidence = self._decide(step, run, digest, watch, budget)
@@ -173,18 +137,12 @@ class StepPipeline:
         return reply
 
     def report(self) -> None:
-        """Record metrics and spans of what was answered; call it when the answer is on its way."""
+        """Record metrics, events and spans of what was answered; call it when the answer is on its way."""
         self._risk_events.report()
-        while self._unreported:
-            reported = self._unreported.popleft()
-            observe_decision(reported.ledger, reported.kind, reported.reason)
-            if reported.step.traceparent:
-                _record_span(reported)
-            if reported.command_id:
-                _log_command(reported)
+        self._reports.report()
 
     def _decide(
-        self, step: Step, run: RunState, digest: bytes, watch: _Stopwatch, budget: float
+        self, step: Step, run: RunState, digest: bytes, watch: Stopwatch, budget: float
     ) -> tuple[StepDecision, Evidence | None]:
         self._note(run, step)
         memory, conservative = Memory.of(run), self._mode.enabled or run.mode.enabled
@@ -230,7 +188,7 @@ class StepPipeline:
         return verdict
 
     def _choose(
-        self, packet: SystemStatePacket, run: RunState, watch: _Stopwatch, budget: float, verdict: Verdict
+        self, packet: SystemStatePacket, run: RunState, watch: Stopwatch, budget: float, verdict: Verdict
     ) -> Decided:
         inputs = run.graph.fill(packet)
         watch.lap("features_us")
@@ -278,17 +236,12 @@ class StepPipeline:
     def _count(self, reported: Reported) -> None:
         self.kinds[reported.kind] += 1
         self.reasons[reported.reason] += 1
-        self._unreported.append(reported)
+        self._reports.note(reported)
 
     def _on_breaker(self, before: int, after: int) -> None:
         log.warning("breaker_moved", breaker="inference", before=before, after=after)
         if after == CircuitState.CIRCUIT_STATE_OPEN:
             self._mode.enter("inference_breaker_open")
-
-
-def _microseconds(seconds: float) -> int:
-    """For a uint32: a machine that slept must not break the answer."""
-    return min(2**32 - 1, max(0, int(seconds * 1e6)))
 
 
 def _parse(raw: bytes, kind: type[Request]) -> Request:
@@ -305,37 +258,6 @@ def _answer_again(run: RunState, sequence: int, digest: bytes) -> bytes:
         return run.last_reply
     raise FailedPrecondition(
         f"Sequence {sequence} was answered already; the last one is {run.last_sequence}.", reason="SEQUENCE_REPLAYED"
-    )
-
-
-def _record_span(reported: Reported) -> None:
-    parts = {f"esper.{field.name}": getattr(reported.ledger, field.name) for field in StepLedger.DESCRIPTOR.fields}
-    now = time.time_ns()
-    record_span(
-        "tamiyo.evaluate",
-        start_ns=now - reported.ledger.total_us * 1000,
-        end_ns=now,
-        traceparent=reported.step.traceparent,
-        kind=SpanKind.SERVER,
-        attributes={
-            "esper.run_id": reported.step.run_id,
-            "esper.global_step": reported.step.packet.global_step,
-            "esper.decision": reported.kind,
-            "esper.reason": reported.reason,
-            "esper.command_id": reported.command_id,
-            **parts,
-        },
-    )
-
-
-def _log_command(reported: Reported) -> None:
-    log.info(
-        "command_issued",
-        run_id=reported.step.run_id,
-        step=reported.step.packet.global_step,
-        command_id=reported.command_id,
-        kind=reported.kind,
-        reason=reported.reason,
     )
 
 

@@ -126,4 +126,5 @@ async def test_a_step_that_may_have_waited_unseen_is_taken_to_be_older(queue, cl
     await queue.take_turn(clock(), 1.0)
     clock.advance(0.06)  # The evaluation held the loop, and what came meanwhile is seen only now.
     with pytest.raises(ResourceExhausted):
-        await queue.take_turn(clock(), 0.035)
+        async with asyncio.timeout(5):  # Admitted, it would wait for a turn that nobody gives.
+            await queue.take_turn(clock(), 0.035)

@@ -32,6 +32,7 @@ MAX_SEEDS = 256
 # Some relations join every node of one type with every node of another, and every run shares one process: 256 nodes of
 # each type take 1.7 s a step, 1024 half a minute. What a topology says beyond these counts is left out.
 MAX_LAYERS, MAX_ACTIVATIONS, MAX_PARAMETERS, MAX_ADJACENCY = 256, 64, 64, 4096
+_FILLED_BY_STEP = ("layer", "seed", "global")
 FEATURE_LIMIT = 1e6
 """Beyond it a value says nothing more, and the network's sums could leave float32."""
 
@@ -101,6 +102,8 @@ class RunGraph:
         self._arrays = {kind: room[: sizes[kind]] for kind, room in rooms.items()}
         self._tensors = {kind: torch.from_numpy(array) for kind, array in self._arrays.items()}
         self._fill_static()
+        self.plantable = self._find_plantable()
+        """(S, B): which blueprint may grow in which seed."""
         self.edges = self._build_edges(topology, sites)
         self._inputs = GraphInputs(
             features=self._tensors,
@@ -147,11 +150,24 @@ class RunGraph:
 
     def coverage(self) -> dict[str, float]:
         """Return the share of known features, per node type as `node.<type>` and overall as `overall`."""
-        known = {kind: _known(array, kind) for kind, array in self._arrays.items()}
+        known = self._known_structure | {kind: _known(self._arrays[kind], kind) for kind in _FILLED_BY_STEP}
         ratios = {f"node.{k}": round(have / total, 4) for k, (have, total) in known.items() if total}
-        ratios |= {f"edges.{s}_{name}": float(edges.shape[1] > 0) for (s, name, _), edges in self.edges.items()}
         total = sum(t for _, t in known.values())
-        return ratios | {"overall": round(sum(h for h, _ in known.values()) / max(1, total), 4)}
+        overall = round(sum(h for h, _ in known.values()) / max(1, total), 4)
+        return ratios | self._edge_coverage | {"overall": overall}
+
+    @cached_property
+    def _known_structure(self) -> dict[str, tuple[float, int]]:
+        return {kind: _known(array, kind) for kind, array in self._arrays.items() if kind not in _FILLED_BY_STEP}
+
+    @cached_property
+    def _edge_coverage(self) -> dict[str, float]:
+        return {f"edges.{s}_{name}": float(edges.shape[1] > 0) for (s, name, _), edges in self.edges.items()}
+
+    def _find_plantable(self) -> NDArray[np.bool_]:
+        sites = [self.site_of[seed_id] for seed_id in self.seed_ids]
+        fitting = [[b.is_free and site in b.fits for b in self.blueprints] for site in sites]
+        return np.array(fitting, dtype=bool).reshape(len(sites), len(self.blueprints))
 
     def _sizes(self) -> dict[str, int]:
         return {

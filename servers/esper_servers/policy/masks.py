@@ -11,7 +11,6 @@ from esper_rpc.proto.leyline.v1 import SeedOperation as Operation
 from esper_rpc.proto.leyline.v1 import SeedState
 
 from . import schema
-from .graph import BlueprintCandidate
 
 # A name of an enum is looked up by string each time, and this is asked many times a step.
 GERMINATE = Operation.SEED_OPERATION_GERMINATE
@@ -50,20 +49,16 @@ class Masks:
 
 def legal(
     seeds: Sequence[SeedState],
-    sites: Sequence[str],
-    blueprints: Sequence[BlueprintCandidate],
+    plantable: NDArray[np.bool_],
     features: frozenset[str],
 ) -> Masks:
-    """Mask what the stage forbids, what the run does not offer, and blueprints that do not bind or are not free."""
-    fitting = np.array([[b.is_free and site in b.fits for b in blueprints] for site in sites], dtype=bool).reshape(
-        len(seeds), len(blueprints)
-    )
+    """Mask what the stage forbids, what the run does not offer, and seeds where no blueprint is `plantable` (S, B)."""
     operation = np.zeros((len(seeds), schema.OPERATION_COUNT), dtype=bool)
     for i, seed in enumerate(seeds):
         for number in LEGAL_OPERATIONS.get(seed.stage, ()):
-            operation[i, number] = number != GERMINATE or fitting[i].any()
+            operation[i, number] = number != GERMINATE or plantable[i].any()
     offered = [True, "seed" in features and bool(operation.any()), "optimizer" in features, "pause" in features]
-    return Masks(kind=np.array(offered), operation=operation, blueprint=fitting)
+    return Masks(kind=np.array(offered), operation=operation, blueprint=plantable)
 
 
 def choose(

@@ -51,9 +51,7 @@ def select(
 
 
 def _legal(run: RunState, seeds: Sequence[SeedState]) -> Masks:
-    graph = run.graph
-    sites = [graph.site_of[seed_id] for seed_id in graph.seed_ids]
-    legal = masks.legal(seeds, sites, graph.blueprints, run.features)
+    legal = masks.legal(seeds, run.graph.plantable, run.features)
     legal.kind[schema.KIND_PAUSE] = False  # The policy pauses only through a gate until it is trained to.
     return legal
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from .risk.engine import Verdict
 from .risk.reading import DEMAND_NAMES, Reading
 from .run_state import RunState
 
+_SIGNALS = tuple(field.name for field in dataclasses.fields(RunSignals))
 RUNTIME = f"torch {torch.__version__}"
 
 
@@ -81,7 +83,7 @@ class Evidence:
             conservative=self.conservative,
             settings=settings_of(self.risk, self.prior),
             memory=self.memory.numbers(),
-            signals={name: float(value) for name, value in dataclasses.asdict(self.signals).items()},
+            signals={name: float(getattr(self.signals, name)) for name in _SIGNALS},
             verdict=_verdict(self.verdict),
             features=write_arrays(self.features),
             masks=write_arrays(_fields(self.decided.masks)),
@@ -94,7 +96,8 @@ class Evidence:
         )  # fmt: skip
 
 
-def settings_of(risk: RiskConfig, prior: PriorConfig) -> dict[str, float]:
+@functools.cache
+def settings_of(risk: RiskConfig, prior: PriorConfig) -> Mapping[str, float]:
     """Name every threshold."""
     named = {"risk": dataclasses.asdict(risk), "prior": dataclasses.asdict(prior)}
     return {f"{section}.{key}": float(value) for section, values in named.items() for key, value in values.items()}

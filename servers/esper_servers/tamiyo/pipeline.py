@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -84,6 +84,8 @@ class StepPipeline:
         self.kinds: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self._reports = DecisionReports()
+        self._unrecorded: deque[Evidence] = deque()
+        """Of answers that have not left: the journal's thread would hold them up."""
 
     async def evaluate_in_band(self, raw: bytes, owner: str) -> bytes:
         """Answer a message of the stream; a refusal is an answer too, and the stream goes on."""
@@ -133,11 +135,13 @@ class StepPipeline:
         reply = EvaluateStepsResponse(decision=decision).SerializeToString()
         run.last_sequence, run.last_digest, run.last_reply = step.sequence, digest, reply
         if evidence is not None:
-            self._decisions.record(evidence)
+            self._unrecorded.append(evidence)
         return reply
 
     def report(self) -> None:
-        """Record metrics, events and spans of what was answered; call it when the answer is on its way."""
+        """Record commands, metrics, events and spans of what was answered; call it when the answer is on its way."""
+        while self._unrecorded:
+            self._decisions.record(self._unrecorded.popleft())
         self._risk_events.report()
         self._reports.report()
 

@@ -91,6 +91,7 @@ async def serve(config: TamiyoServerConfig) -> None:
         stack.callback(building.cancel)
         server.every(PAUSE_QUOTA_SECONDS, pauses.tell_remaining)
         await server.run_until_signal()
+    pipeline.report()
     journal.close()
 
 

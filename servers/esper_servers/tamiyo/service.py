@@ -124,14 +124,15 @@ class TamiyoServicer:
         left = call.time_remaining()
         remaining = math.inf if left is None else left
         reply = await self._pipeline.evaluate(raw, str(call.peer), time.perf_counter(), remaining)
-        # The answer has not left yet, and need not wait for this.
-        asyncio.get_running_loop().call_later(REPORTING_DELAY_SECONDS, self._pipeline.report)
+        self._report_soon()
         return reply
 
     async def EvaluateEpoch(self, raw: bytes, call: Call) -> bytes:
         """Decide on a state without the hurry of a step."""
         # An EvaluateEpochResponse has the bytes of an EvaluateStepsResponse.
-        return await self._pipeline.evaluate_epoch(raw, str(call.peer), time.perf_counter())
+        reply = await self._pipeline.evaluate_epoch(raw, str(call.peer), time.perf_counter())
+        self._report_soon()
+        return reply
 
     async def GetPolicy(self, request: GetPolicyRequest, call: Call) -> GetPolicyResponse:
         """Describe the policy in force."""
@@ -203,10 +204,12 @@ class TamiyoServicer:
 
     async def ExplainDecision(self, request: ExplainDecisionRequest, call: Call) -> ExplainDecisionResponse:
         """Return the record of a decision."""
+        self._pipeline.report()
         return await asyncio.to_thread(self._decisions.explain, request.command_id)
 
     async def ReplayDecision(self, request: ReplayDecisionRequest, call: Call) -> ReplayDecisionResponse:
         """Decide again from the record, beside the steps."""
+        self._pipeline.report()
         async with self._one_replay_at_a_time:
             found = await asyncio.to_thread(self._replay.differences, request.command_id)
         return ReplayDecisionResponse(identical=not found, differences=found)
@@ -218,6 +221,10 @@ class TamiyoServicer:
             runs.find(run_id)
         else:
             runs.get(run_id, str(call.peer))
+
+    def _report_soon(self) -> None:
+        """The answer of a unary call leaves after its handler returned, and need not wait for this."""
+        asyncio.get_running_loop().call_later(REPORTING_DELAY_SECONDS, self._pipeline.report)
 
     async def is_able_to_serve(self) -> bool:
         """Whether steps get decisions; without inference they would all be NoAction."""

@@ -203,8 +203,7 @@ def chosen(policy, stage, signals=SIGNALS, features=frozenset({"seed", "optimize
     graph = sample_graph()
     state = packet(stage)
     output = policy.evaluate(graph.fill(state), list(state.seed_states), signals)
-    sites = [s.site_id for s in sample.sample_sites()]
-    legal = masks.legal(list(state.seed_states), sites, graph.blueprints, features)
+    legal = masks.legal(list(state.seed_states), graph.plantable, features)
     return masks.choose(output.kind, output.operation, output.blueprint, output.schedule, legal)
 
 
@@ -231,7 +230,8 @@ def test_whatever_the_logits_the_choice_is_legal(stages, seed):
     draw = np.random.default_rng(seed)
     seeds = [SeedState(stage=stage) for stage in stages]
     blueprints = [candidate("a", ["x"]), candidate("b", ["x"], tier=BlueprintTier.BLUEPRINT_TIER_HIGH_RISK)]
-    legal = masks.legal(seeds, ["x"] * len(seeds), blueprints, frozenset({"seed"}))
+    run_seeds = [RunSeed(seed_id=str(i), site_id="x") for i in range(len(stages))]
+    legal = masks.legal(seeds, RunGraph({}, [], run_seeds, blueprints).plantable, frozenset({"seed"}))
     shapes = (4, (len(seeds), schema.OPERATION_COUNT), 2, 4)
     choice = masks.choose(*(draw.normal(size=shape).astype(np.float32) for shape in shapes), legal)
     if choice.kind == schema.KIND_SEED:

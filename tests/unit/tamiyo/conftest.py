@@ -96,6 +96,7 @@ class Controller:
         """Ask one step about a packet."""
         asked = EvaluateStepRequest(step=Step(run_id="run", sequence=sequence, budget_us=5_000_000, packet=packet))
         raw = asyncio.run(self.pipeline.evaluate_in_band(asked.SerializeToString(), OWNER))
+        self.pipeline.report()
         return EvaluateStepsResponse.FromString(raw).decision.command.nonce
 
     def train(self, steps, **arguments):

@@ -33,7 +33,7 @@ class RiskHistory:
         config: RiskConfig,
     ) -> StepSignals:
         """Take in the packet of one step."""
-        metrics = packet.training_metrics
+        metrics = dict(packet.training_metrics)  # A look-up in the message's map costs five times one in a dict.
         loss = metrics.get("loss", packet.training_loss if packet.HasField("training_loss") else None)
         deviation = self.loss.deviation
         rise = self.loss.update(math.nan if loss is None else loss)

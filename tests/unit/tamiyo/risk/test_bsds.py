@@ -8,9 +8,10 @@ import pytest
 from esper_rpc.proto.leyline.v1 import BlueprintDescriptor, BlueprintTier, HandlingClass, HazardBand, SeedState
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.leyline.v1 import SeedOperation as Operation
+from esper_rpc.proto.tamiyo.v1 import RunSeed
 from esper_rpc.proto.urza.v1 import BatchGetExtrasResponse, Blueprint, BlueprintExtras
 from esper_servers.policy import masks
-from esper_servers.policy.graph import BlueprintCandidate
+from esper_servers.policy.graph import BlueprintCandidate, RunGraph
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
 from esper_servers.tamiyo.risk.bsds import Sheet, read_sheet
 
@@ -66,5 +67,6 @@ def test_a_blueprint_with_a_bad_sheet_is_not_planted(fields, free):
     descriptor = BlueprintDescriptor(tier=BlueprintTier.BLUEPRINT_TIER_SAFE)
     candidate = BlueprintCandidate(blueprint_id="b", descriptor=descriptor, fits=frozenset({"site"}), **fields)
     seed = SeedState(seed_id="s", stage=Stage.SEED_LIFECYCLE_STAGE_DORMANT)
-    legal = masks.legal([seed], ["site"], [candidate], frozenset({"seed"}))
+    graph = RunGraph({}, [], [RunSeed(seed_id="s", site_id="site")], [candidate])
+    legal = masks.legal([seed], graph.plantable, frozenset({"seed"}))
     assert legal.operation[0, Operation.SEED_OPERATION_GERMINATE] == free

@@ -35,6 +35,7 @@ log = structlog.get_logger(__name__)
 PROTOCOL_VERSIONS = (1, 2)
 FEATURES = ("seed", "pause", "optimizer")
 CLOSE_SECONDS = 5.0
+REPORTING_DELAY_SECONDS = 0.001
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,11 +212,14 @@ class TrainingSession:
         verified = time.perf_counter()
         outcomes += self._finish()
         ended = time.perf_counter()
-        self._remember(outcomes)
+        self.outcomes += outcomes
+        self._unacknowledged += ((self._sequence, outcome) for outcome in outcomes)
         self._tell_of_new_host()
         if step_span := current_traceparent():
             self._trace(step_span, outcomes, ended - answered)
-        self._time(begun, built, answered, verified, ended, decision)
+        timing = self._time(begun, built, answered, verified, ended, decision)
+        # Metrics and logs take as long as verifying a command. At once the loop would take the interpreter from here.
+        self._thread.run_later(REPORTING_DELAY_SECONDS, self._report, self.global_step, timing, outcomes)
         return outcomes
 
     def _start(self) -> None:
@@ -283,20 +287,6 @@ class TrainingSession:
         self.reasons[reason] += 1
         STEP_ANSWERS.labels(reason).inc()
 
-    def _remember(self, outcomes: list[CommandOutcome]) -> None:
-        for outcome in outcomes:
-            self.outcomes.append(outcome)
-            observe_outcome(outcome)
-            log.info(
-                "command_outcome",
-                run_id=self.run_id,
-                step=self.global_step,
-                command_id=outcome.command_id,
-                result=CommandOutcome.Result.Name(outcome.result),
-                reason=outcome.reason,
-            )
-            self._unacknowledged.append((self._sequence, outcome))
-
     def _tell_of_new_host(self) -> None:
         if self._exchange.is_connected and self.host.receiver_epoch != self._told_epoch:
             self._thread.loop.call_soon_threadsafe(self._stream.replace)
@@ -325,7 +315,7 @@ class TrainingSession:
         verified: float,
         ended: float,
         decision: StepDecision | None,
-    ) -> None:
+    ) -> StepTiming:
         self._hook_latency_ms = (ended - begun) * 1e3
         timing = StepTiming(
             build=(built - begun) * 1e6,
@@ -336,7 +326,25 @@ class TrainingSession:
             total=(ended - begun) * 1e6,
         )
         self.timings.add(timing)
+        return timing
+
+    def _report(self, step: int, timing: StepTiming, outcomes: list[CommandOutcome]) -> None:
         observe_step(timing)
+        for outcome in outcomes:
+            observe_outcome(outcome)
+            # What is queued is settled in this step or the next.
+            if outcome.result != CommandOutcome.RESULT_QUEUED:
+                self._log(step, outcome)
+
+    def _log(self, step: int, outcome: CommandOutcome) -> None:
+        log.info(
+            "command_outcome",
+            run_id=self.run_id,
+            step=step,
+            command_id=outcome.command_id,
+            result=CommandOutcome.Result.Name(outcome.result),
+            reason=outcome.reason,
+        )
 
     def _describe(self) -> OpenRunRequest:
         run = self.host.describe()

@@ -179,6 +179,7 @@ def test_a_command_tells_the_risk_and_its_record_keeps_it(run):
     risk_map = json.loads(command.annotations["risk_map"])
     assert risk_map["gradient_norm"] == pytest.approx(0.2)
     assert "memory" not in risk_map
+    run.report()
     assert run._decisions.explain(command.command_id).command.annotations == command.annotations
 
 

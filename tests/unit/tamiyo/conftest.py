@@ -93,10 +93,15 @@ class Controller:
         return self.ask(sequence, SystemStatePacket(training_metrics=metrics, seed_states=states))
 
     def ask(self, sequence, packet):
-        """Ask one step about a packet."""
+        """Ask one step about a packet, and let what the answer did not wait for be done."""
+        command_id = self.answer(sequence, packet)
+        self.pipeline.report()
+        return command_id
+
+    def answer(self, sequence, packet):
+        """Ask one step about a packet, up to its answer."""
         asked = EvaluateStepRequest(step=Step(run_id="run", sequence=sequence, budget_us=5_000_000, packet=packet))
         raw = asyncio.run(self.pipeline.evaluate_in_band(asked.SerializeToString(), OWNER))
-        self.pipeline.report()
         return EvaluateStepsResponse.FromString(raw).decision.command.nonce
 
     def train(self, steps, **arguments):

@@ -10,9 +10,11 @@ import pytest
 from esper_rpc.errors import FailedPrecondition, NotFound
 from esper_rpc.journal import Journal, Record
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
+from esper_rpc.proto.leyline.v1 import SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import (
     ExplainDecisionResponse,
 )
+from esper_servers.policy import sample
 from esper_servers.policy.policy import Policy
 from esper_servers.policy.prior import PriorConfig
 from esper_servers.tamiyo.decisions import KIND, STRUCTURE, DecisionLog
@@ -241,3 +243,13 @@ def test_a_record_that_cannot_be_made_is_counted_and_the_journal_goes_on(control
     controller.journal.flush()
     assert controller.journal.dropped == 1
     assert controller.journal.holds("k", "after")
+
+
+def test_a_command_is_recorded_when_its_answer_has_left(controller, monkeypatch):
+    handed = []
+    monkeypatch.setattr(controller.decisions, "record", lambda evidence: handed.append(evidence.command.command_id))
+    packet = SystemStatePacket(seed_states=sample.sample_states(Stage.SEED_LIFECYCLE_STAGE_GERMINATED))
+    command_id = controller.answer(1, packet)
+    assert handed == []
+    controller.pipeline.report()
+    assert handed == [command_id]

@@ -248,8 +248,11 @@ def test_a_record_that_cannot_be_made_is_counted_and_the_journal_goes_on(control
 def test_a_command_is_recorded_when_its_answer_has_left(controller, monkeypatch):
     handed = []
     monkeypatch.setattr(controller.decisions, "record", lambda evidence: handed.append(evidence.command.command_id))
-    packet = SystemStatePacket(seed_states=sample.sample_states(Stage.SEED_LIFECYCLE_STAGE_GERMINATED))
+    metrics = {"loss": 0.6, "gradient_norm": 0.9, "samples_per_s": 4000.0, "hook_latency_ms": 1.5}
+    states = sample.sample_states(Stage.SEED_LIFECYCLE_STAGE_GERMINATED)
+    packet = SystemStatePacket(training_metrics=metrics, seed_states=states)
     command_id = controller.answer(1, packet)
     assert handed == []
     controller.pipeline.report()
+    assert command_id
     assert handed == [command_id]

@@ -1,8 +1,9 @@
-"""Whether a service may keep its state where it is told to, and what is said when it may not."""
+"""Files that are there whole or not at all, and whether a service may keep its state where it is told to."""
 
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from .errors import ConfigError
@@ -19,12 +20,36 @@ def require_writable(directory: Path) -> None:
         raise unwritable(directory, error) from error
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write or replace a file; after a crash at any moment the old one or the new one is there. Raises OSError."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    _sync_directory(path.parent)
+
+
 def unwritable(directory: Path, error: OSError) -> ConfigError:
     """Say which directory cannot be written, why, and what to do."""
     return ConfigError(
         f"The directory {directory} cannot be written ({error.strerror});"
         " free space or permit writing, or name another one."
     )
+
+
+def _sync_directory(directory: Path) -> None:
+    """Until then the new name itself may be lost with the power."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _probe(path: Path) -> None:

@@ -148,6 +148,11 @@ class RunGraph:
         """Copy what the last `fill` wrote, by type of node."""
         return {kind: array.copy() for kind, array in self._arrays.items()}
 
+    def restore_features(self, features: Mapping[str, Floats]) -> None:
+        """Write back what `copy_features` returned, of a graph with the same structure."""
+        for kind, array in features.items():
+            self._arrays[kind][:] = array
+
     def coverage(self) -> dict[str, float]:
         """Return the share of known features, per node type as `node.<type>` and overall as `overall`."""
         known = self._known_structure | {kind: _known(self._arrays[kind], kind) for kind in _FILLED_BY_STEP}

@@ -392,7 +392,7 @@ class TamiyoClient(MeshClient):
         """Returns the record of one decision."""
         return await self._unary("ExplainDecision", request, ExplainDecisionResponse, timeout)
 
-    async def replay_decision(self, request: ReplayDecisionRequest, *, timeout: float = 2.0) -> ReplayDecisionResponse:
+    async def replay_decision(self, request: ReplayDecisionRequest, *, timeout: float = 60.0) -> ReplayDecisionResponse:
         """Computes one decision again from its record and compares."""
         return await self._unary("ReplayDecision", request, ReplayDecisionResponse, timeout)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import itertools
@@ -31,6 +32,7 @@ from esper_servers.tamiyo.pauses import Pauses
 from esper_servers.tamiyo.pipeline import StepPipeline
 from esper_servers.tamiyo.plan_switch import PlanConfig, PlanSwitch
 from esper_servers.tamiyo.policy_updates.assembly import updates_of
+from esper_servers.tamiyo.replay import Replay
 from esper_servers.tamiyo.run_state import Runs
 from esper_servers.tamiyo.service import RAW_METHODS, TamiyoServicer
 from esper_servers.urza.library import BlueprintLibrary
@@ -85,6 +87,9 @@ def make_tamiyo(pipeline):
     return TamiyoServicer(
         pipeline=pipeline, blueprints=pipeline._blueprints, decisions=pipeline._decisions, mode=pipeline._mode,
         pauses=Pauses.of(journal, PauseConfig()), updates=updates,
+        replay=lambda command_id: asyncio.to_thread(
+            Replay(pipeline._decisions, lambda: pipeline.policy).differences, command_id
+        ),
     )  # fmt: skip
 
 

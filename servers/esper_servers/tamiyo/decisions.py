@@ -3,7 +3,7 @@ from __future__ import annotations
 from weakref import WeakKeyDictionary
 
 from esper_rpc.errors import FailedPrecondition, NotFound
-from esper_rpc.journal import Journal, Record
+from esper_rpc.journal import Journal, JournalReader, Record
 from esper_rpc.proto.tamiyo.v1 import ExplainDecisionResponse, RunStructure
 from esper_servers.policy.graph import RunGraph
 
@@ -14,10 +14,34 @@ KIND = "decision"
 STRUCTURE = "structure"
 
 
-class DecisionLog:
+class DecisionRecords:
+    """Reads the records of commands, and what their graphs were built from, as far as they are on the disk."""
+
+    def __init__(self, reader: JournalReader) -> None:
+        self._reader = reader
+
+    def explain(self, command_id: str) -> ExplainDecisionResponse:
+        """Return the record of a command; raises NotFound."""
+        record = self._reader.find(KIND, command_id)
+        if record is None:
+            raise NotFound(f"There is no decision {command_id!r}.")
+        return ExplainDecisionResponse.FromString(record.body)
+
+    def structure(self, digest: bytes) -> RunStructure:
+        """Return what a graph was built from; raises FailedPrecondition when the journal dropped it."""
+        record = self._reader.find(STRUCTURE, digest.hex())
+        if record is None:
+            raise FailedPrecondition(
+                "The journal no longer holds the structure of this decision's run.", reason="NOT_REPLAYABLE"
+            )
+        return RunStructure.FromString(record.body)
+
+
+class DecisionLog(DecisionRecords):
     """Keeps the record of every command in the journal, and beside it once what each graph was built from."""
 
     def __init__(self, journal: Journal) -> None:
+        super().__init__(journal)
         self._journal = journal
         # Only the journal's writer looks at it.
         self._digests: WeakKeyDictionary[RunGraph, bytes] = WeakKeyDictionary()
@@ -26,22 +50,14 @@ class DecisionLog:
         """Queue a record; it is written down on the journal's thread."""
         self._journal.append_made(lambda: self._records(evidence))
 
+    def flush(self) -> None:
+        """Wait until everything that was recorded is on the disk."""
+        self._journal.flush()
+
     def explain(self, command_id: str) -> ExplainDecisionResponse:
         """Return the record of a command; raises NotFound. Waits for the disk: keep it off the step path."""
-        self._journal.flush()
-        record = self._journal.find(KIND, command_id)
-        if record is None:
-            raise NotFound(f"There is no decision {command_id!r}.")
-        return ExplainDecisionResponse.FromString(record.body)
-
-    def structure(self, digest: bytes) -> RunStructure:
-        """Return what a graph was built from; raises FailedPrecondition when the journal dropped it."""
-        record = self._journal.find(STRUCTURE, digest.hex())
-        if record is None:
-            raise FailedPrecondition(
-                "The journal no longer holds the structure of this decision's run.", reason="NOT_REPLAYABLE"
-            )
-        return RunStructure.FromString(record.body)
+        self.flush()
+        return super().explain(command_id)
 
     def _records(self, evidence: Evidence) -> list[Record]:
         digest, records = self._digests.get(evidence.graph), []

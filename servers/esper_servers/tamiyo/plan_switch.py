@@ -51,6 +51,11 @@ class PlanSwitch:
         """Where the package for this machine lies."""
         return self._directory / plan_package.package_name()
 
+    @property
+    def served(self) -> Path | None:
+        """The package that is served, None while the eager plan is."""
+        return self.package if self._policy.plan == COMPILED else None
+
     def prepare(self) -> None:
         """Serve the package of an earlier start, before the first step."""
         if not self._is_wanted:

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from esper_rpc.errors import FailedPrecondition
+from esper_rpc.journal import JournalReader
 from esper_rpc.proto.leyline.v1 import AdaptationCommand
 from esper_rpc.proto.tamiyo.v1 import DecisionEvidence, ExplainDecisionResponse, NumberArray, RunStructure
+from esper_servers.policy import checkpoint, plan_package
 from esper_servers.policy.graph import GraphInputs
 from esper_servers.policy.policy import Policy, PolicyOutput
 from esper_servers.policy.prior import PriorConfig
@@ -19,7 +24,7 @@ from .arrays import read_array
 from .choosing import Decided
 from .commands import build_command
 from .comparison import differences
-from .decisions import DecisionLog
+from .decisions import DecisionRecords
 from .evidence import Evidence
 from .memory import Memory
 from .plan_switch import TOLERANCE
@@ -40,7 +45,7 @@ RUNTIME = "evidence.runtime:"
 class Replay:
     """Decides again what stands in a record, on a run made anew from it. Nothing live is touched."""
 
-    def __init__(self, decisions: DecisionLog, policy: Callable[[], Policy]) -> None:
+    def __init__(self, decisions: DecisionRecords, policy: Callable[[], Policy]) -> None:
         self._decisions = decisions
         self._policy = policy
 
@@ -56,6 +61,32 @@ class Replay:
         now = decide_again(recorded, structure, self._policy())
         found = list(differences(recorded, now, skip=_skipped(recorded.evidence, now.evidence)))
         return found if any(not line.startswith(RUNTIME) for line in found) else []
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """Where a process that serves nothing finds what a replay needs."""
+
+    journal: Path
+    policy: Path | None
+    """The file of the live policy; None for the shipped one."""
+    prior: PriorConfig
+    package: Path | None
+    """The compiled plan, where it is served."""
+
+
+def replay_from(sources: Sources, command_id: str) -> list[str]:
+    """Say what comes out otherwise than recorded, as `Replay.differences`."""
+    policy = _policy_of(sources.policy, sources.prior, sources.package)
+    return Replay(DecisionRecords(JournalReader(sources.journal)), lambda: policy).differences(command_id)
+
+
+@functools.lru_cache(maxsize=1)
+def _policy_of(path: Path | None, prior: PriorConfig, package: Path | None) -> Policy:
+    policy = checkpoint.load(path, prior) if path else Policy.initial(prior_config=prior)
+    if package is not None:
+        policy.serve_compiled(plan_package.load(package, policy.network))
+    return policy
 
 
 def decide_again(

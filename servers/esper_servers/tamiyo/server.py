@@ -31,6 +31,7 @@ from .pauses import Pauses
 from .pipeline import StepPipeline
 from .plan_switch import PlanConfig, PlanSwitch
 from .policy_updates.assembly import updates_of
+from .replay import Sources, replay_from
 from .risk.config import RiskConfig
 from .run_state import Runs
 from .service import RAW_METHODS, TamiyoServicer
@@ -39,6 +40,7 @@ SERVICE = tamiyo_service_pb2.DESCRIPTOR.services_by_name["TamiyoService"]
 JOURNAL = "journal.sqlite"
 WARM_UP_STEPS = 20
 PAUSE_QUOTA_SECONDS = 1.0
+REPLAY_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,8 +87,22 @@ async def serve(config: TamiyoServerConfig) -> None:
         plans=plans,
         aside=aside,
     )
+
+    async def replay(command_id: str) -> list[str]:
+        await asyncio.to_thread(decisions.flush)
+        sources = Sources(
+            journal=config.state_dir / JOURNAL, policy=updates.live_file, prior=config.prior, package=plans.served
+        )
+        return await aside.run(REPLAY_SECONDS, replay_from, sources, command_id)
+
     servicer = TamiyoServicer(
-        pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses, updates=updates
+        pipeline=pipeline,
+        blueprints=blueprints,
+        decisions=decisions,
+        mode=mode,
+        pauses=pauses,
+        updates=updates,
+        replay=replay,
     )
     server = MeshServer(config=config.server, identity=identity)
     server.add_service(SERVICE, servicer, raw_methods=RAW_METHODS)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -45,7 +45,6 @@ from .decisions import DecisionLog
 from .pauses import Pauses
 from .pipeline import StepPipeline
 from .policy_updates.updates import PolicyUpdates
-from .replay import Replay
 
 PROTOCOL_VERSIONS = frozenset({1, 2})
 """1: steps and decisions. 2: also the greeting, `going_away` and the pushback of an overloaded server."""
@@ -68,16 +67,16 @@ class TamiyoServicer:
         mode: ConservativeMode,
         pauses: Pauses,
         updates: PolicyUpdates,
+        replay: Callable[[str], Awaitable[list[str]]],
     ) -> None:
+        """`replay` says what of a command comes out otherwise than recorded."""
         self._pipeline = pipeline
         self._blueprints = blueprints
         self._decisions = decisions
         self._mode = mode
         self._pauses = pauses
         self._updates = updates
-        self._replay = Replay(decisions, lambda: pipeline.policy)
-        # Whatever computes beside the steps slows them down.
-        self._one_replay_at_a_time = asyncio.Lock()
+        self._replay = replay
         self._started = time.monotonic()
         self._inboxes: set[Inbox[bytes]] = set()
 
@@ -226,8 +225,7 @@ class TamiyoServicer:
     async def ReplayDecision(self, request: ReplayDecisionRequest, call: Call) -> ReplayDecisionResponse:
         """Decide again from the record, beside the steps."""
         self._pipeline.report()
-        async with self._one_replay_at_a_time:
-            found = await asyncio.to_thread(self._replay.differences, request.command_id)
+        found = await self._replay(request.command_id)
         return ReplayDecisionResponse(identical=not found, differences=found)
 
     def _check_run(self, run_id: str, call: Call) -> None:

@@ -133,14 +133,19 @@ async def _serve(home: Home, work_seconds: float) -> None:
         keyring=home.keyring("tamiyo"), prior=PriorConfig(), plans=plans, aside=Aside(),
     )  # fmt: skip
     servicer = TamiyoServicer(
-        pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses, updates=updates
-    )
+        pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses, updates=updates,
+        replay=_nothing_to_replay,
+    )  # fmt: skip
     server = MeshServer(config=ServerConfig(), identity=home.identity("tamiyo"))
     server.add_service(SERVICE, servicer, raw_methods=RAW_METHODS)
     gc.collect()
     gc.freeze()  # As Tamiyo does before it serves.
     announce("constant", await server.start())
     await server.run_until_signal()
+
+
+async def _nothing_to_replay(_command_id: str) -> list[str]:
+    return []
 
 
 class _ConstantPolicy:

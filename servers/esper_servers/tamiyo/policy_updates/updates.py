@@ -89,6 +89,11 @@ class PolicyUpdates:
         self.breaker = CircuitBreaker(config=BREAKER, clock=clock)
 
     @property
+    def live_file(self) -> Path | None:
+        """Where the live policy lies; None for the shipped one."""
+        return self._store.path_of(self._lineage.live) if self._lineage.live.file else None
+
+    @property
     def previous(self) -> list[str]:
         """The versions that a rollback leads back to, the nearest last."""
         return [entry.version for entry in self._lineage.entries[:-1]]

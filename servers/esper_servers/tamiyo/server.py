@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from .service import RAW_METHODS, TamiyoServicer
 SERVICE = tamiyo_service_pb2.DESCRIPTOR.services_by_name["TamiyoService"]
 JOURNAL = "journal.sqlite"
 WARM_UP_STEPS = 20
+SWITCH_SECONDS = 0.0005
 PAUSE_QUOTA_SECONDS = 1.0
 REPLAY_SECONDS = 60.0
 
@@ -140,3 +142,5 @@ def prepare(policy: Policy) -> None:
         policy.evaluate(graph.fill(SystemStatePacket(seed_states=states)), states, signals)
     gc.collect()
     gc.freeze()
+    # A thread that loads a policy or writes a record would keep the interpreter from a step for 5 ms at a time.
+    sys.setswitchinterval(SWITCH_SECONDS)

@@ -24,6 +24,8 @@ from esper_servers.policy.policy import Policy
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
 from esper_servers.tamiyo.conservative_mode import ConservativeMode
 from esper_servers.tamiyo.decisions import DecisionLog
+from esper_servers.tamiyo.field_reports.config import ReportConfig
+from esper_servers.tamiyo.field_reports.reports import FieldReports
 from esper_servers.tamiyo.pause_quota import PauseConfig
 from esper_servers.tamiyo.pauses import Pauses
 from esper_servers.tamiyo.pipeline import StepPipeline
@@ -72,9 +74,11 @@ def make_pipeline(mesh, policy, directory):
 
 
 def make_tamiyo(pipeline):
+    journal = pipeline._decisions._journal
     return TamiyoServicer(
         pipeline=pipeline, blueprints=pipeline._blueprints, decisions=pipeline._decisions, mode=pipeline._mode,
-        pauses=Pauses.of(pipeline._decisions._journal, PauseConfig()),
+        pauses=Pauses.of(journal, PauseConfig()),
+        reports=FieldReports.of(pipeline.observations, journal, ReportConfig(), clock_ns=pipeline.clock_ns),
     )  # fmt: skip
 
 

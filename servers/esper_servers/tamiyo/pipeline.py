@@ -35,6 +35,7 @@ from .commands import build_command, sign_command
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
 from .evidence import Evidence
+from .field_reports.observations import Observations
 from .memory import Memory
 from .reporting import DecisionReports, Reported
 from .risk.config import RiskConfig
@@ -83,7 +84,9 @@ class StepPipeline:
         """The time that commands carry, and that OpenRun tells the run."""
         self.kinds: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
-        self._reports = DecisionReports()
+        self.observations = Observations()
+        """For the field reports on what commands did."""
+        self._reports = DecisionReports(self.observations.note)
         self._unrecorded: deque[Evidence] = deque()
         """Of answers that have not left: the journal's thread would hold them up."""
 
@@ -154,7 +157,7 @@ class StepPipeline:
         watch.lap("risk_us")
         decided = self._choose(step.packet, run, watch, budget, verdict)
         if decided.choice is None:
-            self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason))
+            self._count(Reported(step, run, watch.ledger, verdict, "NO_ACTION", decided.reason))
             return StepDecision(no_action=NoAction(reason=decided.reason)), None
         command = build_command(
             run, decided.choice, reason=decided.reason, policy_version=self.policy.version, verdict=verdict
@@ -172,7 +175,8 @@ class StepPipeline:
             prior=self.policy.prior, risk=self._risk, conservative=conservative,
         )  # fmt: skip
         watch.lap("signing_us")
-        self._count(Reported(step, watch.ledger, self._issued(run, command), decided.reason, command.command_id))
+        kind = self._issued(run, command)
+        self._count(Reported(step, run, watch.ledger, verdict, kind, decided.reason, command.command_id))
         return StepDecision(command=envelope), evidence
 
     def _note(self, run: RunState, step: Step) -> None:
@@ -244,6 +248,7 @@ class StepPipeline:
 
     def _on_breaker(self, before: int, after: int) -> None:
         log.warning("breaker_moved", breaker="inference", before=before, after=after)
+        self.observations.note_breaker()
         if after == CircuitState.CIRCUIT_STATE_OPEN:
             self._mode.enter("inference_breaker_open")
 

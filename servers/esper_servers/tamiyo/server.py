@@ -25,6 +25,10 @@ from esper_servers.policy.prior import PriorConfig, RunSignals
 from .blueprint_cache import BlueprintCache
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
+from .field_reports.config import ReportConfig
+from .field_reports.publisher import ReportPublisher
+from .field_reports.report_journal import KEPT
+from .field_reports.reports import FieldReports
 from .pause_quota import PauseConfig
 from .pauses import Pauses
 from .pipeline import StepPipeline
@@ -36,6 +40,8 @@ from .service import RAW_METHODS, TamiyoServicer
 SERVICE = tamiyo_service_pb2.DESCRIPTOR.services_by_name["TamiyoService"]
 WARM_UP_STEPS = 20
 PAUSE_QUOTA_SECONDS = 1.0
+REPORT_SECONDS = 0.25
+PRUNE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +59,16 @@ class TamiyoServerConfig:
     prior: PriorConfig = field(default_factory=PriorConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     pause: PauseConfig = field(default_factory=PauseConfig)
+    reports: ReportConfig = field(default_factory=ReportConfig)
+    publisher: ReportPublisher | None = None
+    """Who gets field reports; without one they wait to be listed and acknowledged."""
 
 
 async def serve(config: TamiyoServerConfig) -> None:
     """Serve until SIGTERM or SIGINT; raises ConfigError before anything listens."""
     identity = Identity.load(config.identity_dir)
     keyring = config.keyring
-    journal = Journal(config.state_dir / "journal.sqlite")
+    journal = Journal(config.state_dir / "journal.sqlite", kept=KEPT)
     blueprints, mode, decisions = BlueprintCache(), ConservativeMode(), DecisionLog(journal)
     policy = Policy.initial(prior_config=config.prior)
     plans = PlanSwitch(policy, config.state_dir / "plans", config.plan)
@@ -73,7 +82,12 @@ async def serve(config: TamiyoServerConfig) -> None:
         risk_config=config.risk,
     )
     pauses = Pauses.of(journal, config.pause)
-    servicer = TamiyoServicer(pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses)
+    reports = FieldReports.of(
+        pipeline.observations, journal, config.reports, clock_ns=pipeline.clock_ns, publisher=config.publisher
+    )
+    servicer = TamiyoServicer(
+        pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses, reports=reports
+    )
     server = MeshServer(config=config.server, identity=identity)
     server.add_service(SERVICE, servicer, raw_methods=RAW_METHODS)
     async with contextlib.AsyncExitStack() as stack:
@@ -90,8 +104,12 @@ async def serve(config: TamiyoServerConfig) -> None:
         building = asyncio.create_task(plans.build())
         stack.callback(building.cancel)
         server.every(PAUSE_QUOTA_SECONDS, pauses.tell_remaining)
+        server.every(REPORT_SECONDS, reports.catch_up)
+        server.every(REPORT_SECONDS, reports.publish_due)
+        server.every(PRUNE_SECONDS, reports.prune)
         await server.run_until_signal()
     pipeline.report()
+    await reports.catch_up()
     journal.close()
 
 

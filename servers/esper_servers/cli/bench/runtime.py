@@ -109,6 +109,8 @@ async def _serve(home: Home, work_seconds: float) -> None:
     from esper_servers.tamiyo.blueprint_cache import BlueprintCache
     from esper_servers.tamiyo.conservative_mode import ConservativeMode
     from esper_servers.tamiyo.decisions import DecisionLog
+    from esper_servers.tamiyo.field_reports.config import ReportConfig
+    from esper_servers.tamiyo.field_reports.reports import FieldReports
     from esper_servers.tamiyo.pause_quota import PauseConfig
     from esper_servers.tamiyo.pauses import Pauses
     from esper_servers.tamiyo.pipeline import StepPipeline
@@ -123,7 +125,10 @@ async def _serve(home: Home, work_seconds: float) -> None:
         policy=_ConstantPolicy(work_seconds),  # type: ignore[arg-type]  # Like a Policy, without a network.
         runs=Runs(), blueprints=blueprints, keyring=home.keyring("tamiyo"), decisions=decisions, mode=mode,
     )  # fmt: skip
-    servicer = TamiyoServicer(pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses)
+    reports = FieldReports.of(pipeline.observations, journal, ReportConfig(), clock_ns=pipeline.clock_ns)
+    servicer = TamiyoServicer(
+        pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses, reports=reports
+    )
     server = MeshServer(config=ServerConfig(), identity=home.identity("tamiyo"))
     server.add_service(SERVICE, servicer, raw_methods=RAW_METHODS)
     gc.collect()

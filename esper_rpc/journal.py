@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import itertools
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +40,17 @@ class Record:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Takes what was written of a kind and key before it out of the journal."""
+
+    kind: str
+    key: str
+
+
+Entry = Record | Forgotten
+
+
 @dataclass(slots=True)
 class _Flush:
     done: threading.Event
@@ -45,11 +58,16 @@ class _Flush:
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    make: Callable[[], Sequence[Record]]
+    make: Callable[[], Sequence[Entry]]
 
 
 _Item = Record | _Made | _Flush | None
 
+FLUSH_LOOK_SECONDS = 1.0
+_WRITING: Mapping[type, str] = {
+    Record: "INSERT INTO record (kind, key, body) VALUES (?, ?, ?)",
+    Forgotten: "DELETE FROM record WHERE kind = ? AND key = ?",
+}
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS record (
@@ -72,6 +90,19 @@ class JournalReader:
                 "SELECT kind, key, body FROM record WHERE kind = ? AND key = ? ORDER BY id DESC LIMIT 1", (kind, key)
             ).fetchone()
         return Record(*row) if row else None
+
+    def find_all(self, kind: str, keys: Collection[str]) -> dict[str, Record]:
+        """Return by key the newest record of each of a few hundred keys that is on the disk."""
+        places = ", ".join("?" * len(keys))
+        query = f"SELECT kind, key, body FROM record WHERE kind = ? AND key IN ({places}) ORDER BY id"  # noqa: S608
+        with _reading(self._path) as connection:
+            return {row[1]: Record(*row) for row in connection.execute(query, (kind, *keys))}
+
+    def count(self, kind: str) -> int:
+        """Return how many keys of a kind are on the disk."""
+        with _reading(self._path) as connection:
+            query = "SELECT COUNT(DISTINCT key) FROM record WHERE kind = ?"
+            return int(connection.execute(query, (kind,)).fetchone()[0])
 
     def read(self, kind: str) -> Iterator[Record]:
         """Yield the records of a kind that are on the disk, oldest first."""
@@ -99,12 +130,16 @@ class JournalReader:
 class Journal(JournalReader):
     """Keeps records across crashes: SQLite in WAL mode, every commit synced, one writer thread.
 
-    `append` returns at once and never waits for the disk. A full queue drops the record and counts it.
+    `append` returns at once and never waits for the disk. A full queue drops the record and counts it. Records of a
+    kind in `kept` leave only when they are forgotten, not because the journal is full.
     """
 
-    def __init__(self, path: Path, *, config: JournalConfig | None = None) -> None:
+    def __init__(
+        self, path: Path, *, config: JournalConfig | None = None, kept: AbstractSet[str] = frozenset()
+    ) -> None:
         super().__init__(path)
         self._config = config or JournalConfig()
+        self._kept = sorted(kept)
         self._queue: queue.Queue[_Item] = queue.Queue(self._config.queue_records)
         self.dropped = 0
         self._is_failing = False
@@ -121,8 +156,8 @@ class Journal(JournalReader):
         except queue.Full:
             self.dropped += 1
 
-    def append_made(self, make: Callable[[], Sequence[Record]]) -> None:
-        """Queue records that take long to write down; `make` is called on the writer's thread."""
+    def append_made(self, make: Callable[[], Sequence[Entry]]) -> None:
+        """Queue what takes long to write down; `make` is called on the writer's thread, in its turn."""
         try:
             self._queue.put_nowait(_Made(make))
         except queue.Full:
@@ -132,7 +167,9 @@ class Journal(JournalReader):
         """Wait until everything queued so far is on the disk."""
         request = _Flush(threading.Event())
         self._queue.put(request)
-        request.done.wait()
+        # A journal that was closed beside this call has nobody left who would answer.
+        while not request.done.wait(FLUSH_LOOK_SECONDS) and self._writer.is_alive():
+            pass
 
     def keep(self, kind: str, key: str, body: bytes) -> bool:
         """Write a record whose key is new, and wait for the disk; False when the disk did not take it."""
@@ -170,12 +207,12 @@ class Journal(JournalReader):
             if None in batch:
                 return
 
-    def _records_of(self, item: _Item) -> Sequence[Record]:
+    def _records_of(self, item: _Item) -> Sequence[Entry]:
         if isinstance(item, Record):
             return (item,)
         try:
             made = item.make() if isinstance(item, _Made) else ()
-            self._made.update((record.kind, record.key) for record in made)
+            self._made.update((record.kind, record.key) for record in made if isinstance(record, Record))
             return made
         except Exception as error:  # A record that cannot be made must not end the writer.
             self.dropped += 1
@@ -191,14 +228,14 @@ class Journal(JournalReader):
                 break
         return batch
 
-    def _commit(self, records: list[Record]) -> None:
-        rows = [(r.kind, r.key, r.body) for r in records]
+    def _commit(self, records: list[Entry]) -> None:
         try:
             with self._writer_connection as connection:
-                connection.executemany("INSERT INTO record (kind, key, body) VALUES (?, ?, ?)", rows)
+                for kind, group in itertools.groupby(records, type):
+                    connection.executemany(_WRITING[kind], map(_row, group))
                 self._trim(connection)
         except sqlite3.Error as error:
-            self.dropped += len(records)
+            self.dropped += sum(isinstance(record, Record) for record in records)
             self._note_failure(str(error))
             return
         if self._is_failing:
@@ -216,7 +253,15 @@ class Journal(JournalReader):
         (free,) = connection.execute("PRAGMA freelist_count").fetchone()
         (size,) = connection.execute("PRAGMA page_size").fetchone()
         if (pages - free) * size > self._config.max_bytes:
-            connection.execute("DELETE FROM record WHERE id <= (SELECT MIN(id) + (MAX(id) - MIN(id)) / 10 FROM record)")
+            droppable = f"FROM record WHERE kind NOT IN ({', '.join('?' * len(self._kept))})"
+            query = f"SELECT MIN(id), MAX(id) {droppable}"
+            least, most = connection.execute(query, self._kept).fetchone()
+            if least is not None:
+                connection.execute(f"DELETE {droppable} AND id <= ?", (*self._kept, least + (most - least) // 10))
+
+
+def _row(entry: Entry) -> tuple[str, str] | tuple[str, str, bytes]:
+    return (entry.kind, entry.key, entry.body) if isinstance(entry, Record) else (entry.kind, entry.key)
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -154,7 +154,7 @@ class MeshServer:
         self.every(CHORE_SECONDS, self._report_health)
         return self.address
 
-    def every(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+    def every(self, seconds: float, work: Callable[[], Awaitable[object]]) -> None:
         """Do something again and again until the server ends; what it raises is logged."""
         self._chores.append(asyncio.create_task(_repeat(seconds, work)))
 
@@ -216,7 +216,7 @@ async def _is_able(servicer: Any) -> bool:
         return False
 
 
-async def _repeat(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+async def _repeat(seconds: float, work: Callable[[], Awaitable[object]]) -> None:
     while True:
         await asyncio.sleep(seconds)
         try:

@@ -54,6 +54,10 @@ POLICY_UPDATES = Counter("esper_policy_updates", "Policies that came, by what be
 SHADOW_DECISIONS = Counter(
     "esper_shadow_decisions", "Steps that the shadow policy followed, by whether it agreed.", ["agreed"]
 )
+REPORTS_PUBLISHED = Counter("esper_field_reports_published", "Field reports that the publisher took.")
+REPORT_RETRIES = Counter("esper_field_reports_retries", "Times that a field report was handed over once more.")
+REPORTS_DROPPED = Counter("esper_field_reports_dropped", "Field reports that are not handed over any more.", ["reason"])
+
 PLAN_COMPILED = Gauge("esper_plan_compiled", "Whether the compiled plan is served.", multiprocess_mode="livemostrecent")
 PLAN_FALLBACKS = Counter("esper_plan_fallbacks", "Times that the eager plan was served although another was wanted.")
 
@@ -104,6 +108,33 @@ def _pause_quota_remaining() -> Gauge:
     """Made where a quota is kept: any other process would show 0."""
     purpose = "Pause units left in the window of the identity that has the fewest."
     return Gauge("esper_pause_quota_remaining", purpose, multiprocess_mode="livemostrecent")
+
+
+def observe_report_published() -> None:
+    """Record a field report that the publisher took."""
+    REPORTS_PUBLISHED.inc()
+
+
+def observe_report_retry() -> None:
+    """Record that a field report is handed over once more."""
+    REPORT_RETRIES.inc()
+
+
+def observe_report_dropped(reason: str) -> None:
+    """Record a field report that is not handed over any more: attempts, outbox, disk, unknown, journal or retention."""
+    REPORTS_DROPPED.labels(reason).inc()
+
+
+def tell_pending_reports(pending: int) -> None:
+    """Show how many field reports nobody acknowledged."""
+    _reports_pending().set(pending)
+
+
+@cache
+def _reports_pending() -> Gauge:
+    """Made where reports are kept: any other process would show 0."""
+    purpose = "Field reports that nobody acknowledged."
+    return Gauge("esper_field_reports_pending", purpose, multiprocess_mode="livemostrecent")
 
 
 def observe_step(timing: StepTiming) -> None:

@@ -27,6 +27,8 @@ from esper_servers.tamiyo.aside import Aside
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
 from esper_servers.tamiyo.conservative_mode import ConservativeMode
 from esper_servers.tamiyo.decisions import DecisionLog
+from esper_servers.tamiyo.field_reports.config import ReportConfig
+from esper_servers.tamiyo.field_reports.reports import FieldReports
 from esper_servers.tamiyo.pause_quota import PauseConfig
 from esper_servers.tamiyo.pauses import Pauses
 from esper_servers.tamiyo.pipeline import StepPipeline
@@ -90,6 +92,7 @@ def make_tamiyo(pipeline):
         replay=lambda command_id: asyncio.to_thread(
             Replay(pipeline._decisions, lambda: pipeline.policy).differences, command_id
         ),
+        reports=FieldReports.of(pipeline.observations, journal, ReportConfig(), clock_ns=pipeline.clock_ns),
     )  # fmt: skip
 
 

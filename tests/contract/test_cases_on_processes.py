@@ -30,7 +30,7 @@ ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 def home(tmp_path_factory):
     place = Home(tmp_path_factory.mktemp("home"))
     place.prepare()
-    for member in (SpiffeId("nissa", "local"), SpiffeId("trainer", "other")):
+    for member in (SpiffeId("nissa", "local"), SpiffeId("simic", "local"), SpiffeId("trainer", "other")):
         place.issue_identity(member)
     return place
 

@@ -20,6 +20,7 @@ from . import (
     pki,
     plan,
     policy,
+    reports,
     serve,
     sign,
     status,
@@ -56,6 +57,7 @@ for name, group in (
     ("pki", pki.app),
     ("plan", plan.app),
     ("policy", policy.app),
+    ("reports", reports.app),
     ("serve", serve.app),
     ("urza", urza.app),
 ):

@@ -137,15 +137,15 @@ def settings_sections() -> dict[str, type]:
     from esper_client.session import SessionConfig
     from esper_servers.kasmina.limits import LocalLimits
     from esper_servers.policy.prior import PriorConfig
+    from esper_servers.tamiyo.field_reports.config import ReportConfig
     from esper_servers.tamiyo.pause_quota import PauseConfig
     from esper_servers.tamiyo.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
 
     return {
         "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "risk": RiskConfig,
-        "prior": PriorConfig, "plan": PlanConfig, "pause": PauseConfig, "quota": QuotaConfig,
-        "concurrency": ConcurrencyConfig,
-        "pki": PkiConfig,
+        "prior": PriorConfig, "plan": PlanConfig, "pause": PauseConfig, "reports": ReportConfig, "quota": QuotaConfig,
+        "concurrency": ConcurrencyConfig, "pki": PkiConfig,
     }  # fmt: skip
 
 

@@ -71,6 +71,7 @@ def tamiyo(
     # Before torch is imported, which on a full disk fails with a riddle about temporary directories.
     require_writable(place.state_dir("tamiyo"))
     from esper_servers.policy.prior import PriorConfig
+    from esper_servers.tamiyo.field_reports.config import ReportConfig
     from esper_servers.tamiyo.pause_quota import PauseConfig
     from esper_servers.tamiyo.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
@@ -91,6 +92,7 @@ def tamiyo(
         prior=load(PriorConfig, "prior", path=place.settings_file, environ=environ),
         plan=load(PlanConfig, "plan", path=place.settings_file, environ=environ),
         pause=load(PauseConfig, "pause", path=place.settings_file, environ=environ),
+        reports=load(ReportConfig, "reports", path=place.settings_file, environ=environ),
     )
     run(serve(config))
     flush_spans()

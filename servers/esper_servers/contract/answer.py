@@ -13,7 +13,7 @@ from esper_rpc.errors import EsperError, InvalidRequest
 from esper_rpc.identity import SpiffeId
 from esper_rpc.status import TABLE
 
-CALL_SECONDS = 10.0
+CALL_SECONDS = 30.0
 """A call that takes longer hangs."""
 
 

@@ -35,6 +35,7 @@ from .commands import build_command, sign_command
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
 from .evidence import Evidence
+from .field_reports.observations import Observations
 from .memory import Memory
 from .policy_updates.shadow import Shadow
 from .reporting import DecisionReports, Reported
@@ -88,7 +89,9 @@ class StepPipeline:
         """Another policy that follows some steps, without effect."""
         self.on_inference_lost: Callable[[], None] = lambda: None
         """Called when the breaker around inference opens."""
-        self._reports = DecisionReports()
+        self.observations = Observations()
+        """For the field reports on what commands did."""
+        self._reports = DecisionReports(self.observations.note)
         self._unrecorded: deque[Evidence] = deque()
         """Of answers that have not left: the journal's thread would hold them up."""
 
@@ -168,7 +171,7 @@ class StepPipeline:
         if self.shadow is not None and self.shadow.is_free:
             self.shadow.note(run, decided, run.ordered_seeds(step.packet))
         if decided.choice is None:
-            self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason))
+            self._count(Reported(step, run, watch.ledger, verdict, "NO_ACTION", decided.reason))
             return StepDecision(no_action=NoAction(reason=decided.reason)), None
         command = build_command(
             run, decided.choice, reason=decided.reason, policy_version=self.policy.version, verdict=verdict
@@ -186,7 +189,8 @@ class StepPipeline:
             prior=self.policy.prior, risk=self._risk, conservative=conservative,
         )  # fmt: skip
         watch.lap("signing_us")
-        self._count(Reported(step, watch.ledger, self._issued(run, command), decided.reason, command.command_id))
+        kind = self._issued(run, command)
+        self._count(Reported(step, run, watch.ledger, verdict, kind, decided.reason, command.command_id))
         return StepDecision(command=envelope), evidence
 
     def _note(self, run: RunState, step: Step) -> None:
@@ -258,6 +262,7 @@ class StepPipeline:
 
     def _on_breaker(self, before: int, after: int) -> None:
         log.warning("breaker_moved", breaker="inference", before=before, after=after)
+        self.observations.note_breaker()
         if after == CircuitState.CIRCUIT_STATE_OPEN:
             self._mode.enter("inference_breaker_open")
             self.on_inference_lost()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -10,6 +11,9 @@ from opentelemetry.trace import SpanKind
 from esper_rpc.proto.tamiyo.v1 import Step, StepLedger
 from esper_rpc.telemetry.metrics import observe_decision
 from esper_rpc.telemetry.tracing import record_span
+
+from .risk.engine import Verdict
+from .run_state import RunState
 
 log = structlog.get_logger(__name__)
 
@@ -21,7 +25,9 @@ class Reported:
     """What is told of a decision once its answer is on its way."""
 
     step: Step
+    run: RunState
     ledger: StepLedger
+    verdict: Verdict
     kind: str
     reason: str
     command_id: str = ""
@@ -30,8 +36,9 @@ class Reported:
 class DecisionReports:
     """What was decided and is not told yet: telling waits until the answer has left."""
 
-    def __init__(self) -> None:
+    def __init__(self, observe: Callable[[Reported], None] = lambda _: None) -> None:
         self._waiting: deque[Reported] = deque(maxlen=MOST_UNREPORTED)
+        self._observe = observe
 
     def note(self, reported: Reported) -> None:
         """Keep a decision for the next report."""
@@ -42,6 +49,7 @@ class DecisionReports:
         while self._waiting:
             reported = self._waiting.popleft()
             observe_decision(reported.ledger, reported.kind, reported.reason)
+            self._observe(reported)
             if reported.step.traceparent:
                 _record_span(reported)
             if reported.command_id:

@@ -27,6 +27,10 @@ from .aside import Aside
 from .blueprint_cache import BlueprintCache
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
+from .field_reports.config import ReportConfig
+from .field_reports.publisher import ReportPublisher
+from .field_reports.report_journal import KEPT
+from .field_reports.reports import FieldReports
 from .pause_quota import PauseConfig
 from .pauses import Pauses
 from .pipeline import StepPipeline
@@ -43,6 +47,8 @@ WARM_UP_STEPS = 20
 SWITCH_SECONDS = 0.0005
 PAUSE_QUOTA_SECONDS = 1.0
 REPLAY_SECONDS = 60.0
+REPORT_SECONDS = 0.25
+PRUNE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,13 +66,16 @@ class TamiyoServerConfig:
     prior: PriorConfig = field(default_factory=PriorConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     pause: PauseConfig = field(default_factory=PauseConfig)
+    reports: ReportConfig = field(default_factory=ReportConfig)
+    publisher: ReportPublisher | None = None
+    """Who gets field reports; without one they wait to be listed and acknowledged."""
 
 
 async def serve(config: TamiyoServerConfig) -> None:
     """Serve until SIGTERM or SIGINT; raises ConfigError before anything listens."""
     identity = Identity.load(config.identity_dir)
     keyring = config.keyring
-    journal = Journal(config.state_dir / JOURNAL)
+    journal = Journal(config.state_dir / JOURNAL, kept=KEPT)
     blueprints, mode, decisions = BlueprintCache(), ConservativeMode(), DecisionLog(journal)
     policy = Policy.initial(prior_config=config.prior)
     plans = PlanSwitch(policy, config.state_dir / "plans", config.plan)
@@ -80,6 +89,9 @@ async def serve(config: TamiyoServerConfig) -> None:
         risk_config=config.risk,
     )
     pauses, aside = Pauses.of(journal, config.pause), Aside()
+    reports = FieldReports.of(
+        pipeline.observations, journal, config.reports, clock_ns=pipeline.clock_ns, publisher=config.publisher
+    )
     updates = updates_of(
         pipeline,
         directory=config.state_dir / "policies",
@@ -105,6 +117,7 @@ async def serve(config: TamiyoServerConfig) -> None:
         pauses=pauses,
         updates=updates,
         replay=replay,
+        reports=reports,
     )
     server = MeshServer(config=config.server, identity=identity)
     server.add_service(SERVICE, servicer, raw_methods=RAW_METHODS)
@@ -124,8 +137,12 @@ async def serve(config: TamiyoServerConfig) -> None:
         building = asyncio.create_task(plans.build())
         stack.callback(building.cancel)
         server.every(PAUSE_QUOTA_SECONDS, pauses.tell_remaining)
+        server.every(REPORT_SECONDS, reports.catch_up)
+        server.every(REPORT_SECONDS, reports.publish_due)
+        server.every(PRUNE_SECONDS, reports.prune)
         await server.run_until_signal()
     pipeline.report()
+    await reports.catch_up()
     journal.close()
 
 

@@ -11,6 +11,8 @@ from esper_rpc.errors import FailedPrecondition
 from esper_rpc.inbox import Inbox
 from esper_rpc.proto.leyline.v1 import CircuitState, HealthStatus
 from esper_rpc.proto.tamiyo.v1 import (
+    AckFieldReportRequest,
+    AckFieldReportResponse,
     BreakerStatus,
     CloseRunRequest,
     CloseRunResponse,
@@ -21,10 +23,14 @@ from esper_rpc.proto.tamiyo.v1 import (
     GetPolicyResponse,
     GetStatusRequest,
     GetStatusResponse,
+    ListFieldReportsRequest,
+    ListFieldReportsResponse,
     ListPauseGrantsRequest,
     ListPauseGrantsResponse,
     OpenRunRequest,
     OpenRunResponse,
+    PublishHistoryRequest,
+    PublishHistoryResponse,
     ReplayDecisionRequest,
     ReplayDecisionResponse,
     RequestPauseRequest,
@@ -42,6 +48,7 @@ from esper_servers.policy.policy import ARCHITECTURE_VERSION
 from .blueprint_cache import BlueprintCache
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
+from .field_reports.reports import FieldReports
 from .pauses import Pauses
 from .pipeline import StepPipeline
 from .policy_updates.updates import PolicyUpdates
@@ -68,6 +75,7 @@ class TamiyoServicer:
         pauses: Pauses,
         updates: PolicyUpdates,
         replay: Callable[[str], Awaitable[list[str]]],
+        reports: FieldReports,
     ) -> None:
         """`replay` says what of a command comes out otherwise than recorded."""
         self._pipeline = pipeline
@@ -77,6 +85,7 @@ class TamiyoServicer:
         self._pauses = pauses
         self._updates = updates
         self._replay = replay
+        self._reports = reports
         self._started = time.monotonic()
         self._inboxes: set[Inbox[bytes]] = set()
 
@@ -104,7 +113,11 @@ class TamiyoServicer:
 
     async def CloseRun(self, request: CloseRunRequest, call: Call) -> CloseRunResponse:
         """Forget a run."""
-        return CloseRunResponse(closed=self._pipeline.runs.close(request.run_id, str(call.peer)))
+        closed = self._pipeline.runs.close(request.run_id, str(call.peer))
+        if closed:
+            self._pipeline.report()  # What its last steps told comes before its end.
+            self._pipeline.observations.note_closed(request.run_id)
+        return CloseRunResponse(closed=closed)
 
     async def EvaluateSteps(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
         """Answer steps until the client ends the stream or the server drains."""
@@ -216,6 +229,23 @@ class TamiyoServicer:
         """Why the service holds back, else why one of the runs is held back; empty when none is."""
         held = (f"run {run.request.run_id}: {run.mode.reason}" for run in self._pipeline.runs.all() if run.mode.enabled)
         return self._mode.reason if self._mode.enabled else next(held, "")
+
+    async def AckFieldReport(self, request: AckFieldReportRequest, call: Call) -> AckFieldReportResponse:
+        """Note that a report arrived; when this returns it is on the disk."""
+        self._pipeline.report()
+        known = await self._reports.acknowledge(request.report_id)
+        return AckFieldReportResponse(already_acknowledged=known)
+
+    async def ListFieldReports(self, request: ListFieldReportsRequest, call: Call) -> ListFieldReportsResponse:
+        """Return a page of the reports in the journal, acknowledged or not."""
+        self._pipeline.report()
+        reports, more = await self._reports.page(request.page_size or DEFAULT_PAGE, request.page_token)
+        return ListFieldReportsResponse(reports=reports, next_page_token=more)
+
+    async def PublishHistory(self, request: PublishHistoryRequest, call: Call) -> PublishHistoryResponse:
+        """Hand over what is due now; there is no publisher of telemetry."""
+        self._pipeline.report()
+        return PublishHistoryResponse(field_reports=await self._reports.flush())
 
     async def ExplainDecision(self, request: ExplainDecisionRequest, call: Call) -> ExplainDecisionResponse:
         """Return the record of a decision."""

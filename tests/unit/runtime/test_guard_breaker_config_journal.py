@@ -12,7 +12,7 @@ from esper_rpc.config import load, read_section
 from esper_rpc.disk import require_writable
 from esper_rpc.errors import ConfigError
 from esper_rpc.guard import StepGuard
-from esper_rpc.journal import Journal, JournalConfig
+from esper_rpc.journal import Forgotten, Journal, JournalConfig, Record
 from esper_rpc.proto.leyline.v1 import CircuitState
 from esper_rpc.testing import FakeClock
 
@@ -116,6 +116,40 @@ def test_a_full_journal_drops_its_oldest_tenth(tmp_path):
     assert keys == list(range(keys[0], 40))
     assert keys[0] > 0
     journal.close()
+
+
+def test_a_full_journal_drops_no_record_of_a_kind_that_is_kept(tmp_path):
+    config = JournalConfig(max_bytes=65_536, commit_records=1)
+    journal = Journal(tmp_path / "j.sqlite", config=config, kept={"dear"})
+    for i in range(64):
+        journal.append("dear", str(i), bytes(16))
+        journal.append("k", str(i), bytes(4096))
+    journal.flush()
+    assert [int(r.key) for r in journal.read("dear")] == list(range(64))
+    left = [int(r.key) for r in journal.read("k")]
+    assert 0 < len(left) < 32
+    assert left == sorted(left)
+    assert left[-1] == 63
+    journal.close()
+
+
+def test_what_is_forgotten_is_what_was_written_before(tmp_path):
+    journal = Journal(tmp_path / "j.sqlite")
+    journal.append("k", "a", b"1")
+    journal.append_made(lambda: [Forgotten("k", "a"), Record("k", "a", b"2"), Record("k", "b", b"3")])
+    journal.append_made(lambda: [Forgotten("k", "b"), Forgotten("other", "a")])
+    journal.flush()
+    assert [(r.key, r.body) for r in journal.read("k")] == [("a", b"2")]
+    assert journal.find_all("k", ["a", "b"]) == {"a": Record("k", "a", b"2")}
+    assert (journal.count("k"), journal.count("other")) == (1, 0)
+    journal.close()
+
+
+def test_a_flush_beside_a_close_does_not_wait_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr("esper_rpc.journal.FLUSH_LOOK_SECONDS", 0.01)
+    journal = Journal(tmp_path / "j.sqlite")
+    journal.close()
+    journal.flush()
 
 
 def test_a_full_device_is_a_clear_error_at_start():

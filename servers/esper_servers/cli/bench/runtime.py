@@ -111,6 +111,8 @@ async def _serve(home: Home, work_seconds: float) -> None:
     from esper_servers.tamiyo.blueprint_cache import BlueprintCache
     from esper_servers.tamiyo.conservative_mode import ConservativeMode
     from esper_servers.tamiyo.decisions import DecisionLog
+    from esper_servers.tamiyo.field_reports.config import ReportConfig
+    from esper_servers.tamiyo.field_reports.reports import FieldReports
     from esper_servers.tamiyo.pause_quota import PauseConfig
     from esper_servers.tamiyo.pauses import Pauses
     from esper_servers.tamiyo.pipeline import StepPipeline
@@ -132,9 +134,10 @@ async def _serve(home: Home, work_seconds: float) -> None:
         pipeline, directory=home.state_dir("bench"), journal=home.state_dir("bench") / "journal.sqlite",
         keyring=home.keyring("tamiyo"), prior=PriorConfig(), plans=plans, aside=Aside(),
     )  # fmt: skip
+    reports = FieldReports.of(pipeline.observations, journal, ReportConfig(), clock_ns=pipeline.clock_ns)
     servicer = TamiyoServicer(
         pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses, updates=updates,
-        replay=_nothing_to_replay,
+        replay=_nothing_to_replay, reports=reports,
     )  # fmt: skip
     server = MeshServer(config=ServerConfig(), identity=home.identity("tamiyo"))
     server.add_service(SERVICE, servicer, raw_methods=RAW_METHODS)

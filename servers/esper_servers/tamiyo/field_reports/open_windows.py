@@ -19,6 +19,8 @@ class _WatchedRun:
     trace: RunTrace
     host: str = ""
     """The receiver epoch of the last step."""
+    may_end: bool = False
+    """Whether its windows are to be looked through."""
     windows: dict[str, Window] = field(default_factory=dict)
 
 
@@ -60,42 +62,43 @@ class OpenWindows:
             known = [trace for trace in (run.trace, traces.get(window.run_id), _trace_at(window)) if trace]
             run.trace = max(known, key=lambda trace: trace.sums["steps"])
 
-    def take_in(self, seen: Observation) -> list[EndedWindow]:
-        """Add a step to its run; windows that reached their epoch end. If it tells outcomes, they are noted next."""
+    def take_in(self, seen: Observation) -> None:
+        """Add a step to its run. Next come `note`, if it tells outcomes, and `ended`."""
         run = self._runs.setdefault(seen.run_id, _WatchedRun(RunTrace(seen.run_id, seen.epoch)))
-        moved = run.trace.epoch != seen.epoch
+        now, before = (seen.epoch, seen.receiver_epoch.hex()), (run.trace.epoch, run.host)
+        run.may_end, run.host = run.may_end or now != before, now[1]
         run.trace.take_in(seen)
-        ended = self._end_of_other_hosts(run, seen.receiver_epoch.hex())
-        if moved:
-            ended += self._end(run, "", lambda window: seen.epoch - window.epoch >= self._epochs)
-        if not seen.outcomes:
-            self._file(run)
-        return ended
 
     def note(self, outcomes: Iterable[CommandOutcome], seen: Observation) -> list[EndedWindow]:
-        """Open windows for outcomes of a step that was taken in."""
-        run = self._runs[seen.run_id]
+        """Open windows for outcomes of a step that was taken in; returns those that had to make room."""
         for outcome in outcomes:
-            self._note_outcome(run, outcome, seen)
-        self._file(run)
+            self._note_outcome(self._runs[seen.run_id], outcome, seen)
         return self._make_room()
 
-    def close_run(self, run_id: str) -> list[EndedWindow]:
-        """End every window of a run."""
-        run = self._runs.get(run_id)
+    def ended(self, seen: Observation, most: int) -> list[EndedWindow]:
+        """End windows that a step brought to their end, and return them; ask until there are none."""
+        run = self._runs.get(seen.run_id)
         if run is None:
             return []
-        ended = self._end(run, CLOSED, lambda _: True)
-        self._file(run)
-        return ended
+        found = []
+        if run.may_end:
+            found = self._end(run, REOPENED, lambda window: window.receiver_epoch != run.host, most)
+            found = found or self._end(run, "", lambda window: seen.epoch - window.epoch >= self._epochs, most)
+            run.may_end = bool(found)
+        self._drop_if_idle(run)
+        return found
 
-    def expire(self, before_ns: int) -> list[EndedWindow]:
-        """End the windows that were opened before a time."""
-        ended: list[EndedWindow] = []
+    def close_run(self, run_id: str, most: int) -> list[EndedWindow]:
+        """End windows of a run; ask until there are none."""
+        run = self._runs.get(run_id)
+        return self._end(run, CLOSED, lambda _: True, most) if run else []
+
+    def expire(self, before_ns: int, most: int) -> list[EndedWindow]:
+        """End windows that were opened before a time; ask until there are none."""
         for run in list(self._runs.values()):
-            ended += self._end(run, EXPIRED, lambda window: window.opened_ns < before_ns)
-            self._file(run)
-        return ended
+            if found := self._end(run, EXPIRED, lambda window: window.opened_ns < before_ns, most):
+                return found
+        return []
 
     def unidentified(self, most: int) -> list[Name]:
         """Return windows whose command is to be looked up, oldest first."""
@@ -107,11 +110,12 @@ class OpenWindows:
             return None
         del self._unidentified[name]
         run, command_id = self._runs[name[0]], name[1]
-        window = run.windows.pop(command_id)
         if command is not None:
-            run.windows[command_id] = replace(window, command=command)
-        self._file(run)
-        return run.windows.get(command_id)
+            run.windows[command_id] = replace(run.windows[command_id], command=command)
+            return run.windows[command_id]
+        del run.windows[command_id]
+        self._drop_if_idle(run)
+        return None
 
     def _note_outcome(self, run: _WatchedRun, outcome: CommandOutcome, seen: Observation) -> None:
         known = run.windows.get(outcome.command_id)
@@ -135,38 +139,33 @@ class OpenWindows:
             sums=dict(trace.sums),
         )
 
-    def _end_of_other_hosts(self, run: _WatchedRun, host: str) -> list[EndedWindow]:
-        if run.host == host:
-            return []
-        run.host = host
-        return self._end(run, REOPENED, lambda window: window.receiver_epoch != host)
-
-    def _end(self, run: _WatchedRun, cut_short: str, is_over: Callable[[Window], bool]) -> list[EndedWindow]:
-        over = [window for window in run.windows.values() if is_over(window)]
+    def _end(self, run: _WatchedRun, cut_short: str, is_over: Callable[[Window], bool], most: int) -> list[EndedWindow]:
+        over = list(itertools.islice(filter(is_over, run.windows.values()), most))
         if not over:
             return []
         snapshot = run.trace.snapshot()
         for window in over:
-            del run.windows[window.command_id]
-            self._unidentified.pop((window.run_id, window.command_id), None)
+            self._remove(run, window)
+        self._drop_if_idle(run)
         return [EndedWindow(window, snapshot, cut_short) for window in over]
+
+    def _remove(self, run: _WatchedRun, window: Window) -> None:
+        del run.windows[window.command_id]
+        self._unidentified.pop((window.run_id, window.command_id), None)
 
     def _make_room(self) -> list[EndedWindow]:
         """End the oldest window of the run that has the most: who asks for too much pays for it."""
         ended: list[EndedWindow] = []
         for _ in range(len(self) - self._capacity):
             run = max(self._runs.values(), key=lambda each: len(each.windows))
-            window = run.windows.pop(next(iter(run.windows)))
-            self._unidentified.pop((window.run_id, window.command_id), None)
+            window = next(iter(run.windows.values()))
+            self._remove(run, window)
             ended.append(EndedWindow(window, run.trace.snapshot(), DISPLACED))
-            self._file(run)
         return ended
 
-    def _file(self, run: _WatchedRun) -> None:
+    def _drop_if_idle(self, run: _WatchedRun) -> None:
         """Keep a run as long as it has a window."""
-        if run.windows:
-            self._runs[run.trace.run_id] = run
-        else:
+        if not run.windows:
             self._runs.pop(run.trace.run_id, None)
 
 

@@ -83,7 +83,7 @@ class ReportJournal:
         """Return what was commanded, by command; one without a record, or with a report, is absent."""
         self._journal.flush()
         found = self._journal.find_all(decisions.KIND, self._without_report(command_ids))
-        return {command_id: _judged(record.body) for command_id, record in found.items()}
+        return {command_id: _judged(command_id, record.body) for command_id, record in found.items()}
 
     def keep(self, reports: Sequence[FieldReport]) -> Kept:
         """Write reports down, one for each command, and let go of the windows of those that are on the disk."""
@@ -194,12 +194,13 @@ def _trace_of(record: Record) -> RunTrace:
     return RunTrace(record.key, **{**found, "sums": defaultdict(float, found["sums"])})
 
 
-def _judged(body: bytes) -> JudgedCommand:
+def _judged(command_id: str, body: bytes) -> JudgedCommand:
     """Read the record of a decision; a command that plants nothing acts on what was planted before."""
     decision = ExplainDecisionResponse.FromString(body)
     command, evidence = decision.command, decision.evidence
     planted = evidence.planted.get(command.target_seed_id, "") if command.target_seed_id else ""
     return JudgedCommand(
+        command_id=command_id,
         run_id=evidence.run_id,
         seed_id=command.target_seed_id,
         blueprint_id=command.seed_operation.blueprint_id or planted,

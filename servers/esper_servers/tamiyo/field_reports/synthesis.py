@@ -25,7 +25,7 @@ def report_id_of(command_id: str) -> str:
 def synthesise(ended: EndedWindow, now_ns: int) -> FieldReport:
     """Write the report on a command whose record was found."""
     window, sums = ended.window, ended.trace.since(ended.window.sums)
-    command = window.command or JudgedCommand(run_id=window.run_id)
+    command = window.command or JudgedCommand(command_id=window.command_id, run_id=window.run_id)
     report = FieldReport(
         version=VERSION,
         report_id=report_id_of(window.command_id),

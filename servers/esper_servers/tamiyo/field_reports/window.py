@@ -15,6 +15,7 @@ EXPIRED = "the run did not reach the epoch"
 class JudgedCommand:
     """What a report says of the command itself."""
 
+    command_id: str
     run_id: str
     seed_id: str = ""
     blueprint_id: str = ""

@@ -3,9 +3,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from collections.abc import Set as AbstractSet
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import structlog
@@ -22,9 +21,12 @@ from .window import EndedWindow, JudgedCommand
 
 log = structlog.get_logger(__name__)
 
-SLICE = 8
-"""Steps that are taken in, or outcomes that are noted, before steps of the runs get the loop again."""
-MOST_LOOK_UPS = 256
+SLICE = 2
+"""Steps that are taken in before others get the loop again: a step is answered within 5 ms."""
+MANY = 8
+"""Outcomes, windows or reports that are dealt with at once."""
+LOOK_UPS = 64
+"""Times that windows are looked up before new steps are taken in."""
 KEEP_AGAIN_SECONDS = 5.0
 
 
@@ -48,8 +50,10 @@ class ReportWriter:
         self._clock_ns = clock_ns
         self._on_report = on_report
         self._windows = OpenWindows(epochs=config.window_epochs, capacity=config.max_windows, clock_ns=clock_ns)
-        self._ended: list[EndedWindow] = []
-        """Windows whose report is not on the disk."""
+        self._unknown: deque[EndedWindow] = deque()
+        """Those that ended before their command was looked up."""
+        self._ended: dict[str, EndedWindow] = {}
+        """By command, those whose report is not on the disk."""
         self._keep_at = clock()
         self._told_lost = 0
         self._dropped: Counter[str] = Counter()
@@ -70,7 +74,9 @@ class ReportWriter:
     async def expire(self, before_ns: int) -> None:
         """End the windows that were opened before a time."""
         async with self._one_at_a_time:
-            self._add(self._windows.expire(before_ns))
+            while ended := self._windows.expire(before_ns, MANY):
+                self._add(ended)
+                await asyncio.sleep(0)
             self._forget_idle_runs()
 
     async def _take_in(self) -> None:
@@ -88,13 +94,17 @@ class ReportWriter:
 
     async def _take_in_one(self, seen: Observation | RunClosed) -> None:
         if isinstance(seen, RunClosed):
-            self._add(self._windows.close_run(seen.run_id))
+            while ended := self._windows.close_run(seen.run_id, MANY):
+                self._add(ended)
+                await asyncio.sleep(0)
             return
         before = self._windows.epoch_of(seen.run_id)
-        self._add(self._windows.take_in(seen))
-        outcomes = iter(seen.outcomes)
-        while some := list(itertools.islice(outcomes, SLICE)):
-            self._add(self._windows.note(some, seen))
+        self._windows.take_in(seen)
+        for first in range(0, len(seen.outcomes), MANY):
+            self._add(self._windows.note(seen.outcomes[first : first + MANY], seen))
+            await asyncio.sleep(0)
+        while ended := self._windows.ended(seen, MANY):
+            self._add(ended)
             await asyncio.sleep(0)
         if before is not None and before != seen.epoch and (trace := self._windows.trace_of(seen.run_id)):
             self._journal.note_trace(trace)
@@ -109,29 +119,39 @@ class ReportWriter:
 
     async def _identify(self) -> None:
         """Look up the commands of new windows, a bounded number at a time."""
-        names = self._windows.unidentified(MOST_LOOK_UPS)
-        ended = [each.window.command_id for each in self._ended if each.window.command is None][:MOST_LOOK_UPS]
-        wanted = {command_id for _, command_id in names} | set(ended)
-        if not wanted:
-            return
-        commands = await asyncio.to_thread(self._journal.commands, wanted)
-        for each in self._ended:
-            if each.window.command is not None:
-                commands.pop(each.window.command_id, None)
-        self._ended = list(_identified(self._ended, wanted, commands))
-        windows = [self._windows.identify(name, _of_run(name[0], commands.get(name[1]))) for name in names]
-        self._journal.note_windows([window for window in windows if window])
+        for _ in range(LOOK_UPS):
+            names = self._windows.unidentified(MANY)
+            ended = list(itertools.islice(self._unknown, MANY))
+            if not names and not ended:
+                break
+            wanted = {command_id for _, command_id in names} | {each.window.command_id for each in ended}
+            commands = await asyncio.to_thread(self._journal.commands, wanted)
+            for each in ended:
+                self._unknown.popleft()
+                self._name(each, commands.get(each.window.command_id))
+            windows = [self._windows.identify(name, self._command(name[0], commands.get(name[1]))) for name in names]
+            self._journal.note_windows([window for window in windows if window])
         self._forget_idle_runs()
+
+    def _name(self, ended: EndedWindow, command: JudgedCommand | None) -> None:
+        """Tell an ended window its command; without one it goes."""
+        window = ended.window
+        if command := self._command(window.run_id, command):
+            self._ended[window.command_id] = replace(ended, window=replace(window, command=command))
+
+    def _command(self, run_id: str, command: JudgedCommand | None) -> JudgedCommand | None:
+        """None for a command that another run was given, and for one whose report is on its way."""
+        is_told = command is None or command.run_id != run_id or command.command_id in self._ended
+        return None if is_told else command
 
     async def _report_ended(self) -> None:
         """Write reports; a disk that does not take them is tried again after a while."""
-        while self._clock() >= self._keep_at:
-            ended = [each for each in self._ended if each.window.command is not None][:SLICE]
-            if not ended:
-                return
+        while self._ended and self._clock() >= self._keep_at:
+            ended = list(itertools.islice(self._ended.values(), MANY))
             kept = await asyncio.to_thread(self._write, ended)
-            self._ended = [each for each in self._ended if each.window.command_id not in kept.commands]
-            if any(each.window.command_id not in kept.commands for each in ended):
+            for command_id in kept.commands:
+                self._ended.pop(command_id, None)
+            if len(kept.commands) < len(ended):
                 self._keep_at = self._clock() + KEEP_AGAIN_SECONDS
             for report in kept.new:
                 self._on_report(report)
@@ -140,37 +160,21 @@ class ReportWriter:
     def _write(self, ended: Sequence[EndedWindow]) -> Kept:
         return self._journal.keep([synthesise(each, self._clock_ns()) for each in ended])
 
-    def _add(self, ended: list[EndedWindow]) -> None:
+    def _add(self, ended: Iterable[EndedWindow]) -> None:
         """Keep windows for their report. When there are too many those whose command is not known go first."""
-        self._ended += ended
-        excess = len(self._ended) - self._most_ended
-        if excess > 0:
-            gone = sorted(self._ended, key=_is_identified)[:excess]
-            going = set(map(id, gone))
-            self._ended = [each for each in self._ended if id(each) not in going]
-            for each in gone:
-                reason = "disk" if _is_identified(each) else "unknown"
-                observe_report_dropped(reason)
-                self._dropped[reason] += 1
+        for each in ended:
+            if each.window.command is None:
+                self._unknown.append(each)
+            else:
+                self._ended[each.window.command_id] = each
+        while len(self._unknown) + len(self._ended) > self._most_ended:
+            self._drop_one()
 
-
-def _is_identified(ended: EndedWindow) -> bool:
-    return ended.window.command is not None
-
-
-def _of_run(run_id: str, command: JudgedCommand | None) -> JudgedCommand | None:
-    """What a run says of a command that another run was given counts for nothing."""
-    return command if command is not None and command.run_id == run_id else None
-
-
-def _identified(
-    ended: Iterable[EndedWindow], looked_up: AbstractSet[str], commands: dict[str, JudgedCommand]
-) -> Iterator[EndedWindow]:
-    """Fill in commands, each once; a window without one, or with a report already, goes."""
-    for each in ended:
-        window = each.window
-        if window.command is not None or window.command_id not in looked_up:
-            yield each
-        elif command := _of_run(window.run_id, commands.get(window.command_id)):
-            del commands[window.command_id]
-            yield replace(each, window=replace(window, command=command))
+    def _drop_one(self) -> None:
+        reason = "unknown" if self._unknown else "disk"
+        if self._unknown:
+            self._unknown.popleft()
+        else:
+            del self._ended[next(iter(self._ended))]
+        observe_report_dropped(reason)
+        self._dropped[reason] += 1

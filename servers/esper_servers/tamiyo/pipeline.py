@@ -181,7 +181,8 @@ class StepPipeline:
         for outcome in step.outcomes:
             run.outcomes[outcome.result] += 1
         if run.catalogue_version != self._blueprints.version:
-            run.graph = build_graph(run.request, self._blueprints.candidates(run.request.sites))
+            candidates = self._blueprints.candidates(run.request.sites)
+            run.graph = build_graph(run.request, candidates, run.graph.norms)
             run.catalogue_version = self._blueprints.version
 
     def _judge(self, packet: SystemStatePacket, run: RunState, *, conservative: bool) -> Verdict:

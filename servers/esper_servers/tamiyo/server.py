@@ -25,17 +25,18 @@ from esper_servers.policy.prior import PriorConfig, RunSignals
 from .blueprint_cache import BlueprintCache
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
+from .lasting_state import LastingState
 from .pause_quota import PauseConfig
 from .pauses import Pauses
 from .pipeline import StepPipeline
 from .plan_switch import PlanConfig, PlanSwitch
 from .risk.config import RiskConfig
-from .run_state import Runs
 from .service import RAW_METHODS, TamiyoServicer
 
 SERVICE = tamiyo_service_pb2.DESCRIPTOR.services_by_name["TamiyoService"]
 WARM_UP_STEPS = 20
 PAUSE_QUOTA_SECONDS = 1.0
+SAVE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,11 +62,12 @@ async def serve(config: TamiyoServerConfig) -> None:
     keyring = config.keyring
     journal = Journal(config.state_dir / "journal.sqlite")
     blueprints, mode, decisions = BlueprintCache(), ConservativeMode(), DecisionLog(journal)
+    lasting = LastingState(config.state_dir)
     policy = Policy.initial(prior_config=config.prior)
     plans = PlanSwitch(policy, config.state_dir / "plans", config.plan)
     pipeline = StepPipeline(
         policy=policy,
-        runs=Runs(),
+        runs=lasting.runs,
         blueprints=blueprints,
         keyring=keyring,
         decisions=decisions,
@@ -90,8 +92,10 @@ async def serve(config: TamiyoServerConfig) -> None:
         building = asyncio.create_task(plans.build())
         stack.callback(building.cancel)
         server.every(PAUSE_QUOTA_SECONDS, pauses.tell_remaining)
+        server.every(SAVE_SECONDS, lasting.save)
         await server.run_until_signal()
     pipeline.report()
+    await lasting.save()
     journal.close()
 
 

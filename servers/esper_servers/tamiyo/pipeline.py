@@ -26,6 +26,7 @@ from esper_rpc.proto.tamiyo.v1 import (
 )
 from esper_rpc.status import hide_unexpected, to_status
 from esper_rpc.steady_clock import SteadyClock
+from esper_rpc.telemetry.metrics import tell_restraint
 from esper_servers.policy.policy import Policy
 
 from . import choosing
@@ -145,6 +146,12 @@ class StepPipeline:
         self._risk_events.report()
         self._reports.report()
 
+    async def tell_restraint(self) -> None:
+        """Show what holds the policy back; to be called again and again, since it changes without a step too."""
+        held = sum(run.mode.enabled for run in self.runs.all())
+        breakers = {"inference": self.breaker.state}
+        tell_restraint(service_is_held=self._mode.enabled, held_runs=held, breakers=breakers)
+
     def _decide(
         self, step: Step, run: RunState, digest: bytes, watch: Stopwatch, budget: float
     ) -> tuple[StepDecision, Evidence | None]:
@@ -154,7 +161,7 @@ class StepPipeline:
         watch.lap("risk_us")
         decided = self._choose(step.packet, run, watch, budget, verdict)
         if decided.choice is None:
-            self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason))
+            self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason, run, verdict))
             return StepDecision(no_action=NoAction(reason=decided.reason)), None
         command = build_command(
             run, decided.choice, reason=decided.reason, policy_version=self.policy.version, verdict=verdict
@@ -172,7 +179,8 @@ class StepPipeline:
             prior=self.policy.prior, risk=self._risk, conservative=conservative,
         )  # fmt: skip
         watch.lap("signing_us")
-        self._count(Reported(step, watch.ledger, self._issued(run, command), decided.reason, command.command_id))
+        kind = self._issued(run, command)
+        self._count(Reported(step, watch.ledger, kind, decided.reason, run, verdict, command.command_id))
         return StepDecision(command=envelope), evidence
 
     def _note(self, run: RunState, step: Step) -> None:

@@ -35,7 +35,7 @@ from .service import RAW_METHODS, TamiyoServicer
 
 SERVICE = tamiyo_service_pb2.DESCRIPTOR.services_by_name["TamiyoService"]
 WARM_UP_STEPS = 20
-PAUSE_QUOTA_SECONDS = 1.0
+GAUGE_SECONDS = 1.0
 SAVE_SECONDS = 30.0
 
 
@@ -91,7 +91,8 @@ async def serve(config: TamiyoServerConfig) -> None:
         server.every(CHECK_SECONDS, keyring.refresh)
         building = asyncio.create_task(plans.build())
         stack.callback(building.cancel)
-        server.every(PAUSE_QUOTA_SECONDS, pauses.tell_remaining)
+        server.every(GAUGE_SECONDS, pauses.tell_remaining)
+        server.every(GAUGE_SECONDS, pipeline.tell_restraint)
         server.every(SAVE_SECONDS, lasting.save)
         await server.run_until_signal()
     pipeline.report()

@@ -106,6 +106,7 @@ class RunGraph:
         self._arrays = {kind: room[: sizes[kind]] for kind, room in rooms.items()}
         self._tensors = {kind: torch.from_numpy(array) for kind, array in self._arrays.items()}
         self._fill_static()
+        self._layers_known: dict[bool, Known] = {}
         self.plantable = self._find_plantable()
         """(S, B): which blueprint may grow in which seed."""
         layer_ids = [str(layer.get("layer_id", "")) for layer in self._layers]
@@ -157,8 +158,16 @@ class RunGraph:
 
     def coverage(self) -> Coverage:
         """Return how much is known of what the last `fill` wrote and of the structure."""
-        known = self._known_structure | {kind: known_of(self._arrays[kind], kind) for kind in _FILLED_BY_STEP}
-        return coverage_of(known, self.counts, self._edge_coverage)
+        known = {kind: known_of(self._arrays[kind], kind) for kind in ("seed", "global")}
+        return coverage_of(self._known_structure | known | {"layer": self._known_layers()}, self._edge_coverage)
+
+    def _known_layers(self) -> Known:
+        """Of layers a step tells nothing but the loss."""
+        layers = self._arrays["layer"]
+        has_loss = bool(layers[0, 15])
+        if has_loss not in self._layers_known:
+            self._layers_known[has_loss] = known_of(layers, "layer")
+        return self._layers_known[has_loss]
 
     @cached_property
     def _known_structure(self) -> dict[str, Known]:

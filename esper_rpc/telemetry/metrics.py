@@ -6,7 +6,9 @@ PROMETHEUS_MULTIPROC_DIR set before this is imported they live in files there, s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
+from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -20,6 +22,9 @@ LATENCY_BUCKETS = (
     10, 20, 50, 100,
 )  # fmt: skip
 SIZE_BUCKETS = (0, *(4**exponent * 1024 for exponent in range(12)))
+LATEST: Final = "livemostrecent"
+"""A gauge shows what the process that lives said last."""
+SHARE_BUCKETS = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)
 
 SERVER_STARTED = Counter("grpc_server_call_started", "Calls that arrived.", ["grpc_method"])
 SERVER_DURATION = Histogram(
@@ -57,8 +62,13 @@ SHADOW_DECISIONS = Counter(
 REPORTS_PUBLISHED = Counter("esper_field_reports_published", "Field reports that the publisher took.")
 REPORT_RETRIES = Counter("esper_field_reports_retries", "Times that a field report was handed over once more.")
 REPORTS_DROPPED = Counter("esper_field_reports_dropped", "Field reports that are not handed over any more.", ["reason"])
+RISK_SCORE = Histogram("esper_risk_score", "Combined risk of a step, from 0 to 1.", buckets=SHARE_BUCKETS)
+BLUEPRINT_RISK = Histogram(
+    "esper_blueprint_risk", "Risk of the worst blueprint that lives in the run of a step.", buckets=SHARE_BUCKETS
+)
+BSDS_HAZARDS = Counter("esper_bsds_hazards", "Steps beside a blueprint that its sheet warns of.", ["band"])
 
-PLAN_COMPILED = Gauge("esper_plan_compiled", "Whether the compiled plan is served.", multiprocess_mode="livemostrecent")
+PLAN_COMPILED = Gauge("esper_plan_compiled", "Whether the compiled plan is served.", multiprocess_mode=LATEST)
 PLAN_FALLBACKS = Counter("esper_plan_fallbacks", "Times that the eager plan was served although another was wanted.")
 
 STEP_PART = Histogram(
@@ -81,6 +91,64 @@ def observe_decision(ledger: StepLedger, kind: str, reason: str) -> None:
     DECISIONS.labels(kind, reason).inc()
     for name, histogram in _DECISION_PARTS.items():
         histogram.observe(getattr(ledger, name) / 1e6)
+
+
+def observe_risk(score: float, blueprint_risk: float | None, hazard_band: str) -> None:
+    """Record the risk of a step: of the worst blueprint that lives in its run, and the band that its sheet warns of."""
+    RISK_SCORE.observe(score)
+    if blueprint_risk is not None:
+        BLUEPRINT_RISK.observe(blueprint_risk)
+    if hazard_band:
+        BSDS_HAZARDS.labels(hazard_band).inc()
+
+
+def tell_coverage(overall: float, types: Mapping[str, float]) -> None:
+    """Show how much the policy knew in a step that was looked at."""
+    _coverage_gauges().tell(overall, types)
+
+
+class _CoverageGauges:
+    """Most of what they show stays the same from step to step, and is not written again."""
+
+    def __init__(self) -> None:
+        whole = "Share of the features of the graph that were known in the step last looked at."
+        by_type = "The same by type of node, and by relation the share of edges that were told."
+        self._whole = Gauge("esper_feature_coverage", whole, multiprocess_mode=LATEST)
+        self._by_type = Gauge("esper_feature_coverage_by_type", by_type, ["type"], multiprocess_mode=LATEST)
+        self._told: dict[str, float] = {}
+
+    def tell(self, overall: float, types: Mapping[str, float]) -> None:
+        self._whole.set(overall)
+        for name, share in types.items():
+            if self._told.get(name) != share:
+                self._by_type.labels(name).set(share)
+                self._told[name] = share
+
+
+@cache
+def _coverage_gauges() -> _CoverageGauges:
+    """Made where a policy decides: any other process would show 0."""
+    return _CoverageGauges()
+
+
+def tell_restraint(*, service_is_held: bool, held_runs: int, breakers: Mapping[str, int]) -> None:
+    """Show what holds the policy back: conservative mode, and the CircuitState of each breaker by its name."""
+    conservative, states = _restraint_gauges()
+    conservative.labels("service").set(service_is_held)
+    conservative.labels("runs").set(held_runs)
+    for name, state in breakers.items():
+        states.labels(name).set(state)
+
+
+@cache
+def _restraint_gauges() -> tuple[Gauge, Gauge]:
+    """Made where a policy decides, as above."""
+    held = "Whether the service is in conservative mode, and how many runs are by themselves."
+    state = "The state of a breaker by its number in Leyline: 1 closed, 2 open, 3 half open."
+    return (
+        Gauge("esper_conservative_mode", held, ["scope"], multiprocess_mode=LATEST),
+        Gauge("esper_breaker_state", state, ["breaker"], multiprocess_mode=LATEST),
+    )
 
 
 def observe_pause(result: str) -> None:
@@ -107,7 +175,7 @@ def tell_pause_quota(least_remaining: int) -> None:
 def _pause_quota_remaining() -> Gauge:
     """Made where a quota is kept: any other process would show 0."""
     purpose = "Pause units left in the window of the identity that has the fewest."
-    return Gauge("esper_pause_quota_remaining", purpose, multiprocess_mode="livemostrecent")
+    return Gauge("esper_pause_quota_remaining", purpose, multiprocess_mode=LATEST)
 
 
 def observe_report_published() -> None:

@@ -33,6 +33,7 @@ from esper_rpc.proto.tamiyo.v1 import (
 from esper_rpc.proto.urza.v1 import BatchGetExtrasResponse, BlueprintExtras
 from esper_rpc.testing import TAMIYO, FakeTamiyo, serving
 from esper_servers.policy import sample
+from esper_servers.tamiyo.commands import COVERAGE_KEYS
 from esper_servers.tamiyo.conservative_mode import COOL_DOWN_SECONDS, EXIT_SUCCESSES
 from esper_servers.urza.seeding import installed_blueprints
 
@@ -106,7 +107,14 @@ def test_a_germination_names_a_blueprint_that_fits(run):
 
 def test_annotations_tell_coverage_policy_and_method(run):
     annotations = command_of(decide(run, step(1))).annotations
-    assert {"feature_coverage", "coverage_map", "policy_version", "blending_method_index", "reason"} <= set(annotations)
+    assert {"feature_coverage", "policy_version", "blending_method_index", "blending_method", "reason"} <= set(
+        annotations
+    )
+    assert 0 < float(annotations["feature_coverage"]) < 1
+    assert {"node.seed", "node.global", "edges.seed_monitors"} <= set(json.loads(annotations["coverage_types"]))
+    least_known = list(json.loads(annotations["coverage_map"]).values())
+    assert 0 < len(least_known) <= COVERAGE_KEYS
+    assert least_known == sorted(least_known)
 
 
 def test_the_ledger_accounts_for_the_time(run):

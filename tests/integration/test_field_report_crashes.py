@@ -64,7 +64,7 @@ async def live(journal, first_epoch, tell):
         step = Step(run_id="run", sequence=epoch + 1, packet=packet, outcomes=outcomes)
         run = SimpleNamespace(request=OpenRunRequest(run_id="run", receiver_epoch=bytes(16)))
         verdict = Verdict((True,) * 4, 0, "", 0.0, {})
-        observations.note(Reported(step, run, StepLedger(), verdict, "NO_ACTION", ""))
+        observations.note(Reported(step, StepLedger(), "NO_ACTION", "", run, verdict))
         await reports.catch_up()
         tell(f"epoch {epoch}")
     await reports.acknowledge("fr-synth-c")

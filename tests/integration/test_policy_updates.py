@@ -185,6 +185,7 @@ def _document(file):
         ({}, "not_finite"),
         ({"digest": "00" * 32}, "checksum_mismatch"),
         ({"architecture": "ffn_v0"}, "wrong_architecture"),
+        ({"registries": {"layer_type": "00" * 32}}, "registry_mismatch: The registry layer_type was expected"),
     ],
 )
 def test_a_policy_that_does_not_fit_changes_nothing(mesh, files, numbers, manifest, reason):

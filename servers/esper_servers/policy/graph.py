@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +22,10 @@ from esper_rpc.proto.leyline.v1 import (
 from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
 
 from . import schema
+from .coverage import Coverage, Known, coverage_of, known_of
+from .edges import build_edges
 from .norms import Norms
+from .registries import Registries, Registry
 
 Floats = NDArray[np.float32]
 LEAST_ROWS = 2
@@ -31,7 +33,9 @@ LEAST_ROWS = 2
 MAX_SEEDS = 256
 # Some relations join every node of one type with every node of another, and every run shares one process: 256 nodes of
 # each type take 1.7 s a step, 1024 half a minute. What a topology says beyond these counts is left out.
-MAX_LAYERS, MAX_ACTIVATIONS, MAX_PARAMETERS, MAX_ADJACENCY = 256, 64, 64, 4096
+MAX_LAYERS, MAX_ACTIVATIONS, MAX_PARAMETERS = 256, 64, 64
+# Only the vocabularies that are the same everywhere: what a record holds must give the same graph again.
+_VOCABULARIES = Registries()
 _FILLED_BY_STEP = ("layer", "seed", "global")
 FEATURE_LIMIT = 1e6
 """Beyond it a value says nothing more, and the network's sums could leave float32."""
@@ -102,9 +106,13 @@ class RunGraph:
         self._arrays = {kind: room[: sizes[kind]] for kind, room in rooms.items()}
         self._tensors = {kind: torch.from_numpy(array) for kind, array in self._arrays.items()}
         self._fill_static()
+        self._layers_known: dict[bool, Known] = {}
         self.plantable = self._find_plantable()
         """(S, B): which blueprint may grow in which seed."""
-        self.edges = self._build_edges(topology, sites)
+        layer_ids = [str(layer.get("layer_id", "")) for layer in self._layers]
+        self.edges, self._edge_coverage = build_edges(
+            topology, layer_ids, sites, seeds[:MAX_SEEDS], self.blueprints, self.counts
+        )
         self._inputs = GraphInputs(
             features=self._tensors,
             edges=self.edges,
@@ -153,21 +161,22 @@ class RunGraph:
         for kind, array in features.items():
             self._arrays[kind][:] = array
 
-    def coverage(self) -> dict[str, float]:
-        """Return the share of known features, per node type as `node.<type>` and overall as `overall`."""
-        known = self._known_structure | {kind: _known(self._arrays[kind], kind) for kind in _FILLED_BY_STEP}
-        ratios = {f"node.{k}": round(have / total, 4) for k, (have, total) in known.items() if total}
-        total = sum(t for _, t in known.values())
-        overall = round(sum(h for h, _ in known.values()) / max(1, total), 4)
-        return ratios | self._edge_coverage | {"overall": overall}
+    def coverage(self) -> Coverage:
+        """Return how much is known of what the last `fill` wrote and of the structure."""
+        known = {kind: known_of(self._arrays[kind], kind) for kind in ("seed", "global")}
+        return coverage_of(self._known_structure | known | {"layer": self._known_layers()}, self._edge_coverage)
+
+    def _known_layers(self) -> Known:
+        """Of layers a step tells nothing but the loss."""
+        layers = self._arrays["layer"]
+        has_loss = bool(layers[0, 15])
+        if has_loss not in self._layers_known:
+            self._layers_known[has_loss] = known_of(layers, "layer")
+        return self._layers_known[has_loss]
 
     @cached_property
-    def _known_structure(self) -> dict[str, tuple[float, int]]:
-        return {kind: _known(array, kind) for kind, array in self._arrays.items() if kind not in _FILLED_BY_STEP}
-
-    @cached_property
-    def _edge_coverage(self) -> dict[str, float]:
-        return {f"edges.{s}_{name}": float(edges.shape[1] > 0) for (s, name, _), edges in self.edges.items()}
+    def _known_structure(self) -> dict[str, Known]:
+        return {kind: known_of(array, kind) for kind, array in self._arrays.items() if kind not in _FILLED_BY_STEP}
 
     def _find_plantable(self) -> NDArray[np.bool_]:
         sites = [self.site_of[seed_id] for seed_id in self.seed_ids]
@@ -189,13 +198,15 @@ class RunGraph:
         last = max(1, len(self._layers) - 1)
         for i, layer in enumerate(self._layers):
             values = [
-                _code(layer.get("type")), i / last, _log(layer.get("parameter_count")), _log(layer.get("weight_norm")),
-                layer.get("gradient_norm"), layer.get("dropout_rate"), _log(layer.get("latency_ms")),
+                _place(_VOCABULARIES.layer_type, layer.get("type")), i / last, _log(layer.get("parameter_count")),
+                _log(layer.get("weight_norm")), layer.get("gradient_norm"), layer.get("dropout_rate"),
+                _log(layer.get("latency_ms")),
             ]  # fmt: skip
             _write(self._arrays["layer"][i], values)
         for i, activation in enumerate(self._activations):
             names = schema.FEATURES["activation"][1:]
-            _write(self._arrays["activation"][i], [_code(activation.get("type")), *map(activation.get, names)])
+            kind = _place(_VOCABULARIES.activation_type, activation.get("type"))
+            _write(self._arrays["activation"][i], [kind, *map(activation.get, names)])
         for i, parameter in enumerate(self._parameters):
             _write(self._arrays["parameter"][i], [_squash(parameter.get(n)) for n in schema.FEATURES["parameter"]])
         for i, candidate in enumerate(self.blueprints):
@@ -220,33 +231,6 @@ class RunGraph:
             if index is not None:
                 _write_seed(array[index], state)
 
-    def _build_edges(self, topology: Mapping[str, Any], sites: Sequence[RunSite]) -> dict[tuple[str, str, str], Tensor]:
-        counts = self.counts
-        layers = counts["layer"]
-        chain = _adjacency(topology, layers)
-        position = {site.site_id: self._layer_of(site.site_id, i) for i, site in enumerate(sites)}
-        monitors = [(i, position.get(self.site_of[s], 0)) for i, s in enumerate(self.seed_ids)]
-        suits = [
-            (b, s)
-            for b, candidate in enumerate(self.blueprints)
-            for s, seed_id in enumerate(self.seed_ids)
-            if self.site_of[seed_id] in candidate.fits
-        ]
-        pairs: dict[str, list[tuple[int, int]]] = {
-            "connects": chain, "feedback": [(b, a) for a, b in chain], "monitors": monitors, "suits": suits,
-        }  # fmt: skip
-        return {
-            relation: _edge_tensor(pairs.get(relation[1]), counts[relation[0]], counts[relation[2]])
-            for relation in schema.RELATIONS
-        }
-
-    def _layer_of(self, site_id: str, fallback: int) -> int:
-        names = [str(layer.get("layer_id", "")) for layer in self._layers]
-        for i, name in enumerate(names):
-            if name == site_id or name.startswith(f"{site_id}."):
-                return i
-        return min(fallback, max(0, len(names) - 1))
-
 
 def _flatten(edges: Mapping[tuple[str, str, str], Tensor], counts: Mapping[str, int]) -> Tensor:
     """Number the messages of all relations through, and the nodes of all types, so that one scatter serves all."""
@@ -265,26 +249,6 @@ def offsets_of(counts: Mapping[str, int]) -> dict[str, int]:
         offsets[kind] = total
         total += counts[kind]
     return offsets
-
-
-def _edge_tensor(pairs: list[tuple[int, int]] | None, sources: int, targets: int) -> Tensor:
-    """The given pairs, or every pair where the relation is between all nodes."""
-    if pairs is not None:
-        return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T.contiguous()
-    index = torch.arange(sources * targets)
-    return torch.stack([index // max(1, targets), index % max(1, targets)])
-
-
-def _adjacency(topology: Mapping[str, Any], layers: int) -> list[tuple[int, int]]:
-    """Read adjacency.layer; what is absent or bad becomes a chain, indices out of range are ignored."""
-    given = topology.get("adjacency")
-    raw = given.get("layer") if isinstance(given, Mapping) else None
-    pairs = [
-        (int(p[0]), int(p[1]))
-        for p in (raw[:MAX_ADJACENCY] if isinstance(raw, list) else ())
-        if isinstance(p, Sequence) and len(p) >= 2 and all(isinstance(i, int) and 0 <= i < layers for i in p[:2])
-    ]
-    return pairs or [(i, i + 1) for i in range(layers - 1)]
 
 
 def _dicts(value: Any) -> list[dict[str, Any]]:
@@ -335,13 +299,10 @@ def _write_seed(row: Floats, state: SeedState) -> None:
     row[offset + stage] = 1.0
 
 
-def _known(array: Floats, kind: str) -> tuple[float, int]:
-    masks = array[:, 1 : 2 * len(schema.FEATURES[kind]) : 2]
-    return float(masks.sum()), masks.size
-
-
-def _code(name: Any) -> float | None:
-    return (zlib.crc32(name.encode()) % 1000) / 1000 if isinstance(name, str) else None
+def _place(registry: Registry, name: Any) -> float | None:
+    """Where a name stands in a vocabulary, up to 1; unknown outside it."""
+    number = registry.find(name) if isinstance(name, str) else None
+    return None if number is None else number / len(registry)
 
 
 def _log(value: Any) -> float | None:

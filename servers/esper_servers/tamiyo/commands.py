@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import uuid
 
 import orjson
@@ -17,12 +18,12 @@ from esper_rpc.proto.leyline.v1 import (
 from esper_servers.policy import schema
 from esper_servers.policy.graph import BlueprintCandidate
 from esper_servers.policy.masks import Choice
+from esper_servers.policy.vocabularies import SCHEDULES
 
 from .risk.engine import Verdict
 from .risk.signals.optimizer_hints import LEARNING_RATE_VANISHED
 from .run_state import RunState
 
-SCHEDULE_NAMES = ("linear", "cosine", "warmup_hold", "sigmoid")
 PAUSE_UNITS_MS = 100
 LEARNING_RATE_MULTIPLIER = 0.8
 LEARNING_RATE_MULTIPLIERS = {LEARNING_RATE_VANISHED: 1.25}
@@ -38,8 +39,10 @@ def build_command(
     command.issued_at.GetCurrentTime()
     command.annotations["reason"] = reason
     command.annotations["policy_version"] = policy_version
-    command.annotations["feature_coverage"] = f"{coverage['overall']:.4f}"
-    command.annotations["coverage_map"] = orjson.dumps(dict(list(coverage.items())[:COVERAGE_KEYS])).decode()
+    command.annotations["feature_coverage"] = f"{coverage.overall:.4f}"
+    command.annotations["coverage_types"] = orjson.dumps(coverage.types).decode()
+    least_known = dict(itertools.islice(coverage.features.items(), COVERAGE_KEYS))
+    command.annotations["coverage_map"] = orjson.dumps(least_known).decode()
     command.annotations["risk_score"] = f"{verdict.score:.4f}"
     command.annotations["risk_map"] = orjson.dumps({n: round(r.score, 4) for n, r in verdict.readings.items()}).decode()
     if choice.kind == schema.KIND_SEED:
@@ -67,7 +70,7 @@ def _write_seed_operation(command: AdaptationCommand, run: RunState, choice: Cho
     start, end = sorted((0.0, 1.0))
     operation.parameters["blending_schedule_start"], operation.parameters["blending_schedule_end"] = start, end
     command.annotations["blending_method_index"] = str(choice.schedule)
-    command.annotations["blending_method"] = SCHEDULE_NAMES[choice.schedule]
+    command.annotations["blending_method"] = SCHEDULES[choice.schedule]
 
 
 def _annotate_hazard(command: AdaptationCommand, blueprint: BlueprintCandidate) -> None:

@@ -26,6 +26,7 @@ from esper_rpc.proto.tamiyo.v1 import (
 )
 from esper_rpc.status import hide_unexpected, to_status
 from esper_rpc.steady_clock import SteadyClock
+from esper_rpc.telemetry.metrics import tell_restraint
 from esper_servers.policy.policy import Policy
 
 from . import choosing
@@ -160,6 +161,12 @@ class StepPipeline:
         if self.shadow is not None:
             self.shadow.follow()
 
+    async def tell_restraint(self) -> None:
+        """Show what holds the policy back; to be called again and again, since it changes without a step too."""
+        held = sum(run.mode.enabled for run in self.runs.all())
+        breakers = {"inference": self.breaker.state}
+        tell_restraint(service_is_held=self._mode.enabled, held_runs=held, breakers=breakers)
+
     def _decide(
         self, step: Step, run: RunState, digest: bytes, watch: Stopwatch, budget: float
     ) -> tuple[StepDecision, Evidence | None]:
@@ -171,7 +178,7 @@ class StepPipeline:
         if self.shadow is not None and self.shadow.is_free:
             self.shadow.note(run, decided, run.ordered_seeds(step.packet))
         if decided.choice is None:
-            self._count(Reported(step, run, watch.ledger, verdict, "NO_ACTION", decided.reason))
+            self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason, run, verdict))
             return StepDecision(no_action=NoAction(reason=decided.reason)), None
         command = build_command(
             run, decided.choice, reason=decided.reason, policy_version=self.policy.version, verdict=verdict
@@ -190,7 +197,7 @@ class StepPipeline:
         )  # fmt: skip
         watch.lap("signing_us")
         kind = self._issued(run, command)
-        self._count(Reported(step, run, watch.ledger, verdict, kind, decided.reason, command.command_id))
+        self._count(Reported(step, watch.ledger, kind, decided.reason, run, verdict, command.command_id))
         return StepDecision(command=envelope), evidence
 
     def _note(self, run: RunState, step: Step) -> None:
@@ -199,7 +206,8 @@ class StepPipeline:
         for outcome in step.outcomes:
             run.outcomes[outcome.result] += 1
         if run.catalogue_version != self._blueprints.version:
-            run.graph = build_graph(run.request, self._blueprints.candidates(run.request.sites))
+            candidates = self._blueprints.candidates(run.request.sites)
+            run.graph = build_graph(run.request, candidates, run.graph.norms)
             run.catalogue_version = self._blueprints.version
 
     def _judge(self, packet: SystemStatePacket, run: RunState, *, conservative: bool) -> Verdict:

@@ -11,7 +11,10 @@ from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.leyline.v1 import SeedState, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import OpenRunRequest
 from esper_servers.policy.graph import MAX_SEEDS, BlueprintCandidate, RunGraph
+from esper_servers.policy.norms import Experience, Norms
+from esper_servers.policy.norms_store import NormsStore
 from esper_servers.policy.prior import RunSignals
+from esper_servers.policy.registries import Registries
 
 from .conservative_mode import ConservativeMode
 from .risk.config import RiskConfig
@@ -60,6 +63,11 @@ class RunState:
         """What the run can carry out."""
         return frozenset(self.request.features)
 
+    @property
+    def experience(self) -> Experience:
+        """What its norms have learned so far."""
+        return Experience(self.graph.norms.moments.copy(), self.steps)
+
     def signals(self) -> RunSignals:
         """Summarise for the prior."""
         return RunSignals(
@@ -86,10 +94,14 @@ class RunState:
 
 
 class Runs:
-    """Open runs, the least recently used forgotten first."""
+    """Open runs, the least recently used forgotten first. A new one starts from the norms of those before it."""
 
-    def __init__(self, capacity: int = 256) -> None:
+    def __init__(
+        self, capacity: int = 256, *, norms: NormsStore | None = None, registries: Registries | None = None
+    ) -> None:
         self._capacity = capacity
+        self._norms = norms or NormsStore()
+        self._registries = registries or Registries()
         self._runs: OrderedDict[str, RunState] = OrderedDict()
 
     def __len__(self) -> int:
@@ -112,16 +124,20 @@ class Runs:
         if known is not None:
             _check_owner(known, owner)
             if known.request.receiver_epoch == request.receiver_epoch:
+                graph = build_graph(request, blueprints, known.graph.norms)
                 known.request, known.protocol_version = request, protocol_version
-                known.graph, known.catalogue_version = build_graph(request, blueprints), catalogue_version
+                known.graph, known.catalogue_version = graph, catalogue_version
                 known.planted |= {seed.seed_id: seed.blueprint_id for seed in request.seeds if seed.blueprint_id}
+                self._register(request, blueprints)
                 return False
-        graph = build_graph(request, blueprints)
-        state = RunState(request, owner, graph, catalogue_version, protocol_version)
-        self._runs[request.run_id] = state
+        graph = build_graph(request, blueprints, self._norms.begin())
+        if known is not None:
+            self._norms.end(known.experience)
+        self._runs[request.run_id] = RunState(request, owner, graph, catalogue_version, protocol_version)
         self._runs.move_to_end(request.run_id)
+        self._register(request, blueprints)
         while len(self._runs) > self._capacity:
-            self._runs.popitem(last=False)
+            self._norms.end(self._runs.popitem(last=False)[1].experience)
         return known is None
 
     def protocol_of(self, owner: str) -> int:
@@ -147,17 +163,25 @@ class Runs:
         if run_id not in self._runs:
             return False
         _check_owner(self._runs[run_id], owner)
-        del self._runs[run_id]
+        self._norms.end(self._runs.pop(run_id).experience)
         return True
 
+    def _register(self, request: OpenRunRequest, blueprints: Sequence[BlueprintCandidate]) -> None:
+        for seed in request.seeds:
+            self._registries.seed.index(seed.seed_id)
+        for blueprint in blueprints:
+            self._registries.blueprint.index(blueprint.blueprint_id)
 
-def build_graph(request: OpenRunRequest, blueprints: Sequence[BlueprintCandidate]) -> RunGraph:
+
+def build_graph(
+    request: OpenRunRequest, blueprints: Sequence[BlueprintCandidate], norms: Norms | None = None
+) -> RunGraph:
     """Build the structure of a run's graph; raises FailedPrecondition for a topology that is not JSON."""
     try:
         topology = orjson.loads(request.host_topology or b"{}")
     except orjson.JSONDecodeError as error:
         raise FailedPrecondition(f"host_topology is not JSON: {error}.") from error
-    return RunGraph(topology if isinstance(topology, dict) else {}, request.sites, request.seeds, blueprints)
+    return RunGraph(topology if isinstance(topology, dict) else {}, request.sites, request.seeds, blueprints, norms)
 
 
 def _check_owner(state: RunState, owner: str) -> None:

@@ -31,6 +31,7 @@ from .field_reports.config import ReportConfig
 from .field_reports.publisher import ReportPublisher
 from .field_reports.report_journal import KEPT
 from .field_reports.reports import FieldReports
+from .lasting_state import LastingState
 from .pause_quota import PauseConfig
 from .pauses import Pauses
 from .pipeline import StepPipeline
@@ -38,17 +39,17 @@ from .plan_switch import PlanConfig, PlanSwitch
 from .policy_updates.assembly import updates_of
 from .replay import Sources, replay_from
 from .risk.config import RiskConfig
-from .run_state import Runs
 from .service import RAW_METHODS, TamiyoServicer
 
 SERVICE = tamiyo_service_pb2.DESCRIPTOR.services_by_name["TamiyoService"]
 JOURNAL = "journal.sqlite"
 WARM_UP_STEPS = 20
 SWITCH_SECONDS = 0.0005
-PAUSE_QUOTA_SECONDS = 1.0
 REPLAY_SECONDS = 60.0
 REPORT_SECONDS = 0.25
 PRUNE_SECONDS = 60.0
+GAUGE_SECONDS = 1.0
+SAVE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +78,12 @@ async def serve(config: TamiyoServerConfig) -> None:
     keyring = config.keyring
     journal = Journal(config.state_dir / JOURNAL, kept=KEPT)
     blueprints, mode, decisions = BlueprintCache(), ConservativeMode(), DecisionLog(journal)
+    lasting = LastingState(config.state_dir)
     policy = Policy.initial(prior_config=config.prior)
     plans = PlanSwitch(policy, config.state_dir / "plans", config.plan)
     pipeline = StepPipeline(
         policy=policy,
-        runs=Runs(),
+        runs=lasting.runs,
         blueprints=blueprints,
         keyring=keyring,
         decisions=decisions,
@@ -100,6 +102,7 @@ async def serve(config: TamiyoServerConfig) -> None:
         prior=config.prior,
         plans=plans,
         aside=aside,
+        registries=lasting.registries.policy_digests,
     )
 
     async def replay(command_id: str) -> list[str]:
@@ -136,13 +139,16 @@ async def serve(config: TamiyoServerConfig) -> None:
         server.every(CHECK_SECONDS, keyring.refresh)
         building = asyncio.create_task(plans.build())
         stack.callback(building.cancel)
-        server.every(PAUSE_QUOTA_SECONDS, pauses.tell_remaining)
+        server.every(GAUGE_SECONDS, pauses.tell_remaining)
+        server.every(GAUGE_SECONDS, pipeline.tell_restraint)
+        server.every(SAVE_SECONDS, lasting.save)
         server.every(REPORT_SECONDS, reports.catch_up)
         server.every(REPORT_SECONDS, reports.publish_due)
         server.every(PRUNE_SECONDS, reports.prune)
         await server.run_until_signal()
     pipeline.report()
     await reports.catch_up()
+    await lasting.save()
     journal.close()
 
 

@@ -15,7 +15,7 @@ def write_structure(request: OpenRunRequest, graph: RunGraph) -> bytes:
     return RunStructure(
         host_topology=request.host_topology,
         site_ids=[site.site_id for site in request.sites],
-        seeds=[GraphSeed(seed_id=seed.seed_id, site_id=seed.site_id) for seed in request.seeds],
+        seeds=[GraphSeed(seed_id=seed.seed_id, site_id=seed.site_id, stage=seed.stage) for seed in request.seeds],
         features=sorted(request.features),
         blueprints=[_write_blueprint(candidate) for candidate in graph.blueprints],
     ).SerializeToString(deterministic=True)
@@ -33,7 +33,7 @@ def run_of(structure: RunStructure, run_id: str) -> RunState:
         features=structure.features,
         host_topology=structure.host_topology,
         sites=[RunSite(site_id=site_id) for site_id in structure.site_ids],
-        seeds=[RunSeed(seed_id=seed.seed_id, site_id=seed.site_id) for seed in structure.seeds],
+        seeds=[RunSeed(seed_id=seed.seed_id, site_id=seed.site_id, stage=seed.stage) for seed in structure.seeds],
     )
     graph = build_graph(request, [_read_blueprint(blueprint) for blueprint in structure.blueprints])
     return RunState(request, "", graph, 0)

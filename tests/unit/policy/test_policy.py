@@ -155,26 +155,12 @@ def test_a_value_that_is_not_finite_is_masked(bad):
     assert all(bool(torch.isfinite(x).all()) for x in inputs.features.values())
 
 
-def test_coverage_tells_the_truth():
-    graph = sample_graph()
-    graph.fill(packet(gradient_norm=1.0))
-    known = sum(bool(m) for m in graph.inputs.features["global"][0][1::2])
-    assert graph.coverage()["node.global"] == known / len(schema.FEATURES["global"])
-    assert graph.coverage()["node.layer"] > 0.9
-
-
 def test_ten_thousand_unknown_seeds_change_nothing():
     graph = sample_graph()
     before = graph.fill(packet()).features["seed"].clone()
     flood = packet()
     flood.seed_states.extend(SeedState(seed_id=f"x{i}", stage=99) for i in range(10_000))
     assert torch.equal(graph.fill(flood).features["seed"], before)
-
-
-def test_bad_adjacency_becomes_a_chain_and_wild_indices_are_ignored():
-    topology = {"layers": [{"layer_id": "a"}, {"layer_id": "b"}], "adjacency": {"layer": [[0, 9], "x", [-1, 0]]}}
-    graph = RunGraph(topology, [], [], [])
-    assert graph.edges["layer", "connects", "layer"].T.tolist() == [[0, 1]]
 
 
 LIFE = [
@@ -249,12 +235,6 @@ def test_the_shipped_policy_is_deterministic_and_says_that_it_is_untrained():
 
 def graph_of(topology, blueprints=()):
     return RunGraph(topology, sample.sample_sites(), sample.sample_seeds(), blueprints)
-
-
-@pytest.mark.parametrize("adjacency", [7, True, "chain", {"a": 1}, [7, None, {}]])
-def test_an_adjacency_of_the_wrong_kind_is_a_chain(adjacency):
-    graph = graph_of({"layers": [{}, {}, {}], "adjacency": {"layer": adjacency}})
-    assert graph.edges["layer", "connects", "layer"].T.tolist() == [[0, 1], [1, 2]]
 
 
 def test_extras_with_counts_that_are_no_numbers_are_read():

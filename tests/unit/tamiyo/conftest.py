@@ -55,13 +55,13 @@ class Controller:
 
     owner = OWNER
 
-    def __init__(self, directory, keyring, policy, **settings):
+    def __init__(self, directory, keyring, policy, runs=None, **settings):
         self.policy = policy
         self.journal = Journal(directory / "journal.sqlite")
         self.decisions = DecisionLog(self.journal)
         self.pipeline = StepPipeline(
-            policy=policy, runs=Runs(), blueprints=BlueprintCache(), keyring=keyring, decisions=self.decisions,
-            mode=ConservativeMode(), **settings,
+            policy=policy, runs=Runs() if runs is None else runs, blueprints=BlueprintCache(), keyring=keyring,
+            decisions=self.decisions, mode=ConservativeMode(), **settings,
         )  # fmt: skip
         self.replay = Replay(self.decisions, lambda: self.policy)
         self.fill_catalogue()

@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from esper_rpc.proto.leyline.v1 import blueprint_pb2 as _blueprint_pb2
 from esper_rpc.proto.leyline.v1 import safety_pb2 as _safety_pb2
+from esper_rpc.proto.leyline.v1 import seed_pb2 as _seed_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -422,17 +423,21 @@ class GraphSeed(_message.Message):
 
     SEED_ID_FIELD_NUMBER: _builtins.int
     SITE_ID_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
     seed_id: _builtins.str
     """The seed."""
     site_id: _builtins.str
     """The site it lives at."""
+    stage: _seed_pb2.SeedLifecycleStage.ValueType
+    """Its stage when the graph was built."""
     def __init__(
         self,
         *,
         seed_id: _builtins.str = ...,
         site_id: _builtins.str = ...,
+        stage: _seed_pb2.SeedLifecycleStage.ValueType = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["seed_id", b"seed_id", "site_id", b"site_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seed_id", b"seed_id", "site_id", b"site_id", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GraphSeed: _TypeAlias = GraphSeed  # noqa: Y015

@@ -64,7 +64,7 @@ class Desk:
         step = Step(run_id=run_id, sequence=1, packet=packet, outcomes=outcomes)
         run = SimpleNamespace(request=OpenRunRequest(run_id=run_id, receiver_epoch=host))
         ledger = StepLedger(total_us=1500)
-        self.observations.note(Reported(step, run, ledger, verdict, "NO_ACTION", verdict.reason))
+        self.observations.note(Reported(step, ledger, "NO_ACTION", verdict.reason, run, verdict))
 
     async def listed(self):
         reports, more = await self.reports.page(1000, "")

@@ -104,8 +104,9 @@ async def test_an_outcome_that_comes_twice_makes_one_report(desk):
     desk.step(1, 0.4, desk.applied(command_id))
     desk.step(3, 0.3)
     assert len(await desk.listed()) == 1
-    assert await desk.observe(command_id)
+    desk.step(4, 0.3, desk.applied(command_id))
     assert len(await desk.listed()) == 1
+    assert not desk.observations.watched
 
 
 async def test_an_outcome_of_an_unknown_command_makes_none(desk):
@@ -116,8 +117,8 @@ async def test_an_outcome_of_an_unknown_command_makes_none(desk):
 async def test_a_run_that_tells_of_a_command_of_another_makes_none_and_spoils_none(desk):
     command_id = desk.command(run_id="run")
     desk.step(0, 0.5, desk.applied(command_id), run_id="thief")
-    assert (await desk.observe(command_id)).training_run_id == "run"
     desk.step(3, 0.4, run_id="thief")
+    assert (await desk.observe(command_id)).training_run_id == "run"
     assert len(await desk.listed()) == 1
 
 

@@ -59,14 +59,51 @@ CREATE INDEX IF NOT EXISTS record_kind ON record (kind);
 """
 
 
-class Journal:
+class JournalReader:
+    """Reads what is on the disk; any process may, beside the one that writes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def find(self, kind: str, key: str) -> Record | None:
+        """Return the newest record of a kind and key that is on the disk."""
+        with _reading(self._path) as connection:
+            row = connection.execute(
+                "SELECT kind, key, body FROM record WHERE kind = ? AND key = ? ORDER BY id DESC LIMIT 1", (kind, key)
+            ).fetchone()
+        return Record(*row) if row else None
+
+    def read(self, kind: str) -> Iterator[Record]:
+        """Yield the records of a kind that are on the disk, oldest first."""
+        with _reading(self._path) as connection:
+            for row in connection.execute("SELECT kind, key, body FROM record WHERE kind = ? ORDER BY id", (kind,)):
+                yield Record(*row)
+
+    def page(self, kind: str, *, after: int, limit: int) -> list[tuple[int, Record]]:
+        """Return the first records of a kind beyond a position, oldest first, each with its own; 0 is the start."""
+        with _reading(self._path) as connection:
+            rows = connection.execute(
+                "SELECT id, kind, key, body FROM record WHERE kind = ? AND id > ? ORDER BY id LIMIT ?",
+                (kind, after, limit),
+            )
+            return [(position, Record(*row)) for position, *row in rows]
+
+    def newest(self, kind: str) -> Iterator[Record]:
+        """Yield the records of a kind that are on the disk, newest first."""
+        with _reading(self._path) as connection:
+            query = "SELECT kind, key, body FROM record WHERE kind = ? ORDER BY id DESC"
+            for row in connection.execute(query, (kind,)):
+                yield Record(*row)
+
+
+class Journal(JournalReader):
     """Keeps records across crashes: SQLite in WAL mode, every commit synced, one writer thread.
 
     `append` returns at once and never waits for the disk. A full queue drops the record and counts it.
     """
 
     def __init__(self, path: Path, *, config: JournalConfig | None = None) -> None:
-        self._path = path
+        super().__init__(path)
         self._config = config or JournalConfig()
         self._queue: queue.Queue[_Item] = queue.Queue(self._config.queue_records)
         self.dropped = 0
@@ -112,36 +149,6 @@ class Journal:
             return True
         query = "SELECT EXISTS (SELECT 1 FROM record WHERE kind = ? AND key = ?)"
         return bool(self._writer_connection.execute(query, (kind, key)).fetchone()[0])
-
-    def find(self, kind: str, key: str) -> Record | None:
-        """Return the newest record of a kind and key that is on the disk."""
-        with _reading(self._path) as connection:
-            row = connection.execute(
-                "SELECT kind, key, body FROM record WHERE kind = ? AND key = ? ORDER BY id DESC LIMIT 1", (kind, key)
-            ).fetchone()
-        return Record(*row) if row else None
-
-    def read(self, kind: str) -> Iterator[Record]:
-        """Yield the records of a kind that are on the disk, oldest first."""
-        with _reading(self._path) as connection:
-            for row in connection.execute("SELECT kind, key, body FROM record WHERE kind = ? ORDER BY id", (kind,)):
-                yield Record(*row)
-
-    def page(self, kind: str, *, after: int, limit: int) -> list[tuple[int, Record]]:
-        """Return the first records of a kind beyond a position, oldest first, each with its own; 0 is the start."""
-        with _reading(self._path) as connection:
-            rows = connection.execute(
-                "SELECT id, kind, key, body FROM record WHERE kind = ? AND id > ? ORDER BY id LIMIT ?",
-                (kind, after, limit),
-            )
-            return [(position, Record(*row)) for position, *row in rows]
-
-    def newest(self, kind: str) -> Iterator[Record]:
-        """Yield the records of a kind that are on the disk, newest first."""
-        with _reading(self._path) as connection:
-            query = "SELECT kind, key, body FROM record WHERE kind = ? ORDER BY id DESC"
-            for row in connection.execute(query, (kind,)):
-                yield Record(*row)
 
     def close(self) -> None:
         """Write what is queued and end."""

@@ -339,7 +339,7 @@ class TamiyoClient(MeshClient):
         return await self._unary("EvaluateEpoch", request, EvaluateEpochResponse, timeout)
 
     async def ingest_policy_update(
-        self, request: IngestPolicyUpdateRequest, *, timeout: float = 2.0
+        self, request: IngestPolicyUpdateRequest, *, timeout: float = 120.0
     ) -> IngestPolicyUpdateResponse:
         """Verifies a signed PolicyUpdate and makes it the live policy, or rejects it with a reason."""
         return await self._unary("IngestPolicyUpdate", request, IngestPolicyUpdateResponse, timeout)

@@ -12,26 +12,16 @@ import structlog
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, SignedEnvelope
 
 from . import reasons
-from .encoding import mac_input
+from .authenticity import Rejected, check_age, check_authentic
 from .fence import NonceStore
 from .keys import Keyring
-from .signing import VERSION
 
 log = structlog.get_logger(__name__)
 
 PAST_NS = 60 * 10**9
-FUTURE_NS = 5 * 10**9
 
 COMMAND_TYPE = AdaptationCommand.DESCRIPTOR.full_name
 COMMAND_ISSUERS: Mapping[str, frozenset[str]] = {COMMAND_TYPE: frozenset({"tamiyo", "operator"})}
-
-
-class Rejected(Exception):  # It names a verdict, not a fault.
-    """The envelope is refused for a stable reason, and nothing has changed."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +109,14 @@ class Verifier:
         On the step path pass the outstanding sequence and the SHA-256 of the request: the answer must match both.
         """
         try:
-            self._check_signature(envelope)
-            self._check_address(envelope)
+            check_authentic(
+                envelope,
+                keyring=self._keyring,
+                audience=self.audience,
+                issuers=self._issuers,
+                max_payload_bytes=self._config.max_payload_bytes,
+            )
+            self._check_freshness(envelope)
             with self._lock:
                 return self._commit(envelope, expected_sequence, expected_digest)
         except Rejected as rejected:
@@ -148,35 +144,8 @@ class Verifier:
             receipt = self._nonces.find(nonce)
             return receipt.outcome if receipt is not None else None
 
-    def _check_signature(self, envelope: SignedEnvelope) -> None:
-        if len(envelope.payload) > self._config.max_payload_bytes:
-            raise Rejected(reasons.OVERSIZE, f"{len(envelope.payload)} bytes")
-        if not envelope.mac:
-            raise Rejected(reasons.MISSING_SIGNATURE)
-        key = self._keyring.verification_key(envelope.key_id, envelope.issuer, envelope.audience)
-        if key is None:
-            raise Rejected(self._why_no_key(envelope))
-        expected = hmac.digest(key, mac_input(envelope), "sha256")
-        if envelope.version != VERSION or not hmac.compare_digest(expected, envelope.mac):
-            raise Rejected(reasons.INVALID_SIGNATURE)
-
-    def _why_no_key(self, envelope: SignedEnvelope) -> str:
-        if not self._keyring.knows(envelope.key_id):
-            return reasons.UNKNOWN_KEY
-        return reasons.WRONG_AUDIENCE if envelope.issuer in self._keyring.issuers() else reasons.WRONG_ISSUER
-
-    def _check_address(self, envelope: SignedEnvelope) -> None:
-        if envelope.payload_type not in self._issuers:
-            raise Rejected(reasons.WRONG_PAYLOAD_TYPE, envelope.payload_type)
-        if envelope.issuer not in self._issuers[envelope.payload_type]:
-            raise Rejected(reasons.WRONG_ISSUER, envelope.issuer)
-        if envelope.audience != self.audience:
-            raise Rejected(reasons.WRONG_AUDIENCE)
-        age = self._clock_ns() + self._offset_ns - envelope.issued_at_ns
-        if age > PAST_NS:
-            raise Rejected(reasons.STALE_COMMAND)
-        if age < -FUTURE_NS:
-            raise Rejected(reasons.FUTURE_COMMAND)
+    def _check_freshness(self, envelope: SignedEnvelope) -> None:
+        check_age(envelope, self._clock_ns() + self._offset_ns, PAST_NS)
         if envelope.receiver_epoch != self.receiver_epoch:
             raise Rejected(reasons.WRONG_EPOCH)
 

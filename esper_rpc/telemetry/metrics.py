@@ -61,6 +61,10 @@ BLUEPRINT_RISK = Histogram(
 )
 BSDS_HAZARDS = Counter("esper_bsds_hazards", "Steps beside a blueprint that its sheet warns of.", ["band"])
 
+POLICY_UPDATES = Counter("esper_policy_updates", "Policies that came, by what became of them.", ["result", "reason"])
+SHADOW_DECISIONS = Counter(
+    "esper_shadow_decisions", "Steps that the shadow policy followed, by whether it agreed.", ["agreed"]
+)
 PLAN_COMPILED = Gauge("esper_plan_compiled", "Whether the compiled plan is served.", multiprocess_mode=LATEST)
 PLAN_FALLBACKS = Counter("esper_plan_fallbacks", "Times that the eager plan was served although another was wanted.")
 
@@ -147,6 +151,16 @@ def _restraint_gauges() -> tuple[Gauge, Gauge]:
 def observe_pause(result: str) -> None:
     """Record one request for a pause: full, partial or denied."""
     PAUSE_REQUESTS.labels(result).inc()
+
+
+def observe_policy_update(result: str, reason: str) -> None:
+    """Record a policy that came: applied, shadow, rejected, failed or rolled_back."""
+    POLICY_UPDATES.labels(result, reason).inc()
+
+
+def observe_shadow(*, agrees: bool) -> None:
+    """Record a step that the shadow policy followed."""
+    SHADOW_DECISIONS.labels(str(agrees).lower()).inc()
 
 
 def tell_pause_quota(least_remaining: int) -> None:

@@ -21,12 +21,16 @@ from esper_servers.contract.remote import RemoteTransport
 from esper_servers.contract.templates import Surroundings
 from esper_servers.kasmina.service import KasminaServicer
 from esper_servers.policy.policy import Policy
+from esper_servers.policy.prior import PriorConfig
+from esper_servers.tamiyo.aside import Aside
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
 from esper_servers.tamiyo.conservative_mode import ConservativeMode
 from esper_servers.tamiyo.decisions import DecisionLog
 from esper_servers.tamiyo.pause_quota import PauseConfig
 from esper_servers.tamiyo.pauses import Pauses
 from esper_servers.tamiyo.pipeline import StepPipeline
+from esper_servers.tamiyo.plan_switch import PlanConfig, PlanSwitch
+from esper_servers.tamiyo.policy_updates.assembly import updates_of
 from esper_servers.tamiyo.run_state import Runs
 from esper_servers.tamiyo.service import RAW_METHODS, TamiyoServicer
 from esper_servers.urza.library import BlueprintLibrary
@@ -72,9 +76,15 @@ def make_pipeline(mesh, policy, directory):
 
 
 def make_tamiyo(pipeline):
+    journal = pipeline._decisions._journal
+    directory = journal._path.parent
+    updates = updates_of(
+        pipeline, directory=directory / "policies", journal=journal._path, keyring=pipeline._keyring,
+        prior=PriorConfig(), plans=PlanSwitch(pipeline.policy, directory, PlanConfig(compile=False)), aside=Aside(),
+    )  # fmt: skip
     return TamiyoServicer(
         pipeline=pipeline, blueprints=pipeline._blueprints, decisions=pipeline._decisions, mode=pipeline._mode,
-        pauses=Pauses.of(pipeline._decisions._journal, PauseConfig()),
+        pauses=Pauses.of(journal, PauseConfig()), updates=updates,
     )  # fmt: skip
 
 

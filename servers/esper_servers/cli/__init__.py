@@ -19,6 +19,7 @@ from . import (
     pauses,
     pki,
     plan,
+    policy,
     serve,
     sign,
     status,
@@ -54,6 +55,7 @@ for name, group in (
     ("keys", keys.app),
     ("pki", pki.app),
     ("plan", plan.app),
+    ("policy", policy.app),
     ("serve", serve.app),
     ("urza", urza.app),
 ):

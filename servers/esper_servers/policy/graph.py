@@ -157,6 +157,11 @@ class RunGraph:
         """Copy what the last `fill` wrote, by type of node."""
         return {kind: array.copy() for kind, array in self._arrays.items()}
 
+    def restore_features(self, features: Mapping[str, Floats]) -> None:
+        """Write back what `copy_features` returned, of a graph with the same structure."""
+        for kind, array in features.items():
+            self._arrays[kind][:] = array
+
     def coverage(self) -> Coverage:
         """Return how much is known of what the last `fill` wrote and of the structure."""
         known = {kind: known_of(self._arrays[kind], kind) for kind in ("seed", "global")}

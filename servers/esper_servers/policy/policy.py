@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import structlog
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from esper_rpc.proto.leyline.v1 import SeedState
 
@@ -46,14 +47,24 @@ class PolicyOutput:
 class Policy:
     """A network, its prior and their version."""
 
-    def __init__(self, network: PolicyNetwork, *, version: str, origin: str, prior_config: PriorConfig) -> None:
+    def __init__(
+        self,
+        network: PolicyNetwork,
+        *,
+        version: str,
+        origin: str,
+        prior_config: PriorConfig,
+        norms: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
         self.network = network.eval()
+        self.norms = dict(norms or {})
+        """Mean and variance of inputs as they were when the policy was trained; a new run starts from them."""
         self.version = version
         self.origin = origin
         self.prior = prior_config
         self._eager = FusedPlan(network)
         self._compiled: CompiledPlan | None = None
-        self.digest = _digest(network)
+        self.digest = digest_of(network.state_dict())
         self.parameter_count = sum(p.numel() for p in network.parameters())
 
     @classmethod
@@ -87,6 +98,11 @@ class Policy:
         """Compute the heads alone, by the eager plan or by a package that is not served yet."""
         with torch.inference_mode():
             return self._eager(inputs) if package is None else CompiledPlan(package, self._eager)(inputs)
+
+    def warm_up(self, inputs: GraphInputs) -> None:
+        """Lay a graph out before the first step on it; on any thread, until this policy is served."""
+        with torch.inference_mode():
+            self._heads(inputs)
 
     @property
     def plan(self) -> str:
@@ -137,9 +153,10 @@ def _with_bonus(heads: Heads, added: Bonus, plan: str) -> PolicyOutput:
     )
 
 
-def _digest(network: PolicyNetwork) -> bytes:
+def digest_of(weights: Mapping[str, Tensor]) -> bytes:
+    """SHA-256 over the names and values of all weights."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.digest()

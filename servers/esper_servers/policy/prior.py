@@ -32,6 +32,8 @@ class PriorConfig:
     probation_steps: Annotated[int, Range(1, 10**9)] = 30
     tolerated_regression: Annotated[float, Range(0, 100)] = 0.05
     oscillation: Annotated[float, Range(0, 100)] = 0.5
+    weight: Annotated[float, Range(0, 1)] = 1.0
+    """Of the bonus on the logits; a trained policy says its own, 0 where it needs none."""
 
     def __post_init__(self) -> None:
         validate(self)
@@ -70,7 +72,7 @@ def bonus(seeds: Sequence[SeedState], signals: RunSignals, config: PriorConfig) 
             kind[schema.KIND_SEED] = STRONG
     if signals.loss_volatility > config.oscillation and signals.steps_since_optimizer > 100:
         kind[schema.KIND_OPTIMIZER] = 1.5 * STRONG
-    return Bonus(kind, operation)
+    return Bonus(kind * np.float32(config.weight), operation * np.float32(config.weight))
 
 
 def next_operation(seed: SeedState, signals: RunSignals, config: PriorConfig) -> Operation.ValueType | None:

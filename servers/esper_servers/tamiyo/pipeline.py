@@ -37,6 +37,7 @@ from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
 from .evidence import Evidence
 from .memory import Memory
+from .policy_updates.shadow import Shadow
 from .reporting import DecisionReports, Reported
 from .risk.config import RiskConfig
 from .risk.engine import Verdict
@@ -84,6 +85,10 @@ class StepPipeline:
         """The time that commands carry, and that OpenRun tells the run."""
         self.kinds: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.shadow: Shadow | None = None
+        """Another policy that follows some steps, without effect."""
+        self.on_inference_lost: Callable[[], None] = lambda: None
+        """Called when the breaker around inference opens."""
         self._reports = DecisionReports()
         self._unrecorded: deque[Evidence] = deque()
         """Of answers that have not left: the journal's thread would hold them up."""
@@ -139,12 +144,19 @@ class StepPipeline:
             self._unrecorded.append(evidence)
         return reply
 
+    def take_up(self, policy: Policy) -> None:
+        """Decide by this policy from the next step on; its breaker is closed, whatever the one before did."""
+        self.policy = policy
+        self.breaker = CircuitBreaker(on_transition=self._on_breaker)
+
     def report(self) -> None:
         """Record commands, metrics, events and spans of what was answered; call it when the answer is on its way."""
         while self._unrecorded:
             self._decisions.record(self._unrecorded.popleft())
         self._risk_events.report()
         self._reports.report()
+        if self.shadow is not None:
+            self.shadow.follow()
 
     async def tell_restraint(self) -> None:
         """Show what holds the policy back; to be called again and again, since it changes without a step too."""
@@ -160,6 +172,8 @@ class StepPipeline:
         verdict = self._judge(step.packet, run, conservative=conservative)
         watch.lap("risk_us")
         decided = self._choose(step.packet, run, watch, budget, verdict)
+        if self.shadow is not None and self.shadow.is_free:
+            self.shadow.note(run, decided, run.ordered_seeds(step.packet))
         if decided.choice is None:
             self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason, run, verdict))
             return StepDecision(no_action=NoAction(reason=decided.reason)), None
@@ -255,6 +269,7 @@ class StepPipeline:
         log.warning("breaker_moved", breaker="inference", before=before, after=after)
         if after == CircuitState.CIRCUIT_STATE_OPEN:
             self._mode.enter("inference_breaker_open")
+            self.on_inference_lost()
 
 
 def _parse(raw: bytes, kind: type[Request]) -> Request:

@@ -17,7 +17,7 @@ from esper_rpc.telemetry.metrics import PLAN_COMPILED, PLAN_FALLBACKS
 from esper_servers.policy import plan_package, sample
 from esper_servers.policy.compiled_plan import Package
 from esper_servers.policy.graph import GraphInputs, RunGraph
-from esper_servers.policy.policy import Policy
+from esper_servers.policy.policy import COMPILED, Policy
 
 log = structlog.get_logger(__name__)
 
@@ -61,6 +61,20 @@ class PlanSwitch:
         if self.package.exists():
             self._take_up()
 
+    def fit(self, policy: Policy) -> Policy:
+        """Give a policy that is not served yet the plan that would be; takes some 50 ms, on a thread."""
+        is_wanted = self._is_wanted and not self.problem and policy.plan != COMPILED
+        if is_wanted and self.package.exists():
+            try:
+                self._load(policy)
+            except (ConfigError, RuntimeError) as error:
+                self._fall_back(str(error))
+        return policy
+
+    def follow(self, policy: Policy) -> None:
+        """Keep this policy's plan from now on."""
+        self._policy = policy
+
     async def build(self) -> None:
         """Build the package if there is none, and serve it from the next step on."""
         if not self._is_wanted or self.problem or self.package.exists():
@@ -74,15 +88,18 @@ class PlanSwitch:
 
     def _take_up(self) -> None:
         try:
-            package = plan_package.load(self.package, self._policy.network)
-            _check(self._policy, package)
+            self._load(self._policy)
         except (ConfigError, RuntimeError) as error:
             self.package.unlink(missing_ok=True)
             self._fall_back(str(error))
             return
-        self._policy.serve_compiled(package)
         PLAN_COMPILED.set(1)
         log.info("plan_compiled", package=self.package.name)
+
+    def _load(self, policy: Policy) -> None:
+        package = plan_package.load(self.package, policy.network)
+        _check(policy, package)
+        policy.serve_compiled(package)
 
     def _fall_back(self, problem: str) -> None:
         self.problem = problem

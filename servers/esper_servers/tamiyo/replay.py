@@ -58,20 +58,27 @@ class Replay:
         return found if any(not line.startswith(RUNTIME) for line in found) else []
 
 
-def decide_again(recorded: ExplainDecisionResponse, structure: RunStructure, policy: Policy) -> ExplainDecisionResponse:
-    """Return the record that the same state gives now, with the thresholds of then."""
+def decide_again(
+    recorded: ExplainDecisionResponse, structure: RunStructure, policy: Policy, *, is_other: bool = False
+) -> ExplainDecisionResponse:
+    """Return the record that the same state gives now, with the thresholds of then.
+
+    What another policy put out then stands for it now, unless this one `is_other` and is to decide in its place.
+    """
     evidence = recorded.evidence
     run = run_of(structure, evidence.run_id)
     memory = Memory.of_numbers(evidence.memory)
     memory.give_to(run)
     run.planted = dict(evidence.planted)
-    risk, prior = _config(RiskConfig(), "risk", evidence), _config(PriorConfig(), "prior", evidence)
+    risk = _config(RiskConfig(), "risk", evidence)
+    prior = policy.prior if is_other else _config(PriorConfig(), "prior", evidence)
     verdict = choosing.judge(run, recorded.packet, conservative=evidence.conservative, config=risk)
     inputs = run.graph.fill(recorded.packet)
     if verdict.forced is not None:
         decided = choosing.obey(verdict.forced, verdict, run, risk)
     else:
-        output = _output(inputs, recorded, run, policy, prior)
+        stands = not is_other and evidence.policy_digest != policy.digest and bool(evidence.outputs)
+        output = _recorded(evidence) if stands else _again(inputs, recorded, run, policy, prior)
         decided = choosing.select(output, run, run.ordered_seeds(recorded.packet), verdict, risk)
     return Evidence.of(
         _command(run, decided, verdict, recorded), recorded.packet, recorded.ledger, decided, verdict,
@@ -79,20 +86,17 @@ def decide_again(recorded: ExplainDecisionResponse, structure: RunStructure, pol
     ).record(digest_of(structure.SerializeToString(deterministic=True)))  # fmt: skip
 
 
-def _output(
+def _again(
     inputs: GraphInputs, recorded: ExplainDecisionResponse, run: RunState, policy: Policy, prior: PriorConfig
 ) -> PolicyOutput:
-    """What the policy puts out; that of another policy cannot be had, so what was recorded stands for it."""
-    evidence = recorded.evidence
-    if evidence.policy_digest != policy.digest and evidence.outputs:
-        return _read_output(evidence.outputs, evidence.plan)
-    return policy.evaluate_again(inputs, run.ordered_seeds(recorded.packet), run.signals(), prior, evidence.plan)
+    seeds = run.ordered_seeds(recorded.packet)
+    return policy.evaluate_again(inputs, seeds, run.signals(), prior, recorded.evidence.plan)
 
 
-def _read_output(outputs: Mapping[str, NumberArray], plan: str) -> PolicyOutput:
-    arrays = {name: read_array(array) for name, array in outputs.items()}
+def _recorded(evidence: DecisionEvidence) -> PolicyOutput:
+    arrays = {name: read_array(array) for name, array in evidence.outputs.items()}
     value = float(arrays.pop("value"))
-    return PolicyOutput(value=value, plan=plan, **arrays)
+    return PolicyOutput(value=value, plan=evidence.plan, **arrays)
 
 
 def _command(run: RunState, decided: Decided, verdict: Verdict, recorded: ExplainDecisionResponse) -> AdaptationCommand:

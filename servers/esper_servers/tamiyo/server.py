@@ -22,6 +22,7 @@ from esper_servers.policy.masks import LEGAL_OPERATIONS
 from esper_servers.policy.policy import Policy
 from esper_servers.policy.prior import PriorConfig, RunSignals
 
+from .aside import Aside
 from .blueprint_cache import BlueprintCache
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
@@ -30,10 +31,12 @@ from .pause_quota import PauseConfig
 from .pauses import Pauses
 from .pipeline import StepPipeline
 from .plan_switch import PlanConfig, PlanSwitch
+from .policy_updates.assembly import updates_of
 from .risk.config import RiskConfig
 from .service import RAW_METHODS, TamiyoServicer
 
 SERVICE = tamiyo_service_pb2.DESCRIPTOR.services_by_name["TamiyoService"]
+JOURNAL = "journal.sqlite"
 WARM_UP_STEPS = 20
 GAUGE_SECONDS = 1.0
 SAVE_SECONDS = 30.0
@@ -60,7 +63,7 @@ async def serve(config: TamiyoServerConfig) -> None:
     """Serve until SIGTERM or SIGINT; raises ConfigError before anything listens."""
     identity = Identity.load(config.identity_dir)
     keyring = config.keyring
-    journal = Journal(config.state_dir / "journal.sqlite")
+    journal = Journal(config.state_dir / JOURNAL)
     blueprints, mode, decisions = BlueprintCache(), ConservativeMode(), DecisionLog(journal)
     lasting = LastingState(config.state_dir)
     policy = Policy.initial(prior_config=config.prior)
@@ -74,8 +77,19 @@ async def serve(config: TamiyoServerConfig) -> None:
         mode=mode,
         risk_config=config.risk,
     )
-    pauses = Pauses.of(journal, config.pause)
-    servicer = TamiyoServicer(pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses)
+    pauses, aside = Pauses.of(journal, config.pause), Aside()
+    updates = updates_of(
+        pipeline,
+        directory=config.state_dir / "policies",
+        journal=config.state_dir / JOURNAL,
+        keyring=keyring,
+        prior=config.prior,
+        plans=plans,
+        aside=aside,
+    )
+    servicer = TamiyoServicer(
+        pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses, updates=updates
+    )
     server = MeshServer(config=config.server, identity=identity)
     server.add_service(SERVICE, servicer, raw_methods=RAW_METHODS)
     async with contextlib.AsyncExitStack() as stack:
@@ -84,8 +98,10 @@ async def serve(config: TamiyoServerConfig) -> None:
             await blueprints.refresh(urza)
             refresher = asyncio.create_task(blueprints.keep_fresh(urza))
             stack.callback(refresher.cancel)
+        stack.callback(aside.close)
         plans.prepare()
-        prepare(policy)
+        updates.resume()
+        prepare(pipeline.policy)
         announce("tamiyo", await server.start())
         server.every(CHECK_SECONDS, CertificateRenewer(identity, address=config.weatherlight_address).check)
         server.every(CHECK_SECONDS, keyring.refresh)

@@ -29,6 +29,8 @@ from esper_rpc.proto.tamiyo.v1 import (
     ReplayDecisionResponse,
     RequestPauseRequest,
     RequestPauseResponse,
+    RollbackPolicyRequest,
+    RollbackPolicyResponse,
     RunStatus,
     SetConservativeModeRequest,
     SetConservativeModeResponse,
@@ -42,6 +44,7 @@ from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
 from .pauses import Pauses
 from .pipeline import StepPipeline
+from .policy_updates.updates import PolicyUpdates
 from .replay import Replay
 
 PROTOCOL_VERSIONS = frozenset({1, 2})
@@ -49,7 +52,7 @@ PROTOCOL_VERSIONS = frozenset({1, 2})
 FEATURES = frozenset({"seed", "pause", "optimizer"})
 REPORTING_DELAY_SECONDS = 0.001
 DEFAULT_PAGE = 100
-RAW_METHODS = frozenset({"EvaluateEpoch", "EvaluateStep", "EvaluateSteps"})
+RAW_METHODS = frozenset({"EvaluateEpoch", "EvaluateStep", "EvaluateSteps", "IngestPolicyUpdate"})
 FAREWELL = EvaluateStepsResponse(decision=StepDecision(going_away=True)).SerializeToString()
 
 
@@ -64,18 +67,18 @@ class TamiyoServicer:
         decisions: DecisionLog,
         mode: ConservativeMode,
         pauses: Pauses,
+        updates: PolicyUpdates,
     ) -> None:
         self._pipeline = pipeline
         self._blueprints = blueprints
         self._decisions = decisions
         self._mode = mode
         self._pauses = pauses
+        self._updates = updates
         self._replay = Replay(decisions, lambda: pipeline.policy)
         # Whatever computes beside the steps slows them down.
         self._one_replay_at_a_time = asyncio.Lock()
         self._started = time.monotonic()
-        self._live_since = Timestamp()
-        self._live_since.GetCurrentTime()
         self._inboxes: set[Inbox[bytes]] = set()
 
     async def OpenRun(self, request: OpenRunRequest, call: Call) -> OpenRunResponse:
@@ -134,9 +137,19 @@ class TamiyoServicer:
         self._report_soon()
         return reply
 
+    async def IngestPolicyUpdate(self, raw: bytes, call: Call) -> bytes:
+        """Make a signed policy the live one, or follow with it as a shadow, or say why not."""
+        return (await self._updates.ingest(raw)).SerializeToString()
+
+    async def RollbackPolicy(self, request: RollbackPolicyRequest, call: Call) -> RollbackPolicyResponse:
+        """Return to the policy before."""
+        return RollbackPolicyResponse(policy_version=await self._updates.roll_back(request.reason))
+
     async def GetPolicy(self, request: GetPolicyRequest, call: Call) -> GetPolicyResponse:
         """Describe the policy in force."""
-        policy = self._pipeline.policy
+        policy, shadow = self._pipeline.policy, self._updates.shadow
+        live_since = Timestamp()
+        live_since.FromNanoseconds(self._updates.live_since_ns)
         return GetPolicyResponse(
             policy_version=policy.version,
             architecture_version=ARCHITECTURE_VERSION,
@@ -144,7 +157,11 @@ class TamiyoServicer:
             origin=policy.origin,
             plan=policy.plan,
             parameter_count=policy.parameter_count,
-            live_since=self._live_since,
+            live_since=live_since,
+            previous_versions=self._updates.previous,
+            shadow_version=shadow.entry.version if shadow.entry else "",
+            shadow_compared=shadow.compared,
+            shadow_disagreed=shadow.disagreed,
         )
 
     async def RequestPause(self, request: RequestPauseRequest, call: Call) -> RequestPauseResponse:
@@ -170,11 +187,7 @@ class TamiyoServicer:
     async def GetStatus(self, request: GetStatusRequest, call: Call) -> GetStatusResponse:
         """Return a snapshot."""
         pipeline = self._pipeline
-        breaker = BreakerStatus(
-            name="inference",
-            state=pipeline.breaker.state,
-            consecutive_failures=pipeline.breaker.consecutive_failures,
-        )
+        breakers = {"inference": pipeline.breaker, "policy_updates": self._updates.breaker}
         reason = self._conservative_reason()
         healthy, degraded = HealthStatus.HEALTH_STATUS_HEALTHY, HealthStatus.HEALTH_STATUS_DEGRADED
         return GetStatusResponse(
@@ -189,7 +202,10 @@ class TamiyoServicer:
                 )
                 for run in pipeline.runs.all()
             ],
-            breakers=[breaker],
+            breakers=[
+                BreakerStatus(name=name, state=breaker.state, consecutive_failures=breaker.consecutive_failures)
+                for name, breaker in breakers.items()
+            ],
             decisions=pipeline.kinds,
             reasons=pipeline.reasons,
             uptime_seconds=time.monotonic() - self._started,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sqlite3
 import threading
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from esper_rpc.database import unopenable
-from esper_rpc.disk import require_writable
+from esper_rpc.disk import require_writable, write_whole
 from esper_rpc.errors import (
     AlreadyExists,
     DataLoss,
@@ -134,7 +133,7 @@ class BlueprintLibrary:
             raise FailedPrecondition("The manifest of this blueprint names another SHA-256, or no weights.")
         path = self._path_of(digest)
         try:
-            _write_whole(path, content)
+            write_whole(path, content)
             with self._engine.begin() as connection:
                 changed = update(_blueprints).where(_blueprints.c.blueprint_id == blueprint_id)
                 connection.execute(changed.values(kernel_digest=digest))
@@ -183,20 +182,6 @@ def _open(path: Path) -> Engine:
         assert isinstance(cause, sqlite3.Error)
         raise unopenable(path, cause) from error
     return engine
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is either there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-    try:
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _no_room(cause: str) -> ResourceExhausted:

@@ -53,6 +53,8 @@ def policy():
 class Controller:
     """A pipeline with a journal, and a replay beside it."""
 
+    owner = OWNER
+
     def __init__(self, directory, keyring, policy, runs=None, **settings):
         self.policy = policy
         self.journal = Journal(directory / "journal.sqlite")
@@ -89,8 +91,17 @@ class Controller:
 
     def step(self, sequence, *, stage=Stage.SEED_LIFECYCLE_STAGE_FOSSILIZED, **metrics):
         """Ask one step; returns the identifier of its command, empty for NoAction."""
-        states = sample.sample_states(stage)
-        return self.ask(sequence, SystemStatePacket(training_metrics=metrics, seed_states=states))
+        return self.ask(sequence, self.packet(stage, **metrics))
+
+    @staticmethod
+    def packet(stage, **metrics):
+        return SystemStatePacket(training_metrics=metrics, seed_states=sample.sample_states(stage))
+
+    @staticmethod
+    def request(sequence, packet):
+        """The bytes that ask about a packet."""
+        step = Step(run_id="run", sequence=sequence, budget_us=5_000_000, packet=packet)
+        return EvaluateStepRequest(step=step).SerializeToString()
 
     def ask(self, sequence, packet):
         """Ask one step about a packet, and let what the answer did not wait for be done."""
@@ -100,8 +111,7 @@ class Controller:
 
     def answer(self, sequence, packet):
         """Ask one step about a packet, up to its answer."""
-        asked = EvaluateStepRequest(step=Step(run_id="run", sequence=sequence, budget_us=5_000_000, packet=packet))
-        raw = asyncio.run(self.pipeline.evaluate_in_band(asked.SerializeToString(), OWNER))
+        raw = asyncio.run(self.pipeline.evaluate_in_band(self.request(sequence, packet), self.owner))
         return EvaluateStepsResponse.FromString(raw).decision.command.nonce
 
     def train(self, steps, **arguments):

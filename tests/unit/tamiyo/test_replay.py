@@ -10,11 +10,9 @@ import pytest
 from esper_rpc.errors import FailedPrecondition, NotFound
 from esper_rpc.journal import Journal, Record
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
-from esper_rpc.proto.leyline.v1 import SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import (
     ExplainDecisionResponse,
 )
-from esper_servers.policy import sample
 from esper_servers.policy.policy import Policy
 from esper_servers.policy.prior import PriorConfig
 from esper_servers.tamiyo.decisions import KIND, STRUCTURE, DecisionLog
@@ -249,9 +247,7 @@ def test_a_command_is_recorded_when_its_answer_has_left(controller, monkeypatch)
     handed = []
     monkeypatch.setattr(controller.decisions, "record", lambda evidence: handed.append(evidence.command.command_id))
     metrics = {"loss": 0.6, "gradient_norm": 0.9, "samples_per_s": 4000.0, "hook_latency_ms": 1.5}
-    states = sample.sample_states(Stage.SEED_LIFECYCLE_STAGE_GERMINATED)
-    packet = SystemStatePacket(training_metrics=metrics, seed_states=states)
-    command_id = controller.answer(1, packet)
+    command_id = controller.answer(1, controller.packet(Stage.SEED_LIFECYCLE_STAGE_GERMINATED, **metrics))
     assert handed == []
     controller.pipeline.report()
     assert command_id

@@ -416,6 +416,9 @@ class IngestPolicyUpdateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     UPDATE_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
+    shadow: _builtins.bool
+    """Whether it is only to run along: it follows live steps without effect, until another does or the service ends."""
     @_builtins.property
     def update(self) -> _envelope_pb2.SignedEnvelope:
         """A signed esper.leyline.v1.PolicyUpdate."""
@@ -424,10 +427,11 @@ class IngestPolicyUpdateRequest(_message.Message):
         self,
         *,
         update: _envelope_pb2.SignedEnvelope | None = ...,
+        shadow: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shadow", b"shadow", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___IngestPolicyUpdateRequest: _TypeAlias = IngestPolicyUpdateRequest  # noqa: Y015
@@ -441,20 +445,24 @@ class IngestPolicyUpdateResponse(_message.Message):
     APPLIED_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    SHADOWED_FIELD_NUMBER: _builtins.int
     applied: _builtins.bool
     """Whether the policy is live."""
     reason: _builtins.str
-    """Why not, empty when it is."""
+    """Why it was rejected: a stable word, and after a colon what is to be said about it."""
     policy_version: _builtins.str
     """The version in force after the call."""
+    shadowed: _builtins.bool
+    """Whether the policy runs along as a shadow."""
     def __init__(
         self,
         *,
         applied: _builtins.bool = ...,
         reason: _builtins.str = ...,
         policy_version: _builtins.str = ...,
+        shadowed: _builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "policy_version", b"policy_version", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "policy_version", b"policy_version", "reason", b"reason", "shadowed", b"shadowed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___IngestPolicyUpdateResponse: _TypeAlias = IngestPolicyUpdateResponse  # noqa: Y015
@@ -484,6 +492,10 @@ class GetPolicyResponse(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
     LIVE_SINCE_FIELD_NUMBER: _builtins.int
+    PREVIOUS_VERSIONS_FIELD_NUMBER: _builtins.int
+    SHADOW_VERSION_FIELD_NUMBER: _builtins.int
+    SHADOW_COMPARED_FIELD_NUMBER: _builtins.int
+    SHADOW_DISAGREED_FIELD_NUMBER: _builtins.int
     policy_version: _builtins.str
     """Its version."""
     architecture_version: _builtins.str
@@ -496,9 +508,19 @@ class GetPolicyResponse(_message.Message):
     """How it runs: `eager` or `compiled`."""
     parameter_count: _builtins.int
     """The number of parameters."""
+    shadow_version: _builtins.str
+    """The policy that runs along as a shadow, empty when none does."""
+    shadow_compared: _builtins.int
+    """Steps that the shadow has followed."""
+    shadow_disagreed: _builtins.int
+    """Of these, how often it would have acted otherwise."""
     @_builtins.property
     def live_since(self) -> _timestamp_pb2.Timestamp:
         """When it went live."""
+
+    @_builtins.property
+    def previous_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The policies that RollbackPolicy leads back to, the nearest last."""
 
     def __init__(
         self,
@@ -510,10 +532,14 @@ class GetPolicyResponse(_message.Message):
         plan: _builtins.str = ...,
         parameter_count: _builtins.int = ...,
         live_since: _timestamp_pb2.Timestamp | None = ...,
+        previous_versions: _abc.Iterable[_builtins.str] | None = ...,
+        shadow_version: _builtins.str = ...,
+        shadow_compared: _builtins.int = ...,
+        shadow_disagreed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["live_since", b"live_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture_version", b"architecture_version", "live_since", b"live_since", "origin", b"origin", "parameter_count", b"parameter_count", "plan", b"plan", "policy_digest", b"policy_digest", "policy_version", b"policy_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture_version", b"architecture_version", "live_since", b"live_since", "origin", b"origin", "parameter_count", b"parameter_count", "plan", b"plan", "policy_digest", b"policy_digest", "policy_version", b"policy_version", "previous_versions", b"previous_versions", "shadow_compared", b"shadow_compared", "shadow_disagreed", b"shadow_disagreed", "shadow_version", b"shadow_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetPolicyResponse: _TypeAlias = GetPolicyResponse  # noqa: Y015

@@ -167,7 +167,8 @@ class TamiyoServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def IngestPolicyUpdate(self, request, context):
-        """Verifies a signed PolicyUpdate and makes it the live policy, or rejects it with a reason and changes nothing.
+        """Verifies a signed PolicyUpdate and makes it the live policy, or rejects it with a reason and changes nothing. The
+        policy is swapped between two steps. An error means that it could not be judged; then it may be sent again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,7 +51,9 @@ class TamiyoServiceStub:
     EvaluateEpoch: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.EvaluateEpochRequest, _tamiyo_service_pb2.EvaluateEpochResponse]
     """Decides at the end of an epoch, with seconds instead of milliseconds to think."""
     IngestPolicyUpdate: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.IngestPolicyUpdateRequest, _tamiyo_service_pb2.IngestPolicyUpdateResponse]
-    """Verifies a signed PolicyUpdate and makes it the live policy, or rejects it with a reason and changes nothing."""
+    """Verifies a signed PolicyUpdate and makes it the live policy, or rejects it with a reason and changes nothing. The
+    policy is swapped between two steps. An error means that it could not be judged; then it may be sent again.
+    """
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.GetPolicyRequest, _tamiyo_service_pb2.GetPolicyResponse]
     """Describes the policy in force."""
     RollbackPolicy: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.RollbackPolicyRequest, _tamiyo_service_pb2.RollbackPolicyResponse]
@@ -98,7 +100,9 @@ class TamiyoServiceAsyncStub(TamiyoServiceStub):
     EvaluateEpoch: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.EvaluateEpochRequest, _tamiyo_service_pb2.EvaluateEpochResponse]  # type: ignore[assignment]
     """Decides at the end of an epoch, with seconds instead of milliseconds to think."""
     IngestPolicyUpdate: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.IngestPolicyUpdateRequest, _tamiyo_service_pb2.IngestPolicyUpdateResponse]  # type: ignore[assignment]
-    """Verifies a signed PolicyUpdate and makes it the live policy, or rejects it with a reason and changes nothing."""
+    """Verifies a signed PolicyUpdate and makes it the live policy, or rejects it with a reason and changes nothing. The
+    policy is swapped between two steps. An error means that it could not be judged; then it may be sent again.
+    """
     GetPolicy: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.GetPolicyRequest, _tamiyo_service_pb2.GetPolicyResponse]  # type: ignore[assignment]
     """Describes the policy in force."""
     RollbackPolicy: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.RollbackPolicyRequest, _tamiyo_service_pb2.RollbackPolicyResponse]  # type: ignore[assignment]
@@ -178,7 +182,9 @@ class TamiyoServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tamiyo_service_pb2.IngestPolicyUpdateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tamiyo_service_pb2.IngestPolicyUpdateResponse, _abc.Awaitable[_tamiyo_service_pb2.IngestPolicyUpdateResponse]]:
-        """Verifies a signed PolicyUpdate and makes it the live policy, or rejects it with a reason and changes nothing."""
+        """Verifies a signed PolicyUpdate and makes it the live policy, or rejects it with a reason and changes nothing. The
+        policy is swapped between two steps. An error means that it could not be judged; then it may be sent again.
+        """
 
     @_abc_1.abstractmethod
     def GetPolicy(

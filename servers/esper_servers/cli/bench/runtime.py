@@ -106,12 +106,16 @@ def _request(host: BenchHost, sequence: int) -> bytes:
 
 async def _serve(home: Home, work_seconds: float) -> None:
     from esper_rpc.journal import Journal
+    from esper_servers.policy.prior import PriorConfig
+    from esper_servers.tamiyo.aside import Aside
     from esper_servers.tamiyo.blueprint_cache import BlueprintCache
     from esper_servers.tamiyo.conservative_mode import ConservativeMode
     from esper_servers.tamiyo.decisions import DecisionLog
     from esper_servers.tamiyo.pause_quota import PauseConfig
     from esper_servers.tamiyo.pauses import Pauses
     from esper_servers.tamiyo.pipeline import StepPipeline
+    from esper_servers.tamiyo.plan_switch import PlanConfig, PlanSwitch
+    from esper_servers.tamiyo.policy_updates.assembly import updates_of
     from esper_servers.tamiyo.run_state import Runs
     from esper_servers.tamiyo.server import SERVICE
     from esper_servers.tamiyo.service import RAW_METHODS, TamiyoServicer
@@ -123,7 +127,14 @@ async def _serve(home: Home, work_seconds: float) -> None:
         policy=_ConstantPolicy(work_seconds),  # type: ignore[arg-type]  # Like a Policy, without a network.
         runs=Runs(), blueprints=blueprints, keyring=home.keyring("tamiyo"), decisions=decisions, mode=mode,
     )  # fmt: skip
-    servicer = TamiyoServicer(pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses)
+    plans = PlanSwitch(pipeline.policy, home.state_dir("bench"), PlanConfig(compile=False))
+    updates = updates_of(
+        pipeline, directory=home.state_dir("bench"), journal=home.state_dir("bench") / "journal.sqlite",
+        keyring=home.keyring("tamiyo"), prior=PriorConfig(), plans=plans, aside=Aside(),
+    )  # fmt: skip
+    servicer = TamiyoServicer(
+        pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses, updates=updates
+    )
     server = MeshServer(config=ServerConfig(), identity=home.identity("tamiyo"))
     server.add_service(SERVICE, servicer, raw_methods=RAW_METHODS)
     gc.collect()

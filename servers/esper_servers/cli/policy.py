@@ -68,11 +68,13 @@ def export(
     from esper_servers.policy import checkpoint
     from esper_servers.policy.policy import Policy
     from esper_servers.policy.prior import PriorConfig
+    from esper_servers.policy.registries import Registries
 
     prior = load(PriorConfig, "prior", path=home_of(context, home).settings_file, environ=environ_of(context))
     shipped = Policy.initial(seed=seed, prior_config=prior)
     parent, shipped.version = shipped.version, version
-    file.write_bytes(checkpoint.write(shipped, parent=parent))
+    digests = Registries.load(None).policy_digests()
+    file.write_bytes(checkpoint.write(shipped, parent=parent, registries=digests))
     typer.echo(f"{file} holds {version}.")
 
 

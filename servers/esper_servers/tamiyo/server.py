@@ -86,6 +86,7 @@ async def serve(config: TamiyoServerConfig) -> None:
         prior=config.prior,
         plans=plans,
         aside=aside,
+        registries=lasting.registries.policy_digests,
     )
     servicer = TamiyoServicer(
         pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses, updates=updates

@@ -14,6 +14,7 @@ from esper_servers.policy.graph import GraphInputs, RunGraph
 from esper_servers.policy.masks import LEGAL_OPERATIONS
 from esper_servers.policy.policy import Policy
 from esper_servers.policy.prior import PriorConfig, RunSignals
+from esper_servers.policy.registries import mismatches
 
 from .recent_decisions import decide_recent_again
 
@@ -62,6 +63,6 @@ def _check_output(policy: Policy, inputs: GraphInputs, states: Sequence[SeedStat
 
 def _check_registries(expected: Mapping[str, str], found: Mapping[str, str]) -> None:
     """A policy that was trained with other numbers for the same names would read nonsense."""
-    differing = sorted(name for name, digest in expected.items() if found.get(name) != digest)
+    differing = mismatches(expected, {name: digest for name, digest in found.items() if name in expected})
     if differing:
-        raise CheckpointRejected(REGISTRY_MISMATCH, f"it was trained with another {', '.join(differing)}")
+        raise CheckpointRejected(REGISTRY_MISMATCH, " ".join(differing))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+import structlog
 
 from .errors import ConfigError
 
+log = structlog.get_logger(__name__)
+
 PROBE_BYTES = 4096
+ASIDE = ".unusable"
+Content = TypeVar("Content")
 
 
 def require_writable(directory: Path) -> None:
@@ -33,6 +42,23 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         scratch.unlink(missing_ok=True)
     _sync_directory(path.parent)
+
+
+def read_whole(path: Path, read: Callable[[bytes], Content]) -> Content | None:
+    """Return what `read` makes of a file, None where there is none.
+
+    One that cannot be read, or of which `read` raises ValueError, is kept aside and told of once; the result is None.
+    """
+    try:
+        return read(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        aside = path.with_name(path.name + ASIDE)
+        with contextlib.suppress(OSError):
+            path.replace(aside)
+        log.warning("state_file_unusable", file=path.name, kept_as=aside.name, problem=str(error)[:200])
+        return None
 
 
 def unwritable(directory: Path, error: OSError) -> ConfigError:

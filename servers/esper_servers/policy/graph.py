@@ -37,6 +37,7 @@ MAX_LAYERS, MAX_ACTIVATIONS, MAX_PARAMETERS = 256, 64, 64
 # Only the vocabularies that are the same everywhere: what a record holds must give the same graph again.
 _VOCABULARIES = Registries()
 _FILLED_BY_STEP = ("layer", "seed", "global")
+_LAYER_LOSS = 2 * schema.FEATURES["layer"].index("loss")
 FEATURE_LIMIT = 1e6
 """Beyond it a value says nothing more, and the network's sums could leave float32."""
 
@@ -148,8 +149,8 @@ class RunGraph:
         self._fill_seeds(packet.seed_states)
         layer = self._arrays["layer"]
         known = math.isfinite(loss)
-        layer[:, 14] = self.norms.scale("loss", loss) if known else 0.0
-        layer[:, 15] = known
+        layer[:, _LAYER_LOSS] = self.norms.scale("loss", loss) if known else 0.0
+        layer[:, _LAYER_LOSS + 1] = known
         return self._inputs
 
     def copy_features(self) -> dict[str, Floats]:
@@ -169,7 +170,7 @@ class RunGraph:
     def _known_layers(self) -> Known:
         """Of layers a step tells nothing but the loss."""
         layers = self._arrays["layer"]
-        has_loss = bool(layers[0, 15])
+        has_loss = bool(layers[0, _LAYER_LOSS + 1])
         if has_loss not in self._layers_known:
             self._layers_known[has_loss] = known_of(layers, "layer")
         return self._layers_known[has_loss]

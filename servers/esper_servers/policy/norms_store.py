@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from esper_rpc import durable_file
+from esper_rpc import disk
 
 from .norms import PRIORS, Experience, Norms, is_sound, pool, prior_moments
 
@@ -35,7 +35,7 @@ class NormsStore:
         if directory is None:
             return cls()
         path = directory / FILE_NAME
-        return cls(path, durable_file.read_whole(path, read_experience))
+        return cls(path, disk.read_whole(path, read_experience))
 
     def begin(self) -> Norms:
         """Return the norms of a new run."""
@@ -55,7 +55,7 @@ class NormsStore:
             if self._path is None or parts == self._saved:
                 return
             pooled = _limited(pool(parts))
-            durable_file.write_whole(self._path, write_experience(pooled))
+            disk.write_whole(self._path, write_experience(pooled))
             self._start, self._saved = pooled, parts
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from esper_rpc import durable_file
+from esper_rpc import disk
 
 from . import vocabularies
 
@@ -93,7 +93,7 @@ class Registries:
         registries = cls(directory)
         if directory is not None:
             for registry in registries._all:
-                found = durable_file.read_whole(_path(directory, registry), registry.read)
+                found = disk.read_whole(_path(directory, registry), registry.read)
                 registries._saved[registry.name] = found or 0
         return registries
 
@@ -105,7 +105,7 @@ class Registries:
             for registry in self._all:
                 size = len(registry)
                 if size != self._saved.get(registry.name):
-                    durable_file.write_whole(_path(self._directory, registry), registry.write())
+                    disk.write_whole(_path(self._directory, registry), registry.write())
                     self._saved[registry.name] = size
 
     def digests(self) -> dict[str, str]:

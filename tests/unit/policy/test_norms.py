@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from esper_rpc import durable_file
+from esper_rpc import disk
 from esper_servers.policy import norms_store
 from esper_servers.policy.norms import (
     MOST_MEAN,
@@ -155,7 +155,7 @@ def test_a_file_that_cannot_be_used_gives_priors_is_told_of_once_and_kept_aside(
         store = NormsStore.load(tmp_path)
     assert store.begin().moments == prior_moments()
     assert [(line["event"], line["log_level"]) for line in logs] == [("state_file_unusable", "warning")]
-    assert (tmp_path / f"{FILE_NAME}{durable_file.ASIDE}").read_bytes() == content
+    assert (tmp_path / f"{FILE_NAME}{disk.ASIDE}").read_bytes() == content
     store.save(store.parts([learned(2.0)]))
     assert NormsStore.load(tmp_path).begin().moments == store.begin().moments
 
@@ -185,7 +185,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_is_done_again(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(durable_file.os, "fsync", full)
+        patched.setattr(disk.os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             store.save(store.parts([learned(7.0)]))
     assert (tmp_path / FILE_NAME).read_bytes() == before
@@ -195,6 +195,6 @@ def test_a_save_that_fails_leaves_the_old_file_and_is_done_again(tmp_path, monke
 
 
 def test_a_store_without_a_directory_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(norms_store.durable_file, "write_whole", lambda *_: pytest.fail("it wrote"))
+    monkeypatch.setattr(norms_store.disk, "write_whole", lambda *_: pytest.fail("it wrote"))
     store = NormsStore.load(None)
     store.save(store.parts([learned(2.0)]))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from esper_rpc import durable_file
+from esper_rpc import disk
 from esper_rpc.proto.leyline.v1 import HazardBand
 from esper_servers.kasmina import alpha
 from esper_servers.policy import registries as module
@@ -128,7 +128,7 @@ def test_a_file_that_cannot_be_used_is_set_aside_and_told_of_once(tmp_path, cont
     with capture_logs() as logs:
         registries = Registries.load(tmp_path)
     assert [(line["event"], line["file"]) for line in logs] == [("state_file_unusable", path.name)]
-    assert (tmp_path / f"{path.name}{durable_file.ASIDE}").read_bytes() == content
+    assert (tmp_path / f"{path.name}{disk.ASIDE}").read_bytes() == content
     assert registries.seed.index("first") == 1
     registries.save()
     assert Registries.load(tmp_path).seed.find("first") == 1

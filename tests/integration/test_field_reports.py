@@ -14,9 +14,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
-from esper_client import TamiyoClient
+from esper_client import TamiyoClient, attach, find_mesh
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedState, SystemStatePacket
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.tamiyo.v1 import (
@@ -32,7 +34,7 @@ from esper_rpc.proto.tamiyo.v1 import (
 from esper_rpc.testing import TemporaryMesh
 from esper_servers.cli import app
 from esper_servers.cli.home import Home
-from esper_servers.cli.processes import Supervisor
+from esper_servers.cli.processes import Supervisor, cli_command
 
 PATIENCE_SECONDS = 40.0
 HERE = Path(__file__).parent
@@ -122,6 +124,45 @@ async def test_an_operator_lists_a_report_and_acknowledges_it_once_although_tami
         assert answer == {"report_id": report_id, "already_acknowledged": True}
         assert await asyncio.to_thread(esper, home, "reports", "--json") == [row]
         assert "esper_field_reports_pending 0.0" in scrape(mesh)
+
+
+def train(session, model, optimizer, steps):
+    """Take steps of a tiny regression; returns the outcomes of commands."""
+    found = []
+    for _ in range(steps):
+        loss = model(torch.randn(4, 8)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found += session.step(loss.detach())
+    return found
+
+
+def test_a_command_that_a_live_model_carried_out_is_reported_after_three_epochs(tmp_path):
+    home = Home(tmp_path / "home")
+    home.prepare()
+    subprocess.run([*cli_command(), "urza", "seed", "--home", str(home.directory)], check=True, capture_output=True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Supervisor(home, dict(os.environ)):
+        address = find_mesh({"ESPER_HOME": str(home.directory)})
+        with attach(model, optimizer, mesh=address, run_id="live", step_budget_ms=50.0) as session:
+            deadline, applied = time.monotonic() + PATIENCE_SECONDS, []
+            while not applied:
+                assert time.monotonic() < deadline, dict(session.reasons)
+                outcomes = train(session, model, optimizer, 1)
+                applied = [each for each in outcomes if each.result == CommandOutcome.RESULT_APPLIED]
+            rows = []
+            while not rows:
+                assert time.monotonic() < deadline, dict(session.reasons)
+                session.start_epoch(session.epoch + 1)
+                train(session, model, optimizer, 5)
+                rows = esper(home, "reports", "--json")
+    assert rows[0]["report"] == f"fr-synth-{applied[0].command_id}"
+    assert (rows[0]["run"], rows[0]["seed"]) == ("live", applied[0].seed_id)
+    assert rows[0]["epochs"] >= 3
+    assert rows[0]["outcome"] != "ABORTED"
 
 
 class Processes:

@@ -48,12 +48,11 @@ async def test_norms_and_registries_outlive_a_controller_also_when_a_file_was_sp
     assert orjson.loads(left["seed_registry.json"]) == {"first": 1}
     assert {"layer_type_registry.json", "schedule_registry.json"} <= set(left)
 
+    spoiled = home.state_dir("tamiyo") / "layer_type_registry.json"
+    spoiled.write_bytes(b'{"Linear": 1')
     left = await train(home, 5.0, "second")
     assert orjson.loads(left["gnn_norms.json"])["steps"] == 2 * STEPS
     assert orjson.loads(left["seed_registry.json"]) == {"first": 1, "second": 2}
-
-    (home.state_dir("tamiyo") / "gnn_norms.json").write_bytes(b'{"steps": 1')
-    left = await train(home, 1.0, "first")
-    assert left["gnn_norms.json.unusable"] == b'{"steps": 1'
-    assert orjson.loads(left["gnn_norms.json"])["steps"] == STEPS
+    assert left["layer_type_registry.json.unusable"] == b'{"Linear": 1'
+    assert orjson.loads(left["layer_type_registry.json"])["Linear"] == 1
     assert home.log_file("tamiyo").read_text().count("state_file_unusable") == 1

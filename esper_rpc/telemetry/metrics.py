@@ -68,10 +68,6 @@ BLUEPRINT_RISK = Histogram(
 )
 BSDS_HAZARDS = Counter("esper_bsds_hazards", "Steps beside a blueprint that its sheet warns of.", ["band"])
 
-POLICY_UPDATES = Counter("esper_policy_updates", "Policies that came, by what became of them.", ["result", "reason"])
-SHADOW_DECISIONS = Counter(
-    "esper_shadow_decisions", "Steps that the shadow policy followed, by whether it agreed.", ["agreed"]
-)
 PLAN_COMPILED = Gauge("esper_plan_compiled", "Whether the compiled plan is served.", multiprocess_mode=LATEST)
 PLAN_FALLBACKS = Counter("esper_plan_fallbacks", "Times that the eager plan was served although another was wanted.")
 

@@ -71,11 +71,12 @@ def tamiyo(
     # Before torch is imported, which on a full disk fails with a riddle about temporary directories.
     require_writable(place.state_dir("tamiyo"))
     from esper_servers.policy.prior import PriorConfig
+    from esper_servers.tamiyo.controller import TamiyoServerConfig
     from esper_servers.tamiyo.field_reports.config import ReportConfig
     from esper_servers.tamiyo.pause_quota import PauseConfig
     from esper_servers.tamiyo.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
-    from esper_servers.tamiyo.server import TamiyoServerConfig, serve
+    from esper_servers.tamiyo.server import serve
 
     log_json_lines()
     if supervised:

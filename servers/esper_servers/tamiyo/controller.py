@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from esper_rpc.envelope import Keyring
+from esper_rpc.journal import Journal
+from esper_rpc.server import MeshServer, ServerConfig
+from esper_servers.policy.policy import Policy
+from esper_servers.policy.prior import PriorConfig
+
+from .aside import Aside
+from .blueprint_cache import BlueprintCache
+from .conservative_mode import ConservativeMode
+from .decisions import DecisionLog
+from .field_reports.config import ReportConfig
+from .field_reports.publisher import ReportPublisher
+from .field_reports.report_journal import KEPT
+from .field_reports.reports import FieldReports
+from .lasting_state import LastingState
+from .pause_quota import PauseConfig
+from .pauses import Pauses
+from .pipeline import StepPipeline
+from .plan_switch import PlanConfig, PlanSwitch
+from .policy_updates.assembly import updates_of
+from .replay import Sources, replay_from
+from .risk.config import RiskConfig
+from .service import TamiyoServicer
+
+JOURNAL = "journal.sqlite"
+REPLAY_SECONDS = 60.0
+REPORT_SECONDS = 0.25
+PRUNE_SECONDS = 60.0
+GAUGE_SECONDS = 1.0
+SAVE_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TamiyoServerConfig:
+    """What the process needs."""
+
+    identity_dir: Path
+    state_dir: Path
+    keyring: Keyring
+    server: ServerConfig = field(default_factory=ServerConfig)
+    weatherlight_address: str | None = None
+    """Who renews the certificate."""
+    urza_address: str | None = None
+    risk: RiskConfig = field(default_factory=RiskConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    pause: PauseConfig = field(default_factory=PauseConfig)
+    reports: ReportConfig = field(default_factory=ReportConfig)
+    publisher: ReportPublisher | None = None
+    """Who gets field reports; without one they wait to be listed and acknowledged."""
+
+
+class Controller:
+    """The parts of Tamiyo, and what they do beside the steps."""
+
+    def __init__(self, config: TamiyoServerConfig) -> None:
+        """Wire them; raises ConfigError for a state directory that cannot be used."""
+        self._config = config
+        self._journal_file = config.state_dir / JOURNAL
+        self._journal = Journal(self._journal_file, kept=KEPT)
+        self._decisions = DecisionLog(self._journal)
+        self._lasting = LastingState(config.state_dir)
+        self._aside = Aside()
+        self._pauses = Pauses.of(self._journal, config.pause)
+        self.blueprints = BlueprintCache()
+        mode, policy = ConservativeMode(), Policy.initial(prior_config=config.prior)
+        self.plans = PlanSwitch(policy, config.state_dir / "plans", config.plan)
+        self.pipeline = StepPipeline(
+            policy=policy,
+            runs=self._lasting.runs,
+            blueprints=self.blueprints,
+            keyring=config.keyring,
+            decisions=self._decisions,
+            mode=mode,
+            risk_config=config.risk,
+        )
+        self._updates = updates_of(
+            self.pipeline,
+            directory=config.state_dir / "policies",
+            journal=self._journal_file,
+            keyring=config.keyring,
+            prior=config.prior,
+            plans=self.plans,
+            aside=self._aside,
+            registries=self._lasting.registries.policy_digests,
+        )
+        self._reports = FieldReports.of(
+            self.pipeline.observations,
+            self._journal,
+            config.reports,
+            clock_ns=self.pipeline.clock_ns,
+            publisher=config.publisher,
+        )
+        self.servicer = TamiyoServicer(
+            pipeline=self.pipeline,
+            blueprints=self.blueprints,
+            decisions=self._decisions,
+            mode=mode,
+            pauses=self._pauses,
+            updates=self._updates,
+            replay=self._replay,
+            reports=self._reports,
+        )
+
+    def resume(self) -> Policy:
+        """Take up plan and policy of the last start, before the first step; returns the policy."""
+        self.plans.prepare()
+        self._updates.resume()
+        return self.pipeline.policy
+
+    def work_beside(self, server: MeshServer) -> None:
+        """Have the server do what is to be done again and again."""
+        server.every(GAUGE_SECONDS, self._pauses.tell_remaining)
+        server.every(GAUGE_SECONDS, self.pipeline.tell_restraint)
+        server.every(SAVE_SECONDS, self._lasting.save)
+        server.every(REPORT_SECONDS, self._reports.catch_up)
+        server.every(REPORT_SECONDS, self._reports.publish_due)
+        server.every(PRUNE_SECONDS, self._reports.prune)
+
+    async def close(self) -> None:
+        """Write down what is left, and end what runs beside."""
+        self._aside.close()
+        self.pipeline.report()
+        await self._reports.catch_up()
+        await self._lasting.save()
+        self._journal.close()
+
+    async def _replay(self, command_id: str) -> list[str]:
+        await asyncio.to_thread(self._decisions.flush)
+        sources = Sources(
+            journal=self._journal_file,
+            policy=self._updates.live_file,
+            prior=self._config.prior,
+            package=self.plans.served,
+        )
+        return await self._aside.run(REPLAY_SECONDS, replay_from, sources, command_id)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import sys
 
 import torch
 
@@ -24,7 +23,6 @@ from .service import RAW_METHODS
 
 SERVICE = tamiyo_service_pb2.DESCRIPTOR.services_by_name["TamiyoService"]
 WARM_UP_STEPS = 20
-SWITCH_SECONDS = 0.0005
 
 
 async def serve(config: TamiyoServerConfig) -> None:
@@ -63,5 +61,3 @@ def prepare(policy: Policy) -> None:
         policy.evaluate(graph.fill(SystemStatePacket(seed_states=states)), states, signals)
     gc.collect()
     gc.freeze()
-    # A thread that loads a policy or writes a record would keep the interpreter from a step for 5 ms at a time.
-    sys.setswitchinterval(SWITCH_SECONDS)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from esper_rpc.envelope import Keyring
@@ -15,6 +17,8 @@ from .shadow import Shadow
 from .store import Entry, Lineage, PolicyStore
 from .updates import Admission, PolicyUpdates
 from .verification import number_of
+
+SWITCH_SECONDS = 0.0005
 
 
 def updates_of(
@@ -32,9 +36,10 @@ def updates_of(
     shipped = pipeline.policy
 
     def load(path: Path | None) -> Policy:
-        policy = plans.fit(checkpoint.load(path, prior) if path else shipped)
-        for run in pipeline.runs.all():
-            policy.warm_up(run.graph.inputs)
+        with _giving_way():
+            policy = plans.fit(checkpoint.load(path, prior) if path else shipped)
+            for run in pipeline.runs.all():
+                policy.warm_up(run.graph.inputs)
         return policy
 
     def take_up(policy: Policy) -> None:
@@ -54,3 +59,14 @@ def updates_of(
     )
     pipeline.shadow, pipeline.on_inference_lost = updates.shadow, updates.distrust
     return updates
+
+
+@contextmanager
+def _giving_way() -> Iterator[None]:
+    """Hand the interpreter to a step within half a millisecond; loading a policy would keep it for 5 ms at a time."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)

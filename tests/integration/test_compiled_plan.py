@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+import sys
+import threading
+import time
 
 import pytest
+import torch
 
 from esper_client import TamiyoClient
 from esper_rpc.errors import ConfigError
 from esper_rpc.proto.tamiyo.v1 import GetPolicyRequest
+from esper_servers.cli.bench.measure import rss_mb
 from esper_servers.cli.home import Home
 from esper_servers.cli.processes import Supervisor
 from esper_servers.policy import plan_package
+from esper_servers.policy.compiled_plan import plan_inputs
 from esper_servers.policy.policy import Policy
 from esper_servers.tamiyo import plan_switch
 from esper_servers.tamiyo.plan_switch import PlanConfig, PlanSwitch
@@ -32,20 +39,100 @@ async def plan_of(home, address, wanted):
         return plan
 
 
-@pytest.mark.skipif(not plan_package.has_compiler(), reason="there is no C++ compiler")
-def test_a_plan_is_built_while_the_eager_one_serves_and_is_there_at_the_next_start(tmp_path):
-    home = Home(tmp_path)
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A package that a server built while it served, and that it found again at its next start."""
+    if not plan_package.has_compiler():
+        pytest.skip("there is no C++ compiler")
+    home = Home(tmp_path_factory.mktemp("home"))
     home.prepare()
     with Supervisor(home, COMPILING) as mesh:
         assert asyncio.run(plan_of(home, mesh.addresses["tamiyo"], "eager")) == "eager"
         assert asyncio.run(plan_of(home, mesh.addresses["tamiyo"], "compiled")) == "compiled"
-    (package,) = (home.state_dir("tamiyo") / "plans").iterdir()
-    built_at = package.stat().st_mtime_ns
+    (path,) = (home.state_dir("tamiyo") / "plans").iterdir()
+    built_at = path.stat().st_mtime_ns
     with Supervisor(home, COMPILING) as mesh:
         assert asyncio.run(plan_of(home, mesh.addresses["tamiyo"], "compiled")) == "compiled"
-    assert package.stat().st_mtime_ns == built_at
-    other = Policy.initial(seed=1)
-    plan_switch._check(other, plan_package.load(package, other.network))
+    assert path.stat().st_mtime_ns == built_at
+    return path
+
+
+def test_a_plan_is_built_while_the_eager_one_serves_and_serves_the_weights_of_any_policy(package):
+    for seed in (1, 2):
+        policy = Policy.initial(seed=seed)
+        plan_switch._check(policy, plan_package.load(package, policy.network))
+
+
+def test_both_ways_to_call_the_code_compute_the_same_bits(package):
+    policy = Policy.initial()
+    code, tensors = plan_package.load(package, policy.network), plan_inputs(plan_switch._sample_inputs())
+    assert all(torch.equal(a, b) for a, b in zip(code(tensors), code.compute_beside(tensors), strict=True))
+
+
+def test_the_code_leaves_the_interpreter_to_others_when_told_to_and_only_then(package, interpreter_is_kept):
+    code, tensors = plan_package.load(package, Policy.initial().network), plan_inputs(plan_switch._sample_inputs())
+    counted, is_over = itertools.count(), threading.Event()
+
+    def count():
+        while not is_over.is_set():
+            next(counted)
+            time.sleep(0)  # Hand the interpreter back, which the interval never does here.
+
+    def most_counted(compute):
+        before = next(counted)
+        compute(tensors)
+        return next(counted) - before
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    # Once or twice it changes hands when tensors are freed.
+    assert max(most_counted(code) for _ in range(20)) < 5
+    until = time.monotonic() + PATIENCE_SECONDS
+    while (most := most_counted(code.compute_beside)) < 50 and time.monotonic() < until:
+        pass
+    is_over.set()
+    thread.join()
+    assert most >= 50
+
+
+@pytest.fixture
+def interpreter_is_kept():
+    """No thread is made to hand over the interpreter."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(PATIENCE_SECONDS)
+    yield
+    sys.setswitchinterval(usual)
+
+
+def test_the_code_says_what_is_wrong_with_its_inputs(package):
+    code, tensors = plan_package.load(package, Policy.initial().network), plan_inputs(plan_switch._sample_inputs())
+    with pytest.raises(RuntimeError, match=f"takes {len(tensors)} tensors, not {len(tensors) - 1}"):
+        code(tensors[:-1])
+    with pytest.raises(RuntimeError, match="API call failed"):
+        code([tensor[:1] for tensor in tensors])
+    code(tensors)
+
+
+def test_loading_again_and_again_takes_no_more_memory(package):
+    """A policy is loaded at each update: what one load loses of 5 MB of weights would add up."""
+    network = Policy.initial().network
+    for _ in range(5):
+        plan_package.load(package, network)
+    before = rss_mb(os.getpid())
+    for _ in range(20):
+        plan_package.load(package, network)
+    assert rss_mb(os.getpid()) < before + 20
+
+
+@pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
+def test_a_package_that_was_damaged_is_not_loaded(package, tmp_path, at):
+    content = bytearray(package.read_bytes())
+    content[int(len(content) * at)] ^= 0xFF
+    (tmp_path / "damaged.pt2").write_bytes(content)
+    (tmp_path / "cut.pt2").write_bytes(content[: int(len(content) * at)])
+    for name in ("damaged.pt2", "cut.pt2"):
+        with pytest.raises(ConfigError, match="is not a compiled plan"):
+            plan_package.load(tmp_path / name, Policy.initial().network)
 
 
 @pytest.fixture

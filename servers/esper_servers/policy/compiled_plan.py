@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import schema
 from .graph import LEAST_ROWS, GraphInputs
+from .native_package import NativePackage
 from .network import Heads
 
 CELL_LIMIT = 250_000
@@ -24,15 +25,16 @@ class CompiledPlan:
 
     def __init__(self, package: Package, eager: Callable[[GraphInputs], Heads]) -> None:
         self.package = package
+        self._beside = package.compute_beside if isinstance(package, NativePackage) else package
         self._eager = eager
         self._laid_out: WeakKeyDictionary[GraphInputs, list[Tensor]] = WeakKeyDictionary()
 
-    def __call__(self, inputs: GraphInputs) -> Heads:
-        """Compute the heads of one graph."""
+    def __call__(self, inputs: GraphInputs, *, beside: bool = False) -> Heads:
+        """Compute the heads of one graph, `beside` other threads or keeping them from the interpreter meanwhile."""
         tensors = self._tensors(inputs)
         if not tensors:
             return self._eager(inputs)
-        kind, operation, blueprint, schedule, value, risk = self.package(tensors)
+        kind, operation, blueprint, schedule, value, risk = (self._beside if beside else self.package)(tensors)
         seeds, blueprints = inputs.features["seed"].shape[0], inputs.features["blueprint"].shape[0]
         return Heads(kind, operation[:seeds], blueprint[:blueprints], schedule, value, risk)
 

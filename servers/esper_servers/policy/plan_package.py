@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from esper_rpc.errors import ConfigError
 from esper_rpc.proto.leyline.v1 import BlueprintDescriptor
 
 from . import sample, schema
-from .compiled_plan import Package, plan_inputs
+from .compiled_plan import plan_inputs
 from .dense_plan import DensePlan
 from .graph import BlueprintCandidate, GraphInputs, RunGraph
+from .native_package import NativePackage
 from .network import PolicyNetwork
 
 FORM = 2
@@ -56,21 +58,13 @@ def build(output: Path) -> None:
     scratch.replace(output)
 
 
-def load(path: Path, network: PolicyNetwork) -> Package:
+def load(path: Path, network: PolicyNetwork) -> NativePackage:
     """Load a package and give it these weights, in some 30 ms; raises ConfigError when it is none."""
-    # torch._inductor.aoti_load_package would start compilers to name the CPU again, for a second and a half, and its
-    # result would parse the tree of its arguments at every call.
-    make: Any = torch._C._aoti.AOTIModelPackageLoader  # torch is pinned.
+    # torch._inductor.aoti_load_package would start compilers to name the CPU again, for a second and a half.
     try:
-        loader = make(str(path), "model", False, 1, -1)
-        weights = DensePlan(network).state_dict()
-        constants = {name: weights[name].contiguous() for name in loader.get_constant_fqns()}
-        # Into the constants in use, every one of them, copied.
-        loader.load_constants(constants, False, True, False, False)
-    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        return NativePackage(path, DensePlan(network).state_dict())
+    except (zipfile.BadZipFile, AttributeError, KeyError, OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{path} is not a compiled plan: {error}; remove it.") from error
-    package: Package = loader.run
-    return package
 
 
 def _example() -> GraphInputs:

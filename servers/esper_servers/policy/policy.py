@@ -80,11 +80,21 @@ class Policy:
             prior_config=prior_config or PriorConfig(),
         )
 
-    def evaluate(self, inputs: GraphInputs, seeds: Sequence[SeedState], signals: RunSignals) -> PolicyOutput:
-        """Run the network on one graph and add the prior. `seeds` are in the order of the graph's seed nodes."""
+    def evaluate(
+        self, inputs: GraphInputs, seeds: Sequence[SeedState], signals: RunSignals, *, beside: bool = False
+    ) -> PolicyOutput:
+        """Run the network on one graph and add the prior. `seeds` are in the order of the graph's seed nodes.
+
+        `beside` leaves the interpreter to other threads meanwhile, if `can_run_beside`.
+        """
         with torch.inference_mode():
-            heads, plan = self._heads(inputs)
+            heads, plan = self._heads(inputs, beside=beside)
         return _with_bonus(heads, prior.bonus(seeds, signals, self.prior), plan)
+
+    def can_run_beside(self, inputs: GraphInputs) -> bool:
+        """Whether other threads can use the interpreter while this graph is evaluated."""
+        compiled = self._compiled
+        return compiled is not None and compiled.covers(inputs)
 
     def evaluate_again(
         self, inputs: GraphInputs, seeds: Sequence[SeedState], signals: RunSignals, prior_config: PriorConfig, plan: str
@@ -117,13 +127,13 @@ class Policy:
         """Serve the eager plan from the next step on."""
         self._compiled = None
 
-    def _heads(self, inputs: GraphInputs) -> tuple[Heads, str]:
+    def _heads(self, inputs: GraphInputs, *, beside: bool = False) -> tuple[Heads, str]:
         """The heads, and the plan that computed them."""
         compiled = self._compiled  # Read once: another thread sets it.
         if compiled is None:
             return self._eager(inputs), EAGER
         try:
-            return _by(compiled, inputs)
+            return _by(compiled, inputs, beside=beside)
         except RuntimeError as error:
             log.error("compiled_plan_failed", error=str(error)[:200], priority="HIGH")
             self.serve_eager()
@@ -137,8 +147,8 @@ class Policy:
         return _by(CompiledPlan(compiled.package, self._eager.compute_once), inputs)
 
 
-def _by(compiled: CompiledPlan, inputs: GraphInputs) -> tuple[Heads, str]:
-    return compiled(inputs), COMPILED if compiled.covers(inputs) else EAGER
+def _by(compiled: CompiledPlan, inputs: GraphInputs, *, beside: bool = False) -> tuple[Heads, str]:
+    return compiled(inputs, beside=beside), COMPILED if compiled.covers(inputs) else EAGER
 
 
 def _with_bonus(heads: Heads, added: Bonus, plan: str) -> PolicyOutput:

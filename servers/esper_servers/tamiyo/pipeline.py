@@ -37,6 +37,7 @@ from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
 from .evidence import Evidence
 from .field_reports.observations import Observations
+from .inference import Inference
 from .memory import Memory
 from .policy_updates.shadow import Shadow
 from .reporting import DecisionReports, Reported
@@ -74,6 +75,7 @@ class StepPipeline:
         self.policy = policy
         self.runs = runs
         self.queue = StepQueue(clock=clock)
+        self._inference = Inference(self.queue)
         self.breaker = CircuitBreaker(on_transition=self._on_breaker)
         self._blueprints = blueprints
         self._keyring = keyring
@@ -131,14 +133,14 @@ class StepPipeline:
         await self.queue.take_turn(watch.arrived, budget)
         try:
             watch.lap("queue_us")
-            return self._answer(step, run, digest, watch, budget)
+            return await self._answer(step, run, digest, watch, budget)
         finally:
             self.queue.end_turn()
 
-    def _answer(self, step: Step, run: RunState, digest: bytes, watch: Stopwatch, budget: float) -> bytes:
+    async def _answer(self, step: Step, run: RunState, digest: bytes, watch: Stopwatch, budget: float) -> bytes:
         if step.sequence <= run.last_sequence:
             return _answer_again(run, step.sequence, digest)
-        decision, evidence = self._decide(step, run, digest, watch, budget)
+        decision, evidence = await self._decide(step, run, digest, watch, budget)
         decision.sequence = step.sequence
         decision.ledger.CopyFrom(watch.close())
         reply = EvaluateStepsResponse(decision=decision).SerializeToString()
@@ -167,21 +169,22 @@ class StepPipeline:
         breakers = {"inference": self.breaker.state}
         tell_restraint(service_is_held=self._mode.enabled, held_runs=held, breakers=breakers)
 
-    def _decide(
+    async def _decide(
         self, step: Step, run: RunState, digest: bytes, watch: Stopwatch, budget: float
     ) -> tuple[StepDecision, Evidence | None]:
         self._note(run, step)
+        policy = self.policy  # Another one may be taken up while this one works.
         memory, conservative = Memory.of(run), self._mode.enabled or run.mode.enabled
         verdict = self._judge(step.packet, run, conservative=conservative)
         watch.lap("risk_us")
-        decided = self._choose(step.packet, run, watch, budget, verdict)
+        decided = await self._choose(step.packet, run, watch, budget, verdict, policy)
         if self.shadow is not None and self.shadow.is_free:
             self.shadow.note(run, decided, run.ordered_seeds(step.packet))
         if decided.choice is None:
             self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason, run, verdict))
             return StepDecision(no_action=NoAction(reason=decided.reason)), None
         command = build_command(
-            run, decided.choice, reason=decided.reason, policy_version=self.policy.version, verdict=verdict
+            run, decided.choice, reason=decided.reason, policy_version=policy.version, verdict=verdict
         )
         envelope = sign_command(
             command,
@@ -192,8 +195,8 @@ class StepPipeline:
             now_ns=self.clock_ns(),
         )
         evidence = Evidence.of(
-            command, step.packet, watch.ledger, decided, verdict, run=run, memory=memory, policy=self.policy,
-            prior=self.policy.prior, risk=self._risk, conservative=conservative,
+            command, step.packet, watch.ledger, decided, verdict, run=run, memory=memory, policy=policy,
+            prior=policy.prior, risk=self._risk, conservative=conservative,
         )  # fmt: skip
         watch.lap("signing_us")
         kind = self._issued(run, command)
@@ -217,8 +220,14 @@ class StepPipeline:
         self._risk_events.note(run.risk.told, run_id=run.request.run_id, step=run.steps, verdict=verdict)
         return verdict
 
-    def _choose(
-        self, packet: SystemStatePacket, run: RunState, watch: Stopwatch, budget: float, verdict: Verdict
+    async def _choose(
+        self,
+        packet: SystemStatePacket,
+        run: RunState,
+        watch: Stopwatch,
+        budget: float,
+        verdict: Verdict,
+        policy: Policy,
     ) -> Decided:
         inputs = run.graph.fill(packet)
         watch.lap("features_us")
@@ -227,17 +236,18 @@ class StepPipeline:
         seeds = run.ordered_seeds(packet)
         if verdict.forced is not None:
             return choosing.obey(verdict.forced, verdict, run, self._risk)
-        if not self.breaker.allow():
+        breaker = self.breaker
+        if not breaker.allow():
             return Decided(None, BREAKER_OPEN)
         try:
-            output = self.policy.evaluate(inputs, seeds, run.signals())
+            output = await self._inference.run(policy, inputs, seeds, run.signals())
             if not output.is_finite:
                 raise ArithmeticError("the policy's output is not finite")
         except Exception as error:  # noqa: BLE001  # Whatever a policy does, the step gets a safe answer.
-            self.breaker.record_failure()
+            breaker.record_failure()
             log.error("inference_failed", error=repr(error)[:200], priority="HIGH")
             return Decided(None, INFERENCE_FAILED)
-        self.breaker.record_success()
+        breaker.record_success()
         self._mode.record_success()
         run.mode.record_success()
         watch.lap("inference_us")

@@ -10,9 +10,13 @@ from esper_rpc.errors import ResourceExhausted
 
 CAPACITY = 256
 COST_SMOOTHING = 0.05
+RELIEF = 0.2
+"""How fast the time from turn to turn is forgotten by steps that find nobody before them."""
 FIRST_COST_SECONDS = 0.002
 QUIET_TURNS = 8
 LEAST_INTAKE_SECONDS = 0.005
+CROWD_SECONDS = 0.1
+LONG_TURN_SECONDS = 0.003
 RESERVE = 0.2
 """The share of a budget that passes outside: before a step is seen here, and on the way back."""
 
@@ -23,11 +27,13 @@ Waiting = tuple[float, int, "asyncio.Future[None]"]
 class StepQueue:
     """Turns at the policy: one step at a time, the one whose answer is due first goes first.
 
-    An evaluation holds the event loop, and gRPC hands over what arrived meanwhile one call after the other, a few turns
-    of the loop each. So the next evaluation begins only when nothing arrives any more: until then whoever cannot be
-    served inside the budget is refused at once, which costs little. How long the wait will be is told by the time from
-    turn to turn that was measured while others waited: under load, taking in and refusing costs as much as deciding.
-    Who waited too long is refused when the turn comes. Used on one event loop.
+    Whoever cannot be served inside the budget is refused at once, which costs little. How long the wait will be is told
+    by the time from turn to turn that was measured while others waited: under load, taking in and refusing costs as
+    much as deciding. Who waited too long all the same is refused when the turn comes.
+
+    An evaluation that holds the event loop hides what arrives meanwhile, which gRPC then hands over one call after the
+    other, a few turns of the loop each. So after one the next begins only when nothing arrives any more. Used on one
+    event loop.
     """
 
     def __init__(self, *, capacity: int = CAPACITY, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -35,6 +41,8 @@ class StepQueue:
         self._clock = clock
         self._cost = self._interval = FIRST_COST_SECONDS
         self._is_busy = False
+        self._is_beside = False
+        self._crowded_until = 0.0
         self._waiting: list[Waiting] = []
         self._order = itertools.count()
         self._began = 0.0
@@ -50,21 +58,31 @@ class StepQueue:
         """What one step costs, smoothed."""
         return self._cost
 
+    @property
+    def should_free_loop(self) -> bool:
+        """Whether the turn had better leave the loop to others: some wait or waited just now, or it will be long."""
+        return bool(self._waiting) or self._cost > LONG_TURN_SECONDS or self._clock() < self._crowded_until
+
+    def note_beside(self) -> None:
+        """Say that this turn leaves the loop to others: what arrives meanwhile is seen at once."""
+        self._is_beside = True
+
     async def take_turn(self, arrived: float, budget_seconds: float) -> None:
         """Wait for a turn; `end_turn` must follow. Raises ResourceExhausted with the time to come back."""
         self._arrivals += 1
-        if not self._is_busy:
+        if not self._is_busy or self._is_beside:
             self._quiet_at = arrived
         # How long it waited unseen is not known: at most since there was nothing left to take in.
         latest_start = self._quiet_at + (1 - RESERVE) * budget_seconds - self._cost
         if self._is_busy:
             self._check_room(latest_start)
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._crowded_until = self._clock() + CROWD_SECONDS
             heapq.heappush(self._waiting, (latest_start, next(self._order), turn))
             await self._wait(turn)
         else:
-            self._interval += COST_SMOOTHING * (self._cost - self._interval)
-        self._is_busy = True
+            self._interval += RELIEF * (self._cost - self._interval)
+        self._is_busy, self._is_beside = True, False
         self._began = self._clock()
 
     async def _wait(self, turn: asyncio.Future[None]) -> None:
@@ -78,7 +96,11 @@ class StepQueue:
     def end_turn(self) -> None:
         """Give the turn back."""
         self._cost += COST_SMOOTHING * (self._clock() - self._began - self._cost)
-        asyncio.get_running_loop().call_soon(self._take_in, self._arrivals, 0, self._clock())
+        loop = asyncio.get_running_loop()
+        if self._is_beside:
+            loop.call_soon(self._give_next)
+        else:
+            loop.call_soon(self._take_in, self._arrivals, 0, self._clock())
 
     def _take_in(self, arrivals: int, quiet_turns: int, since: float) -> None:
         """Let the loop turn until nothing arrives, at most half the time; with nobody waiting nobody need wait."""
@@ -96,7 +118,8 @@ class StepQueue:
         ahead = sum(1 for due, _, _ in self._waiting if due <= latest_start)
         is_full = len(self._waiting) >= self._capacity
         next_start = max(self._clock(), self._began + self._interval)
-        if is_full or next_start + ahead * self._interval > latest_start:
+        # One more turn than is ahead: nobody is to wait only to be refused.
+        if is_full or next_start + (ahead + 1) * self._interval > latest_start:
             raise self._refusal()
 
     def _give_next(self) -> None:

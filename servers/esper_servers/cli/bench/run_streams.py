@@ -62,7 +62,8 @@ class RunStream:
     """One run and its stream: a writer, a reader, and who waits for which step."""
 
     def __init__(self, channel: Any, host: BenchHost, run_id: str) -> None:
-        self._host, self._run_id = host, run_id
+        # Made once: ten times what a server decides is asked by one process.
+        self._step = unary_step(host, 0, [], run_id=run_id)
         self._sequence = 0
         self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
         self._waiting: dict[int, asyncio.Future[EvaluateStepsResponse]] = {}
@@ -72,9 +73,9 @@ class RunStream:
     async def ask(self, answers: Answers) -> float:
         """Ask one step, and sort in what comes; returns how many seconds the server wants to be left alone."""
         self._sequence += 1
-        step = unary_step(self._host, self._sequence, [], run_id=self._run_id)
-        step.budget_us = int(answers.budget_ms * 1000)
-        raw = EvaluateStepsRequest(step=step).SerializeToString()
+        self._step.sequence, self._step.budget_us = self._sequence, int(answers.budget_ms * 1000)
+        self._step.packet.global_step = self._sequence
+        raw = EvaluateStepsRequest(step=self._step).SerializeToString()
         answer = asyncio.get_running_loop().create_future()
         self._waiting[self._sequence] = answer
         begun = time.perf_counter()

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from esper_rpc.envelope import Keyring
@@ -10,6 +8,7 @@ from esper_servers.policy import checkpoint
 from esper_servers.policy.policy import Policy
 from esper_servers.policy.prior import PriorConfig
 from esper_servers.tamiyo.aside import Aside
+from esper_servers.tamiyo.giving_way import giving_way
 from esper_servers.tamiyo.pipeline import StepPipeline
 from esper_servers.tamiyo.plan_switch import PlanSwitch
 
@@ -17,8 +16,6 @@ from .shadow import Shadow
 from .store import Entry, Lineage, PolicyStore
 from .updates import Admission, PolicyUpdates
 from .verification import number_of
-
-SWITCH_SECONDS = 0.0005
 
 
 def updates_of(
@@ -36,7 +33,7 @@ def updates_of(
     shipped = pipeline.policy
 
     def load(path: Path | None) -> Policy:
-        with _giving_way():
+        with giving_way():
             policy = plans.fit(checkpoint.load(path, prior) if path else shipped)
             for run in pipeline.runs.all():
                 policy.warm_up(run.graph.inputs)
@@ -59,14 +56,3 @@ def updates_of(
     )
     pipeline.shadow, pipeline.on_inference_lost = updates.shadow, updates.distrust
     return updates
-
-
-@contextmanager
-def _giving_way() -> Iterator[None]:
-    """Hand the interpreter to a step within half a millisecond; loading a policy would keep it for 5 ms at a time."""
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)

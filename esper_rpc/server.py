@@ -236,7 +236,7 @@ def _handler(method: MethodDescriptor, servicer: object, stream_age_seconds: flo
 
     def call_of(context: Any) -> Call:
         peer = CURRENT_PEER.get()
-        left = _seconds_until_leaving(peer, stream_age_seconds)
+        left = _seconds_until_leaving(peer, stream_age_seconds) if method.server_streaming else math.inf
         return Call(path, peer.spiffe_id, context, seconds_until_leaving=left)
 
     return make(adapt(behaviour, call_of, parse, method.client_streaming), None, response)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from functools import cache
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import grpc
 from prometheus_client import Counter, Histogram
 
+from esper_rpc.deferred import Deferred
 from esper_rpc.telemetry import metrics
 
 from .handlers import WrappedHandlers, responses_of, rewrapped
 
-RECORDING_DELAY_SECONDS = 0.001
+RECORDING_DELAY_SECONDS = 0.005
+"""An answer has not left when its handler returns, and need not wait for its numbers."""
 _STATUS_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
@@ -22,15 +25,53 @@ class MetricsInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self) -> None:
         self._handlers = WrappedHandlers()
+        self._ended: deque[_Ended] = deque()
+        self._recording = Deferred(RECORDING_DELAY_SECONDS, self._record)
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Measure around everything further in."""
         method = handler_call_details.method.lstrip("/")
 
         def wrap(handler: Any) -> Any:
-            return rewrapped(handler, lambda call: _unary(call, method), lambda call: _stream(call, method))
+            return rewrapped(handler, lambda call: self._unary(call, method), lambda call: self._stream(call, method))
 
         return self._handlers.get(method, await continuation(handler_call_details), wrap)
+
+    def _unary(self, call: Any, method: str) -> Any:
+        async def handle(request: Any, context: Any) -> Any:
+            record, error = _CallRecord(method), None
+            try:
+                return record.sent(await call(record.received(request), context))
+            except BaseException as raised:
+                error = raised
+                raise
+            finally:
+                self._end(record, context, error)
+
+        return handle
+
+    def _stream(self, call: Any, method: str) -> Any:
+        async def handle(request: Any, context: Any) -> AsyncIterator[Any]:
+            record, error = _CallRecord(method), None
+            try:
+                async for response in responses_of(call, record.received(request), context):
+                    yield record.sent(response)
+            except BaseException as raised:
+                error = raised
+                raise
+            finally:
+                self._end(record, context, error)
+
+        return handle
+
+    def _end(self, record: _CallRecord, context: Any, error: BaseException | None) -> None:
+        self._ended.append((record, _status_of(context, error), time.perf_counter()))
+        self._recording.ask()
+
+    def _record(self) -> None:
+        while self._ended:
+            record, status, ended = self._ended.popleft()
+            record.observe(status, ended)
 
 
 class _CallRecord:
@@ -53,14 +94,10 @@ class _CallRecord:
         self._sent += _size(response)
         return response
 
-    def end(self, context: Any, error: BaseException | None) -> None:
-        seconds, status = time.perf_counter() - self._started, _status_of(context, error)
-        # The answer has not left yet, and need not wait for this.
-        asyncio.get_running_loop().call_later(RECORDING_DELAY_SECONDS, self._record, status, seconds)
-
-    def _record(self, status: str, seconds: float) -> None:
-        duration, received, sent = _ended(self._method, status)
-        duration.observe(seconds)
+    def observe(self, status: str, ended: float) -> None:
+        """Tell the numbers of a call that has ended."""
+        duration, received, sent = _histograms(self._method, status)
+        duration.observe(ended - self._started)
         received.observe(self._received)
         sent.observe(self._sent)
 
@@ -70,45 +107,20 @@ class _CallRecord:
             yield request
 
 
+_Ended = tuple[_CallRecord, str, float]
+"""What was counted, the status, and when the call ended."""
+
+
 @cache
 def _started(method: str) -> Counter:
     return metrics.SERVER_STARTED.labels(method)
 
 
 @cache
-def _ended(method: str, status: str) -> tuple[Histogram, Histogram, Histogram]:
+def _histograms(method: str, status: str) -> tuple[Histogram, Histogram, Histogram]:
     histograms = (metrics.SERVER_DURATION, metrics.SERVER_RECEIVED, metrics.SERVER_SENT)
     duration, received, sent = (histogram.labels(method, status) for histogram in histograms)
     return duration, received, sent
-
-
-def _unary(call: Any, method: str) -> Any:
-    async def handle(request: Any, context: Any) -> Any:
-        record, error = _CallRecord(method), None
-        try:
-            return record.sent(await call(record.received(request), context))
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            record.end(context, error)
-
-    return handle
-
-
-def _stream(call: Any, method: str) -> Any:
-    async def handle(request: Any, context: Any) -> AsyncIterator[Any]:
-        record, error = _CallRecord(method), None
-        try:
-            async for response in responses_of(call, record.received(request), context):
-                yield record.sent(response)
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            record.end(context, error)
-
-    return handle
 
 
 def _status_of(context: Any, error: BaseException | None) -> str:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from esper_rpc.deferred import Deferred
 from esper_rpc.errors import FailedPrecondition
 from esper_rpc.inbox import Inbox
 from esper_rpc.proto.leyline.v1 import CircuitState, HealthStatus
@@ -56,7 +57,8 @@ from .policy_updates.updates import PolicyUpdates
 PROTOCOL_VERSIONS = frozenset({1, 2})
 """1: steps and decisions. 2: also the greeting, `going_away` and the pushback of an overloaded server."""
 FEATURES = frozenset({"seed", "pause", "optimizer"})
-REPORTING_DELAY_SECONDS = 0.001
+REPORTING_DELAY_SECONDS = 0.005
+"""The answer of a unary call leaves after its handler returned, and need not wait for the report on it."""
 DEFAULT_PAGE = 100
 RAW_METHODS = frozenset({"EvaluateEpoch", "EvaluateStep", "EvaluateSteps", "IngestPolicyUpdate"})
 FAREWELL = EvaluateStepsResponse(decision=StepDecision(going_away=True)).SerializeToString()
@@ -87,6 +89,7 @@ class TamiyoServicer:
         self._replay = replay
         self._reports = reports
         self._started = time.monotonic()
+        self._reporting = Deferred(REPORTING_DELAY_SECONDS, pipeline.report)
         self._inboxes: set[Inbox[bytes]] = set()
 
     async def OpenRun(self, request: OpenRunRequest, call: Call) -> OpenRunResponse:
@@ -139,14 +142,14 @@ class TamiyoServicer:
         left = call.time_remaining()
         remaining = math.inf if left is None else left
         reply = await self._pipeline.evaluate(raw, str(call.peer), time.perf_counter(), remaining)
-        self._report_soon()
+        self._reporting.ask()
         return reply
 
     async def EvaluateEpoch(self, raw: bytes, call: Call) -> bytes:
         """Decide on a state without the hurry of a step."""
         # An EvaluateEpochResponse has the bytes of an EvaluateStepsResponse.
         reply = await self._pipeline.evaluate_epoch(raw, str(call.peer), time.perf_counter())
-        self._report_soon()
+        self._reporting.ask()
         return reply
 
     async def IngestPolicyUpdate(self, raw: bytes, call: Call) -> bytes:
@@ -265,10 +268,6 @@ class TamiyoServicer:
             runs.find(run_id)
         else:
             runs.get(run_id, str(call.peer))
-
-    def _report_soon(self) -> None:
-        """The answer of a unary call leaves after its handler returned, and need not wait for this."""
-        asyncio.get_running_loop().call_later(REPORTING_DELAY_SECONDS, self._pipeline.report)
 
     async def is_able_to_serve(self) -> bool:
         """Whether steps get decisions; without inference they would all be NoAction."""

@@ -29,10 +29,22 @@ Detail = str | int | float
 
 
 def tell_event(
-    source: str, name: str, level: TelemetryLevel.ValueType, *, reason: str, step_index: int, **details: Detail
+    source: str,
+    name: str,
+    level: TelemetryLevel.ValueType,
+    *,
+    reason: str,
+    step_index: int | None = None,
+    **details: Detail,
 ) -> TelemetryPacket:
-    """Log an event of a step and count it with its packet, which is returned; keep it off the step path."""
-    indicators = {"reason": reason, "priority": name_of(PRIORITY_OF[level]), "step_index": step_index, **details}
+    """Log an event and count it with its packet, which is returned; keep it off the step path.
+
+    `step_index` is for what happens in a step, the global step of the trainer.
+    """
+    indicators: dict[str, Detail] = {"reason": reason, "priority": name_of(PRIORITY_OF[level])}
+    if step_index is not None:
+        indicators["step_index"] = step_index
+    indicators |= details
     log.log(_LOG_LEVEL[level], name, **indicators)
     event = TelemetryEvent(
         event_id=str(uuid.uuid4()),

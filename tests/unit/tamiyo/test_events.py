@@ -8,6 +8,7 @@ import structlog
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.leyline.v1 import SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import EvaluateStepRequest, Step
+from esper_servers.tamiyo.conservative_mode import ConservativeMode
 from esper_servers.tamiyo.risk.config import RiskConfig
 
 CALM = {"loss": 0.5, "gradient_norm": 1.0, "samples_per_s": 4000.0, "hook_latency_ms": 1.0}
@@ -79,3 +80,16 @@ def test_a_decision_is_replayed_with_its_step_and_priority(controller):
     command_id = controller.ask(1, packet)
     assert controller.decisions.explain(command_id).command.annotations["priority"] == "HIGH"
     assert controller.replay.differences(command_id) == []
+
+
+def test_conservative_mode_is_told_when_it_begins_and_when_it_ends():
+    mode = ConservativeMode(run_id="run")
+    with structlog.testing.capture_logs() as logs:
+        mode.enter("loss_not_finite")
+        mode.enter("loss_spike")
+        mode.leave()
+        mode.leave()
+    assert [(e["event"], e["reason"], e["priority"], e["run_id"]) for e in logs] == [
+        ("conservative_entered", "loss_not_finite", "HIGH", "run"),
+        ("conservative_exited", "loss_spike", "NORMAL", "run"),
+    ]

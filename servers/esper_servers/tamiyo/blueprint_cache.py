@@ -77,26 +77,29 @@ class BlueprintCache:
         try:
             request = ListBlueprintsRequest(page_size=MAX_BLUEPRINTS)
             page = await reader.list_blueprints(request, timeout=CATALOGUE_SECONDS)
-            if self._holds(page.blueprints):
-                return True
-            ids = [b.descriptor.blueprint_id for b in page.blueprints]
-            wanted = BatchGetExtrasRequest(blueprint_ids=ids)
-            extras = await reader.batch_get_extras(wanted, timeout=EXTRAS_SECONDS) if ids else BatchGetExtrasResponse()
+            extras = await self._new_extras(page.blueprints, reader)
         except EsperError as error:
             log.warning("timeout_urza", priority="HIGH", error=error.message[:200])
             return False
         self.replace_with(page.blueprints, extras)
         return True
 
-    def _holds(self, blueprints: Sequence[Blueprint]) -> bool:
-        """Whether these are the ones here; each has the digest of its extras, so those are the same too."""
-        return list(blueprints) == [blueprint for blueprint, _ in self._entries]
-
     async def keep_fresh(self, reader: BlueprintReader) -> None:
         """Refresh until cancelled."""
         while True:
             await self.refresh(reader)
             await asyncio.sleep(REFRESH_SECONDS)
+
+    async def _new_extras(self, blueprints: Sequence[Blueprint], reader: BlueprintReader) -> BatchGetExtrasResponse:
+        """Ask for the extras of a catalogue, unless it is the one here."""
+        if not blueprints or self._holds(blueprints):
+            return BatchGetExtrasResponse()
+        wanted = BatchGetExtrasRequest(blueprint_ids=[b.descriptor.blueprint_id for b in blueprints])
+        return await reader.batch_get_extras(wanted, timeout=EXTRAS_SECONDS)
+
+    def _holds(self, blueprints: Sequence[Blueprint]) -> bool:
+        """Whether these are the ones here; each has the digest of its extras, so those are the same too."""
+        return list(blueprints) == [blueprint for blueprint, _ in self._entries]
 
 
 def _binds(blueprint: Blueprint, site: RunSite) -> bool:

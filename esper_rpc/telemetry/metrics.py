@@ -131,6 +131,23 @@ def _coverage_gauges() -> _CoverageGauges:
     return _CoverageGauges()
 
 
+def tell_losses(validation: float | None, delta: float) -> None:
+    """Show the losses of the step told last: on held-out data, where the trainer tells it, and the rise in the step."""
+    held_out, rise = _loss_gauges()
+    rise.set(delta)
+    if validation is not None:
+        held_out.set(validation)
+
+
+@cache
+def _loss_gauges() -> tuple[Gauge, Gauge]:
+    """Made where a policy decides, as above."""
+    return (
+        Gauge("esper_validation_loss", "Loss on held-out data that a trainer told last.", multiprocess_mode=LATEST),
+        Gauge("esper_loss_delta", "Change of the loss in the step decided last.", multiprocess_mode=LATEST),
+    )
+
+
 def tell_restraint(*, service_is_held: bool, held_runs: int, breakers: Mapping[str, int]) -> None:
     """Show what holds the policy back: conservative mode, and the CircuitState of each breaker by its name."""
     conservative, states = _restraint_gauges()

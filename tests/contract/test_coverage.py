@@ -11,6 +11,8 @@ from esper_rpc import rules
 from esper_rpc.identity import SpiffeId
 from esper_rpc.identity.authorisation import TABLE
 from esper_rpc.identity.service import IdentityServicer
+from esper_rpc.proto.leyline.v1 import SystemStatePacket
+from esper_rpc.proto.tamiyo.v1 import StepDecision
 from esper_servers.contract.case import load_cases
 from esper_servers.contract.direct import DirectTransport
 from esper_servers.contract.field_rules import smallest
@@ -82,3 +84,22 @@ async def test_a_known_gap_answers_that_it_is_not_implemented(name, way, remote)
     assert not rules.violations(request)
     answer = await transport.call(method, [request.SerializeToString()], SpiffeId("operator", "local"), None)
     assert answer.code == "UNIMPLEMENTED", answer
+
+
+def reached_from(message):
+    """The names of a message and of every message in it."""
+    found, ahead = set(), [message]
+    while ahead:
+        each = ahead.pop()
+        if each.full_name not in found:
+            found.add(each.full_name)
+            ahead += [field.message_type for field in each.fields if field.message_type]
+    return found
+
+
+def test_a_decision_is_the_answer_to_whoever_asked_with_a_state_and_reaches_nobody_otherwise():
+    decision, state = StepDecision.DESCRIPTOR.full_name, SystemStatePacket.DESCRIPTOR.full_name
+    service = "esper.tamiyo.v1.TamiyoService"
+    asking = {f"{service}/{method}" for method in ("EvaluateStep", "EvaluateSteps", "EvaluateEpoch")}
+    assert {name for name, method in METHODS.items() if decision in reached_from(method.output_type)} == asking
+    assert {name for name, method in METHODS.items() if state in reached_from(method.input_type)} == asking

@@ -33,6 +33,7 @@ from esper_rpc.proto.tamiyo.v1 import (
 from esper_rpc.proto.urza.v1 import BatchGetExtrasResponse, BlueprintExtras
 from esper_rpc.testing import TAMIYO, FakeTamiyo, serving
 from esper_servers.policy import sample
+from esper_servers.policy.vocabularies import SCHEDULES
 from esper_servers.tamiyo.commands import COVERAGE_KEYS
 from esper_servers.tamiyo.conservative_mode import COOL_DOWN_SECONDS, EXIT_SUCCESSES
 from esper_servers.urza.seeding import installed_blueprints
@@ -115,6 +116,16 @@ def test_annotations_tell_coverage_policy_and_method(run):
     least_known = list(json.loads(annotations["coverage_map"]).values())
     assert 0 < len(least_known) <= COVERAGE_KEYS
     assert least_known == sorted(least_known)
+
+
+def test_the_method_is_told_in_both_places_and_the_schedule_is_a_pair_in_order(run):
+    command = command_of(decide(run, step(1)))
+    parameters = command.seed_operation.parameters
+    assert 0.0 <= parameters["blending_schedule_start"] <= parameters["blending_schedule_end"] <= 1.0
+    index = int(parameters["blending_method_index"])
+    assert (command.annotations["blending_method_index"], command.annotations["blending_method"]) == (
+        str(index), SCHEDULES[index],
+    )  # fmt: skip
 
 
 def test_the_ledger_accounts_for_the_time(run):

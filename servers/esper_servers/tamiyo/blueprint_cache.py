@@ -25,6 +25,8 @@ from .risk.bsds import read_sheet
 log = structlog.get_logger(__name__)
 
 REFRESH_SECONDS = 2.0
+CATALOGUE_SECONDS = 0.2
+EXTRAS_SECONDS = 0.02
 MAX_BLUEPRINTS = 64
 
 
@@ -66,17 +68,16 @@ class BlueprintCache:
         for blueprint in blueprints[:MAX_BLUEPRINTS]:
             extra = documents.get(blueprint.descriptor.blueprint_id)
             entries.append((blueprint, _candidate(blueprint, extra.extras_json if extra else b"{}")))
-        if [b for b, _ in entries] != [b for b, _ in self._entries]:
+        if not self._holds([b for b, _ in entries]):
             self._entries = entries
             self.version += 1
 
     async def refresh(self, reader: BlueprintReader) -> bool:
         """Read the catalogue once; False when Urza did not answer, and the old content stays."""
         try:
-            page = await reader.list_blueprints(ListBlueprintsRequest(page_size=MAX_BLUEPRINTS), timeout=1.0)
-            ids = [b.descriptor.blueprint_id for b in page.blueprints]
-            request = BatchGetExtrasRequest(blueprint_ids=ids)
-            extras = await reader.batch_get_extras(request, timeout=1.0) if ids else BatchGetExtrasResponse()
+            request = ListBlueprintsRequest(page_size=MAX_BLUEPRINTS)
+            page = await reader.list_blueprints(request, timeout=CATALOGUE_SECONDS)
+            extras = await self._new_extras(page.blueprints, reader)
         except EsperError as error:
             log.warning("timeout_urza", priority="HIGH", error=error.message[:200])
             return False
@@ -88,6 +89,17 @@ class BlueprintCache:
         while True:
             await self.refresh(reader)
             await asyncio.sleep(REFRESH_SECONDS)
+
+    async def _new_extras(self, blueprints: Sequence[Blueprint], reader: BlueprintReader) -> BatchGetExtrasResponse:
+        """Ask for the extras of a catalogue, unless it is the one here."""
+        if not blueprints or self._holds(blueprints):
+            return BatchGetExtrasResponse()
+        wanted = BatchGetExtrasRequest(blueprint_ids=[b.descriptor.blueprint_id for b in blueprints])
+        return await reader.batch_get_extras(wanted, timeout=EXTRAS_SECONDS)
+
+    def _holds(self, blueprints: Sequence[Blueprint]) -> bool:
+        """Whether these are the ones here; each has the digest of its extras, so those are the same too."""
+        return list(blueprints) == [blueprint for blueprint, _ in self._entries]
 
 
 def _binds(blueprint: Blueprint, site: RunSite) -> bool:

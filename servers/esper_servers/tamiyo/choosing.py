@@ -16,6 +16,7 @@ from .risk.engine import Verdict
 from .run_state import RunState
 
 NOMINAL, POLICY = "nominal", "policy"
+BUDGET_EXHAUSTED = "budget_exhausted"
 
 
 @dataclass(frozen=True, slots=True)

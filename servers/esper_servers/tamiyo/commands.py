@@ -15,12 +15,14 @@ from esper_rpc.proto.leyline.v1 import (
     SeedOperation,
     SignedEnvelope,
 )
+from esper_rpc.telemetry.events import name_of
 from esper_servers.policy import schema
 from esper_servers.policy.graph import BlueprintCandidate
 from esper_servers.policy.masks import Choice
 from esper_servers.policy.vocabularies import SCHEDULES
 
 from .risk.engine import Verdict
+from .risk.events import priority_of
 from .risk.signals.optimizer_hints import LEARNING_RATE_VANISHED
 from .run_state import RunState
 
@@ -28,6 +30,8 @@ PAUSE_UNITS_MS = 100
 LEARNING_RATE_MULTIPLIER = 0.8
 LEARNING_RATE_MULTIPLIERS = {LEARNING_RATE_VANISHED: 1.25}
 COVERAGE_KEYS = 32
+BLENDING_WINDOW = (0.0, 1.0)
+"""Where blending starts and ends, as shares of the time that the host gives it; in order."""
 
 
 def build_command(
@@ -38,6 +42,8 @@ def build_command(
     command = AdaptationCommand(version=1, command_id=str(uuid.uuid4()), issued_by="tamiyo", execution_deadline_ms=5)
     command.issued_at.GetCurrentTime()
     command.annotations["reason"] = reason
+    command.annotations["priority"] = name_of(priority_of(verdict))
+    command.annotations["step_index"] = str(run.global_step)
     command.annotations["policy_version"] = policy_version
     command.annotations["feature_coverage"] = f"{coverage.overall:.4f}"
     command.annotations["coverage_types"] = orjson.dumps(coverage.types).decode()
@@ -67,8 +73,8 @@ def _write_seed_operation(command: AdaptationCommand, run: RunState, choice: Cho
         operation.blueprint_id = blueprint.blueprint_id
         _annotate_hazard(command, blueprint)
     operation.parameters["blending_method_index"] = float(choice.schedule)
-    start, end = sorted((0.0, 1.0))
-    operation.parameters["blending_schedule_start"], operation.parameters["blending_schedule_end"] = start, end
+    for name, share in zip(("blending_schedule_start", "blending_schedule_end"), BLENDING_WINDOW, strict=True):
+        operation.parameters[name] = share
     command.annotations["blending_method_index"] = str(choice.schedule)
     command.annotations["blending_method"] = SCHEDULES[choice.schedule]
 

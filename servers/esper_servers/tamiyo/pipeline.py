@@ -31,7 +31,7 @@ from esper_servers.policy.policy import Policy
 
 from . import choosing
 from .blueprint_cache import BlueprintCache
-from .choosing import Decided
+from .choosing import BUDGET_EXHAUSTED, Decided
 from .commands import build_command, sign_command
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
@@ -50,7 +50,7 @@ from .stopwatch import Stopwatch
 
 log = structlog.get_logger(__name__)
 
-BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN = "budget_exhausted", "inference_failed", "inference_breaker_open"
+INFERENCE_FAILED, BREAKER_OPEN = "inference_failed", "inference_breaker_open"
 EPOCH_BUDGET_SECONDS = 2.0
 Request = TypeVar("Request", EvaluateStepsRequest, EvaluateEpochRequest)
 GREETING_ANSWER = EvaluateStepsResponse(decision=StepDecision()).SerializeToString()
@@ -94,7 +94,7 @@ class StepPipeline:
         """Called when the breaker around inference opens."""
         self.observations = Observations()
         """For the field reports on what commands did."""
-        self._reports = DecisionReports(self.observations.note)
+        self._reports = DecisionReports(self.observations.note, quiet_steps=self._risk.cool_down_steps)
         self._unrecorded: deque[Evidence] = deque()
         """Of answers that have not left: the journal's thread would hold them up."""
 
@@ -217,7 +217,9 @@ class StepPipeline:
         verdict = choosing.judge(run, packet, conservative=conservative, config=self._risk)
         if verdict.holds:
             run.mode.enter(verdict.reason)
-        self._risk_events.note(run.risk.told, run_id=run.request.run_id, step=run.steps, verdict=verdict)
+        self._risk_events.note(
+            run.risk.told, run_id=run.request.run_id, step=run.steps, step_index=run.global_step, verdict=verdict
+        )
         return verdict
 
     async def _choose(

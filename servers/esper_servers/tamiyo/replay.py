@@ -101,6 +101,7 @@ def decide_again(
     memory = Memory.of_numbers(evidence.memory)
     memory.give_to(run)
     run.planted = dict(evidence.planted)
+    run.global_step = recorded.packet.global_step
     risk = _config(RiskConfig(), "risk", evidence)
     prior = policy.prior if is_other else _config(PriorConfig(), "prior", evidence)
     verdict = choosing.judge(run, recorded.packet, conservative=evidence.conservative, config=risk)

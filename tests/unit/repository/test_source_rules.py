@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from esper_rpc.proto.leyline.v1 import MessagePriority
+
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = [ROOT / "esper_rpc", ROOT / "clients" / "esper_client", ROOT / "servers" / "esper_servers"]
 SOURCES = sorted(
@@ -35,6 +37,14 @@ def test_no_local_enum_stands_in_for_a_leyline_enum(path):
 def test_nothing_that_arrives_can_be_unpickled(path):
     names = {name for node in ast.walk(ast.parse(path.read_text())) for name in imported_names(node)}
     assert not names & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_priority_is_one_of_leyline(path):
+    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    told = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "priority"]
+    names = {value.value for value in told if isinstance(value, ast.Constant)}
+    assert {f"MESSAGE_PRIORITY_{name}" for name in names} <= set(MessagePriority.keys())
 
 
 def imported_names(node):

@@ -71,6 +71,16 @@ def test_where_no_blueprint_lives_no_risk_of_one_is_recorded(controller):
     assert sample_of("esper_blueprint_risk_count") == before
 
 
+def test_the_losses_of_a_step_are_shown(controller):
+    told = SystemStatePacket(training_metrics={"loss": 0.5}, validation_loss=0.75)
+    controller.ask(1, told)
+    controller.step(2, loss=0.8)
+    assert sample_of("esper_loss_delta") == pytest.approx(0.3)
+    assert sample_of("esper_validation_loss") == 0.75
+    controller.step(3, loss=0.8, loss_delta=-2.0)
+    assert sample_of("esper_loss_delta") == -2.0
+
+
 def test_what_holds_the_policy_back_is_shown(controller):
     pipeline = controller.pipeline
 

@@ -305,7 +305,7 @@ class AdaptationCommand(_message.Message):
     @_builtins.property
     def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Strings for operators by name: feature_coverage, coverage_map, coverage_types, policy_version, blending_method,
-        blending_method_index, reason, and the keys of the blend mode.
+        blending_method_index, reason, priority, step_index, risk_score, risk_map, and the keys of the blend mode.
         """
 
     def __init__(

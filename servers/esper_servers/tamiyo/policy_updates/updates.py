@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import structlog
 from google.protobuf.message import DecodeError
 
 from esper_rpc import rules
@@ -21,8 +20,9 @@ from esper_rpc.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from esper_rpc.proto.leyline.v1 import PolicyUpdate
+from esper_rpc.proto.leyline.v1 import PolicyUpdate, TelemetryLevel
 from esper_rpc.proto.tamiyo.v1 import IngestPolicyUpdateRequest, IngestPolicyUpdateResponse
+from esper_rpc.telemetry.events import Detail, tell_event
 from esper_rpc.telemetry.metrics import observe_policy_update
 from esper_servers.policy.checkpoint import CheckpointRejected
 from esper_servers.policy.policy import Policy
@@ -34,9 +34,10 @@ from .store import Entry, Lineage, PolicyStore
 from .validation import Validated, validate
 from .verification import number_of, open_update
 
-log = structlog.get_logger(__name__)
-
 Result = TypeVar("Result")
+INFO, WARNING, ERROR = (
+    TelemetryLevel.TELEMETRY_LEVEL_INFO, TelemetryLevel.TELEMETRY_LEVEL_WARNING, TelemetryLevel.TELEMETRY_LEVEL_ERROR,
+)  # fmt: skip
 VALIDATION_SECONDS = 60.0
 BREAKER = BreakerConfig(failures=3, cool_down_seconds=30.0, successes=1)
 
@@ -107,7 +108,7 @@ class PolicyUpdates:
                 self._take_up(self._load_entry(self._lineage.live))
             except (CheckpointRejected, OSError) as error:
                 version = self._lineage.live.version
-                log.error("policy_lost", version=version, error=str(error)[:200], priority="HIGH")
+                _tell("policy_lost", ERROR, reason=str(error)[:200], version=version)
                 self._lineage = self._lineage.shortened()
             else:
                 return
@@ -135,7 +136,7 @@ class PolicyUpdates:
         try:
             await self.roll_back("inference_failed")
         except (EsperError, OSError) as error:
-            log.error("policy_rollback_failed", error=str(error)[:200], priority="HIGH")
+            _tell("policy_rollback_failed", ERROR, reason=str(error)[:200])
 
     async def _see_through(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Finish a change whatever becomes of its caller: half of it, and the disk would know more than the loop."""
@@ -173,7 +174,7 @@ class PolicyUpdates:
         left = self._lineage.live.version
         await self._make_live(lineage, policy)
         observe_policy_update("rolled_back", "")
-        log.warning("policy_rolled_back", version=lineage.live.version, left=left, reason=why, priority="HIGH")
+        _tell("policy_rolled_back", ERROR, reason=why, version=lineage.live.version, left=left)
         return lineage.live.version
 
     async def _ingest(self, raw: bytes) -> IngestPolicyUpdateResponse:
@@ -184,7 +185,7 @@ class PolicyUpdates:
             version = update.tamiyo_policy_version
             await self._admit(update, is_shadow=request.shadow)
         except (Rejected, CheckpointRejected) as rejected:
-            log.warning("policy_update_rejected", version=version, reason=rejected.reason, detail=str(rejected))
+            _tell("policy_update_rejected", WARNING, reason=rejected.reason, version=version, detail=str(rejected))
             observe_policy_update("rejected", rejected.reason)
             return self._response(reason=str(rejected))
         return self._response(applied=not request.shadow, shadowed=request.shadow)
@@ -209,9 +210,10 @@ class PolicyUpdates:
                 await self._make_live(self._lineage.grown(entry, number_of(entry.version)), policy)
         finally:
             await asyncio.to_thread(self._store.sweep, self._used())
-        observe_policy_update("shadow" if is_shadow else "applied", "")
-        log.info(
-            "policy_update_applied", version=entry.version, shadow=is_shadow, parent=found.manifest.parent,
+        result = "shadow" if is_shadow else "applied"
+        observe_policy_update(result, "")
+        _tell(
+            "policy_update_applied", INFO, reason=result, version=entry.version, parent=found.manifest.parent,
             compared=found.compared, disagreed=found.disagreed,
         )  # fmt: skip
 
@@ -250,7 +252,11 @@ class PolicyUpdates:
     def _note_failure(self, error: Exception) -> None:
         self.breaker.record_failure()
         observe_policy_update("failed", type(error).__name__)
-        log.error("policy_update_failed", error=str(error)[:200], priority="HIGH")
+        _tell("policy_update_failed", ERROR, reason=type(error).__name__, error=str(error)[:200])
+
+
+def _tell(name: str, level: TelemetryLevel.ValueType, *, reason: str, **details: Detail) -> None:
+    tell_event("tamiyo", name, level, reason=reason, step_index=None, **details)
 
 
 def _parse(raw: bytes) -> IngestPolicyUpdateRequest:

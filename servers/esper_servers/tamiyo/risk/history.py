@@ -24,6 +24,8 @@ class RiskHistory:
     """The step at which each reason was last logged."""
     adjusted: bool = False
     """Whether the optimizer was adjusted since the run was last nominal."""
+    loss_rise: float = 0.0
+    """Of the last step; only told, nothing is decided by it later."""
 
     def observe(
         self,
@@ -36,7 +38,7 @@ class RiskHistory:
         metrics = dict(packet.training_metrics)  # A look-up in the message's map costs five times one in a dict.
         loss = metrics.get("loss", packet.training_loss if packet.HasField("training_loss") else None)
         deviation = self.loss.deviation
-        rise = self.loss.update(math.nan if loss is None else loss)
+        rise = self.loss_rise = self.loss.update(math.nan if loss is None else loss)
         self.gradient.update(metrics.get("gradient_norm", math.nan))
         slow = metrics.get("hook_latency_ms", 0.0) > config.hook_latency_ms
         self.slow_hooks = self.slow_hooks + 1 if slow else 0

@@ -4,6 +4,7 @@ import asyncio
 import time
 
 import pytest
+import structlog
 
 from esper_rpc.envelope import sign
 from esper_rpc.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, ResourceExhausted, Unavailable
@@ -131,6 +132,22 @@ def test_a_rollback_returns_to_the_policy_before_and_no_further(controller, upda
     with pytest.raises(FailedPrecondition, match="No policy was live before"):
         asyncio.run(updates.roll_back("test"))
     assert asyncio.run(updates.ingest(request_for("gnn_v1-2"))).reason.startswith("version_not_above")
+
+
+def test_what_becomes_of_policies_is_told_with_reason_and_priority(updates, here, request_for):
+    with structlog.testing.capture_logs() as logs:
+        asyncio.run(updates.ingest(request_for("gnn_v1-2")))
+        asyncio.run(updates.ingest(request_for("gnn_v1-2")))
+        asyncio.run(updates.roll_back("test"))
+        here.error = Unavailable("died")
+        with pytest.raises(Unavailable):
+            asyncio.run(updates.ingest(request_for("gnn_v1-3")))
+    assert [(e["event"], e["reason"], e["priority"]) for e in logs if e["event"].startswith("policy_")] == [
+        ("policy_update_applied", "applied", "NORMAL"),
+        ("policy_update_rejected", "version_not_above", "NORMAL"),
+        ("policy_rolled_back", "test", "HIGH"),
+        ("policy_update_failed", "Unavailable", "HIGH"),
+    ]
 
 
 @pytest.mark.parametrize("error", [DeadlineExceeded("hangs"), Unavailable("died"), OSError(28, "No space left")])

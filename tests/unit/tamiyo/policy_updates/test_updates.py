@@ -6,7 +6,14 @@ import time
 import pytest
 
 from esper_rpc.envelope import sign
-from esper_rpc.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, ResourceExhausted, Unavailable
+from esper_rpc.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidRequest,
+    ResourceExhausted,
+    Unavailable,
+)
 from esper_rpc.proto.leyline.v1 import CircuitState, PolicyUpdate
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.tamiyo.v1 import IngestPolicyUpdateRequest
@@ -131,6 +138,20 @@ def test_a_rollback_returns_to_the_policy_before_and_no_further(controller, upda
     with pytest.raises(FailedPrecondition, match="No policy was live before"):
         asyncio.run(updates.roll_back("test"))
     assert asyncio.run(updates.ingest(request_for("gnn_v1-2"))).reason.startswith("version_not_above")
+
+
+def test_a_rollback_that_is_only_validated_answers_as_one_and_changes_nothing(controller, updates, request_for):
+    with pytest.raises(FailedPrecondition, match="No policy was live before"):
+        asyncio.run(updates.roll_back("test", validate_only=True))
+    for version in ("gnn_v1-2", "gnn_v1-3"):
+        asyncio.run(updates.ingest(request_for(version)))
+    live, written = controller.pipeline.policy, updates._store.read()
+    for _ in range(2):
+        assert asyncio.run(updates.roll_back("test", validate_only=True)) == "gnn_v1-2"
+    assert (controller.pipeline.policy, updates._store.read()) == (live, written)
+    updates._store.path_of(written.entries[-2]).unlink()
+    with pytest.raises(DataLoss, match="gnn_v1-2 cannot be loaded"):
+        asyncio.run(updates.roll_back("test", validate_only=True))
 
 
 @pytest.mark.parametrize("error", [DeadlineExceeded("hangs"), Unavailable("died"), OSError(28, "No space left")])

@@ -6,7 +6,7 @@ from pathlib import Path
 import orjson
 import structlog
 
-from esper_rpc.errors import ConfigError
+from esper_rpc.errors import ConfigError, InvalidRequest
 
 from .secret_files import write_secret
 from .spiffe import SpiffeId
@@ -49,7 +49,7 @@ def read_denied(path: Path) -> dict[str, str]:
     try:
         document = orjson.loads(path.read_bytes())
         return {str(SpiffeId.parse(name)): str(reason) for name, reason in document.items()}
-    except (ValueError, AttributeError, OSError) as error:
+    except (ValueError, AttributeError, OSError, InvalidRequest) as error:
         raise ConfigError(f"{path} is not a deny list; `esper pki deny` writes it.") from error
 
 

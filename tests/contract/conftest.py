@@ -34,6 +34,7 @@ from esper_servers.tamiyo.pauses import Pauses
 from esper_servers.tamiyo.pipeline import StepPipeline
 from esper_servers.tamiyo.plan_switch import PlanConfig, PlanSwitch
 from esper_servers.tamiyo.policy_updates.assembly import updates_of
+from esper_servers.tamiyo.policy_updates.store import Entry, Lineage
 from esper_servers.tamiyo.replay import Replay
 from esper_servers.tamiyo.run_state import Runs
 from esper_servers.tamiyo.service import RAW_METHODS, TamiyoServicer
@@ -108,10 +109,13 @@ def make_servicers(mesh, policy, directory):
     library = BlueprintLibrary(directory / "urza")
     host = seed_host_process.make_host(mesh.identity("trainer"), mesh.keyring("trainer"), mesh.keyring("operator"))
     with make_pipeline(mesh, policy, directory) as pipeline:
+        tamiyo = make_tamiyo(pipeline)
+        # A rollback needs a policy to return to.
+        tamiyo._updates._lineage = Lineage((Entry("gnn_v1-heuristic-0"), Entry(policy.version)))
         yield {
             IDENTITY: IdentityServicer(lambda: authority, EnrolmentTokens(mesh.directory / "tokens")),
             KASMINA: KasminaServicer(host, "run"),
-            TAMIYO: make_tamiyo(pipeline),
+            TAMIYO: tamiyo,
             URZA: UrzaServicer(library),
         }
     library.close()

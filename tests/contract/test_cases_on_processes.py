@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from typer.testing import CliRunner
 
 from esper_rpc.identity import SpiffeId
+from esper_servers.cli import app
 from esper_servers.cli.home import Home
 from esper_servers.cli.processes import cli_command, end, lines_until, parse_event
 from esper_servers.contract.case import load_cases
@@ -55,6 +57,14 @@ def wait_until_up(process):
     assert any(line.startswith(b"wrote ") for line in lines_until(process.stderr, START_SECONDS))
 
 
+def push_a_policy(home):
+    """A rollback needs a policy to return to."""
+    file = home.directory / "policy.safetensors"
+    for command in (["export", str(file), "--version", "gnn_v1-2"], ["push", str(file)]):
+        result = CliRunner().invoke(app, ["policy", *command, "--home", str(home.directory)], obj={})
+        assert result.exit_code == 0, result.output
+
+
 @pytest.fixture(scope="module")
 def addresses_of_processes(home):
     """`esper up` with the authority, under it `esper serve urza` and `esper serve tamiyo`; and a seed host."""
@@ -63,6 +73,7 @@ def addresses_of_processes(home):
     with running(up) as mesh, running(seed_host) as trainer:
         address = seed_host_address(trainer)
         wait_until_up(mesh)
+        push_a_policy(home)
         yield home.read_mesh() | {"trainer": address}
 
 

@@ -135,7 +135,8 @@ def test_a_policy_that_was_accepted_once_never_comes_back(mesh, files, numbers):
     before, file = live(mesh)["version"], files(next(numbers))
     assert push(mesh, file)[0]["applied"]
     assert push(mesh, file)[0]["reason"].startswith("version_not_above")
-    assert esper(mesh, "policy", "rollback", "--reason", "test").exit_code == 0
+    assert esper(mesh, "policy", "rollback", "--reason", "test", "--dry-run").output == f"{before} would decide.\n"
+    assert esper(mesh, "policy", "rollback", "--reason", "test").output == f"{before} decides.\n"
     assert live(mesh)["version"] == before
     answer, code = push(mesh, file)
     assert (answer["applied"], answer["policy_version"], code) == (False, before, 1)

@@ -215,23 +215,20 @@ def test_a_session_that_is_pushed_back_asks_later(session, fake):
     step_until(session, lambda: session.reasons["nominal"] > seen + 3)
 
 
-def test_a_step_whose_stream_breaks_is_sent_again_on_the_next(mesh, server, fake):
-    config = SessionConfig(step_budget_ms=1000)
-    with TrainingSession(
-        host=RecordingHost(), identity=mesh.identity("trainer"), tamiyo_address=server.address, run_id="run",
-        config=config,
-    ) as session:  # fmt: skip
-        step_until(session, lambda: session.reasons["nominal"] > 3)
-        broken = session.global_step + 1
+def test_a_step_whose_stream_breaks_is_sent_again_on_the_next(session, fake):
+    # A machine under load may take longer to reconnect than the longest budget of a config, a second.
+    session._exchange._budget_seconds = 20.0
+    step_until(session, lambda: session.reasons["nominal"] > 3)
+    broken = session.global_step + 1
 
-        def break_once(step):
-            if step.packet.global_step == broken and sum(s.sequence == step.sequence for s in fake.steps) == 1:
-                raise RuntimeError("the stream breaks")
+    def break_once(step):
+        if step.packet.global_step == broken and sum(s.sequence == step.sequence for s in fake.steps) == 1:
+            raise RuntimeError("the stream breaks")
 
-        fake.before_answer = break_once
-        session.step(0.5)
-        assert session.guard.misses == 0
-        assert [s.packet.global_step for s in fake.steps].count(broken) == 2
+    fake.before_answer = break_once
+    session.step(0.5)
+    assert session.guard.misses == 0
+    assert [s.packet.global_step for s in fake.steps].count(broken) == 2
 
 
 def test_packets_of_the_seed_host_reach_the_sink_and_the_metrics(mesh, server):

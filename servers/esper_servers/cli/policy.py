@@ -109,11 +109,14 @@ def push(
 def rollback(
     context: typer.Context,
     reason: Annotated[str, typer.Option(help="Why, for the log.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which would decide, and change nothing.")] = False,
     address: AddressOption = None,
     home: HomeOption = None,
 ) -> None:
     """Return to the policy that was live before."""
-    typer.echo(f"{run(_roll_back(home_of(context, home), address, reason))} decides.")
+    request = RollbackPolicyRequest(reason=reason, validate_only=dry_run)
+    version = run(_roll_back(home_of(context, home), address, request))
+    typer.echo(f"{version} would decide." if dry_run else f"{version} decides.")
 
 
 def seal(home: Home, file: Path) -> SignedEnvelope:
@@ -157,9 +160,9 @@ async def _get(home: Home, address: str | None) -> GetPolicyResponse:
         return await client.get_policy(GetPolicyRequest())
 
 
-async def _roll_back(home: Home, address: str | None, reason: str) -> str:
+async def _roll_back(home: Home, address: str | None, request: RollbackPolicyRequest) -> str:
     async with TamiyoClient(home.address("tamiyo", address), identity=home.identity()) as client:
-        return (await client.rollback_policy(RollbackPolicyRequest(reason=reason))).policy_version
+        return (await client.rollback_policy(request)).policy_version
 
 
 def _sentence(answer: IngestPolicyUpdateResponse) -> str:

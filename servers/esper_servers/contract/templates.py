@@ -25,7 +25,7 @@ from .case import CaseError, NotApplicable
 from .signing import signed
 
 _VARIABLE = re.compile(r"\$\{([a-z_][a-z0-9_]*)\}")
-_STEP = re.compile(r"([a-z0-9_]+)|\[(\d+)\]|\[([a-z_]+)=([A-Za-z0-9_]+)\]")
+_STEP = re.compile(r"([a-z0-9_]+)|\[(-?\d+)\]|\[([a-z_]+)=([A-Za-z0-9_]+)\]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

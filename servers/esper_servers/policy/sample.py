@@ -1,11 +1,13 @@
-"""A graph of the size that benchmarks and tests use: 24 layers, 8 activations, 16 parameters, 4 seeds."""
+"""A graph of the size that benchmarks and tests use: 24 layers, 8 activations, 16 parameters, 4 seeds, blueprints."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from esper_rpc.proto.leyline.v1 import SeedLifecycleStage, SeedState
+from esper_rpc.proto.leyline.v1 import BlueprintDescriptor, BlueprintTier, SeedLifecycleStage, SeedState
 from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
+
+from .graph import BlueprintCandidate
 
 LAYERS, ACTIVATIONS, PARAMETERS, SEEDS = 24, 8, 16, 4
 FEATURES = 32
@@ -55,3 +57,17 @@ def sample_states(stage: SeedLifecycleStage.ValueType) -> list[SeedState]:
                   metrics=metrics, age_epochs=1, risk_score=0.1)
         for i, s in enumerate(sample_seeds())
     ]  # fmt: skip
+
+
+def sample_blueprints() -> list[BlueprintCandidate]:
+    """Two that fit every site; the first may be planted."""
+    tiers = (BlueprintTier.BLUEPRINT_TIER_SAFE, BlueprintTier.BLUEPRINT_TIER_EXPERIMENTAL)
+    sites = frozenset(site.site_id for site in sample_sites())
+    return [
+        BlueprintCandidate(
+            blueprint_id=f"b{tier}",
+            descriptor=BlueprintDescriptor(blueprint_id=f"b{tier}", name=f"b{tier}", tier=tier, risk=0.1),
+            fits=sites,
+        )
+        for tier in tiers
+    ]

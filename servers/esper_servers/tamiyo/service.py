@@ -157,8 +157,9 @@ class TamiyoServicer:
         return (await self._updates.ingest(raw)).SerializeToString()
 
     async def RollbackPolicy(self, request: RollbackPolicyRequest, call: Call) -> RollbackPolicyResponse:
-        """Return to the policy before."""
-        return RollbackPolicyResponse(policy_version=await self._updates.roll_back(request.reason))
+        """Return to the policy before, or say which that is."""
+        version = await self._updates.roll_back(request.reason, validate_only=request.validate_only)
+        return RollbackPolicyResponse(policy_version=version)
 
     async def GetPolicy(self, request: GetPolicyRequest, call: Call) -> GetPolicyResponse:
         """Describe the policy in force."""

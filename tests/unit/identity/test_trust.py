@@ -48,11 +48,12 @@ def test_a_denied_name_is_refused_as_soon_as_the_list_is_read_again(tmp_path):
     trust.check(Peer(ME))
 
 
-def test_a_spoilt_deny_list_keeps_what_was_denied(tmp_path):
+@pytest.mark.parametrize("text", ["{", "[]", '{"trainer/local": "a name by hand"}'])
+def test_a_spoilt_deny_list_keeps_what_was_denied(tmp_path, text):
     path = tmp_path / "denied.json"
     write_denied(path, {str(ME): "key leaked"})
     trust = PeerTrust(DenyList(path))
-    path.write_text("{")
+    path.write_text(text)
     trust.refresh()
     with pytest.raises(PermissionDenied):
         trust.check(Peer(ME))

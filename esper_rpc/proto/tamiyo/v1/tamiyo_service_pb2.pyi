@@ -551,14 +551,18 @@ class RollbackPolicyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """Why, for the audit log."""
+    validate_only: _builtins.bool
+    """Answer as the rollback would, errors too, and change nothing."""
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RollbackPolicyRequest: _TypeAlias = RollbackPolicyRequest  # noqa: Y015
@@ -571,7 +575,7 @@ class RollbackPolicyResponse(_message.Message):
 
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     policy_version: _builtins.str
-    """The version in force after the call."""
+    """The version in force after the call; with validate_only, the one that would be."""
     def __init__(
         self,
         *,

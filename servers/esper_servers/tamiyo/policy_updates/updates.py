@@ -120,12 +120,12 @@ class PolicyUpdates:
         """
         return await self._see_through(self._ingest_guarded(raw))
 
-    async def roll_back(self, why: str) -> str:
-        """Return to the policy before the live one, and say which it is.
+    async def roll_back(self, why: str, *, validate_only: bool = False) -> str:
+        """Return to the policy before the live one, or only see that this would work, and say which it is.
 
         Raises FailedPrecondition when there is none, DataLoss when its file cannot be used.
         """
-        return await self._see_through(self._roll_back(why))
+        return await self._see_through(self._roll_back(why, validate_only))
 
     def distrust(self) -> None:
         """Return to the policy before when an update does not work in service; call it on the loop."""
@@ -166,11 +166,13 @@ class PolicyUpdates:
         self.breaker.record_success()
         return response
 
-    async def _roll_back(self, why: str) -> str:
+    async def _roll_back(self, why: str, validate_only: bool) -> str:
         lineage = self._lineage.shortened()
         if lineage == self._lineage:
             raise FailedPrecondition("No policy was live before this one.", reason="NO_POLICY_BEFORE")
         policy = await asyncio.to_thread(self._load_before, lineage.live)
+        if validate_only:
+            return lineage.live.version
         left = self._lineage.live.version
         await self._make_live(lineage, policy)
         observe_policy_update("rolled_back", "")

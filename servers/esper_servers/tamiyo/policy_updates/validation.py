@@ -48,7 +48,8 @@ def validate(path: Path, version: str, registries: Mapping[str, str], prior: Pri
 
 def check_golden(policy: Policy) -> None:
     """Raise CheckpointRejected unless every output is finite: on the sample graph in each stage, and on the least."""
-    graph = RunGraph(sample.sample_topology(), sample.sample_sites(), sample.sample_seeds(), [])
+    blueprints = sample.sample_blueprints()
+    graph = RunGraph(sample.sample_topology(), sample.sample_sites(), sample.sample_seeds(), blueprints)
     for stage in LEGAL_OPERATIONS:
         states = sample.sample_states(stage)  # type: ignore[arg-type]  # A stage by number.
         packet = SystemStatePacket(training_metrics={"loss": 0.5, "gradient_norm": 1.0}, seed_states=states)

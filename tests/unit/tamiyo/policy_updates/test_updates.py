@@ -7,7 +7,14 @@ import pytest
 import structlog
 
 from esper_rpc.envelope import sign
-from esper_rpc.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, ResourceExhausted, Unavailable
+from esper_rpc.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidRequest,
+    ResourceExhausted,
+    Unavailable,
+)
 from esper_rpc.proto.leyline.v1 import CircuitState, PolicyUpdate
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.tamiyo.v1 import IngestPolicyUpdateRequest
@@ -148,6 +155,20 @@ def test_what_becomes_of_policies_is_told_with_reason_and_priority(updates, here
         ("policy_rolled_back", "test", "HIGH"),
         ("policy_update_failed", "Unavailable", "HIGH"),
     ]
+
+
+def test_a_rollback_that_is_only_validated_answers_as_one_and_changes_nothing(controller, updates, request_for):
+    with pytest.raises(FailedPrecondition, match="No policy was live before"):
+        asyncio.run(updates.roll_back("test", validate_only=True))
+    for version in ("gnn_v1-2", "gnn_v1-3"):
+        asyncio.run(updates.ingest(request_for(version)))
+    live, written = controller.pipeline.policy, updates._store.read()
+    for _ in range(2):
+        assert asyncio.run(updates.roll_back("test", validate_only=True)) == "gnn_v1-2"
+    assert (controller.pipeline.policy, updates._store.read()) == (live, written)
+    updates._store.path_of(written.entries[-2]).unlink()
+    with pytest.raises(DataLoss, match="gnn_v1-2 cannot be loaded"):
+        asyncio.run(updates.roll_back("test", validate_only=True))
 
 
 @pytest.mark.parametrize("error", [DeadlineExceeded("hangs"), Unavailable("died"), OSError(28, "No space left")])

@@ -160,14 +160,8 @@ async def _server_ledger(home: Home, address: str, count: int) -> dict[str, Any]
     """Ask in unary calls, whose reply carries the server's own account of each step."""
     host, ledgers = BenchHost(home), []
     settled: list[CommandOutcome] = []
-    described = host.describe()
-    opening = OpenRunRequest(
-        run_id=_LEDGER_RUN, protocol_versions=[1], features=["seed", "pause", "optimizer"],
-        receiver_epoch=host.receiver_epoch, host_topology=described.host_topology, sites=described.sites,
-        seeds=described.seeds, world_size=1, step_budget_us=int(GUARD_MS * 1e3),
-    )  # fmt: skip
     async with TamiyoClient(address, identity=home.identity("trainer")) as client:
-        await client.open_run(opening)
+        await client.open_run(unary_opening(host))
         for sequence in range(1, count + WARM_UP + 1):
             request = EvaluateStepRequest(step=unary_step(host, sequence, settled))
             decision = (await client.evaluate_step(request)).decision
@@ -178,6 +172,16 @@ async def _server_ledger(home: Home, address: str, count: int) -> dict[str, Any]
     names = [field.name for field in StepLedger.DESCRIPTOR.fields]
     kept = ledgers[WARM_UP:]
     return {name.removesuffix("_us"): percentiles([getattr(row, name) / 1e3 for row in kept]) for name in names}
+
+
+def unary_opening(host: BenchHost, run_id: str = _LEDGER_RUN) -> OpenRunRequest:
+    """Build the opening of a run that is asked for in unary calls."""
+    described = host.describe()
+    return OpenRunRequest(
+        run_id=run_id, protocol_versions=[1], features=["seed", "pause", "optimizer"],
+        receiver_epoch=host.receiver_epoch, host_topology=described.host_topology, sites=described.sites,
+        seeds=described.seeds, world_size=1, step_budget_us=int(GUARD_MS * 1e3),
+    )  # fmt: skip
 
 
 def unary_step(host: BenchHost, sequence: int, outcomes: list[CommandOutcome], run_id: str = _LEDGER_RUN) -> Step:

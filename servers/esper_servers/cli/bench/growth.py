@@ -75,7 +75,7 @@ def _show(rows: Mapping[str, Sequence[Row]], document: Mapping[str, Any], *, as_
         print_json(document)
         return
     for axis, found in rows.items():
-        print_rows(f"growth with {axis}, p50 in ms", [_medians(row) for row in found], as_json=False)
+        print_rows(f"growth with {axis}, p50 in ms", [_medians(axis, row) for row in found], as_json=False)
 
 
 async def measure(home: Home, address: str, axes: Mapping[str, Sequence[Size]]) -> dict[str, list[Row]]:
@@ -194,5 +194,7 @@ def _middle(values_ms: Sequence[float]) -> dict[str, float]:
     return {key: found[key] for key in ("p50_ms", "p95_ms")}
 
 
-def _medians(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value["p50_ms"] if isinstance(value, Mapping) else value for key, value in row.items()}
+def _medians(axis: str, row: Row) -> Row:
+    """What fits on a line: without the sizes that stay the same."""
+    parts = {key: round(value["p50_ms"], 2) for key, value in row.items() if isinstance(value, Mapping)}
+    return {key: row[key] for key in (axis, "nodes", "edges")} | parts

@@ -34,6 +34,11 @@ class TimingWindow:
     def __len__(self) -> int:
         return len(self._timings)
 
+    @property
+    def last(self) -> StepTiming | None:
+        """The newest timing; None before the first."""
+        return self._timings[-1] if self._timings else None
+
     def add(self, timing: StepTiming) -> None:
         """Keep a timing, forgetting the oldest."""
         self._timings.append(timing)

@@ -18,7 +18,7 @@ from esper_rpc.guard import StepGuard
 from esper_rpc.identity import Identity
 from esper_rpc.ledger import StepTiming, TimingWindow
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SystemStatePacket
-from esper_rpc.proto.tamiyo.v1 import EvaluateStepsRequest, OpenRunRequest, Step, StepDecision
+from esper_rpc.proto.tamiyo.v1 import EvaluateStepsRequest, OpenRunRequest, Step, StepDecision, StepLedger
 from esper_rpc.telemetry import PacketSink, record_packets
 from esper_rpc.telemetry.metrics import STEP_ANSWERS, observe_outcome, observe_step
 from esper_rpc.telemetry.tracing import TRACER, current_traceparent, record_span
@@ -80,6 +80,8 @@ class TrainingSession:
         self.run_id = run_id or f"run-{uuid.uuid4().hex[:12]}"
         self.config = config or SessionConfig()
         self.timings = TimingWindow()
+        self.last_ledger = StepLedger()
+        """Tamiyo's own account of the last step; empty when that had no answer."""
         self.reasons: Counter[str] = Counter()
         """Steps without a command by reason, commands as `command`."""
         self.outcomes: deque[CommandOutcome] = deque(maxlen=1024)
@@ -317,10 +319,11 @@ class TrainingSession:
         decision: StepDecision | None,
     ) -> StepTiming:
         self._hook_latency_ms = (ended - begun) * 1e3
+        self.last_ledger = decision.ledger if decision is not None else StepLedger()
         timing = StepTiming(
             build=(built - begun) * 1e6,
             exchange=(answered - built) * 1e6,
-            server=float(decision.ledger.total_us) if decision is not None else 0.0,
+            server=float(self.last_ledger.total_us),
             verify=(verified - answered) * 1e6,
             apply=(ended - verified) * 1e6,
             total=(ended - begun) * 1e6,

@@ -40,15 +40,15 @@ _BLENDED = (
 )
 
 
-def topology() -> dict[str, Any]:
-    """Describe a model of 24 layers with skip connections in the extras schema."""
+def topology(layer_count: int = LAYERS, seed_count: int = SEEDS) -> dict[str, Any]:
+    """Describe a model with skip connections in the extras schema."""
     layers = [
         {
             "layer_id": f"block.{index}", "type": "Linear", "depth": index, "latency_ms": 0.4, "dropout_rate": 0.1,
             "parameter_count": WIDTH * WIDTH, "weight_norm": 5.0 + index / 10, "gradient_norm": 0.5,
             "activation": f"act.{index % ACTIVATIONS}",
         }
-        for index in range(LAYERS)
+        for index in range(layer_count)
     ]  # fmt: skip
     activations = [
         {
@@ -60,8 +60,10 @@ def topology() -> dict[str, Any]:
     parameters = [
         {"name": f"parameter.{i}", "min": 0.0, "max": 1.0, "span": 1.0, "default": 0.5} for i in range(PARAMETERS)
     ]
-    edges = [[a, b, 1.0 / (b - a)] for a in range(LAYERS) for b in range(a + 1, min(LAYERS, a + 1 + _REACH))]
-    monitored = [[seed, layer] for seed in range(SEEDS) for layer in range(seed, LAYERS, SEEDS)]
+    edges = [[a, b, 1.0 / (b - a)] for a in range(layer_count) for b in range(a + 1, min(layer_count, a + 1 + _REACH))]
+    monitored = [
+        [seed, layer] for seed in range(seed_count) for layer in range(seed % layer_count, layer_count, seed_count)
+    ]
     return {
         "schema_version": "v1",
         "layers": layers,
@@ -73,17 +75,18 @@ def topology() -> dict[str, Any]:
 
 
 class BenchHost:
-    """A seed host without a model: it verifies every command, settles it at once and reports four seeds."""
+    """A seed host without a model: it verifies every command, settles it at once and reports its seeds."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, *, layers: int = LAYERS, seeds: int = SEEDS) -> None:
         identity = home.identity("trainer")
         self._epoch = os.urandom(16)
         self.keyring = home.keyring("trainer")
         self._verifier = Verifier(keyring=self.keyring, audience=str(identity.spiffe_id), receiver_epoch=self._epoch)
         self._pending: deque[AdaptationCommand] = deque()
         self._loss, self._step = 2.3, 0
-        self._topology = orjson.dumps(topology())
-        self._stages, self._since = list(_STAGES), [0] * SEEDS
+        self._topology = orjson.dumps(topology(layers, seeds))
+        self._sites = [f"block.{i}" for i in range(min(layers, seeds))]
+        self._stages, self._since = [_STAGES[i % len(_STAGES)] for i in range(seeds)], [0] * seeds
 
     @property
     def receiver_epoch(self) -> bytes:
@@ -96,13 +99,16 @@ class BenchHost:
         return self._verifier.fences().get("tamiyo", 0)
 
     def describe(self) -> RunDescription:
-        """Describe four sites with a seed each."""
+        """Describe the sites and their seeds: one each, while there are layers for it."""
         shape = (WIDTH,)
         sites = tuple(
-            RunSite(site_id=f"block.{i}", module_kind="Linear", input_shape=shape, output_shape=shape, dtype="F32")
-            for i in range(SEEDS)
+            RunSite(site_id=site, module_kind="Linear", input_shape=shape, output_shape=shape, dtype="F32")
+            for site in self._sites
         )
-        seeds = tuple(RunSeed(seed_id=f"seed-{i}", site_id=f"block.{i}", stage=self._stages[i]) for i in range(SEEDS))
+        seeds = tuple(
+            RunSeed(seed_id=f"seed-{i}", site_id=self._sites[i % len(self._sites)], stage=stage)
+            for i, stage in enumerate(self._stages)
+        )
         return RunDescription(sites, seeds, self._topology)
 
     def submit(
@@ -150,8 +156,8 @@ class BenchHost:
         return []
 
     def export_seed_states(self) -> list[SeedState]:
-        """Report four seeds in four stages, with six metrics each."""
-        return [self._seed_state(index) for index in range(SEEDS)]
+        """Report the seeds in four stages, with six metrics each."""
+        return [self._seed_state(index) for index in range(len(self._stages))]
 
     def update_epoch(self, epoch: int) -> None:
         """Nothing ages here."""

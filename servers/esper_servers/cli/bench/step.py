@@ -21,14 +21,15 @@ from esper_rpc.proto.tamiyo.v1 import (
     Step,
     StepLedger,
 )
-from esper_servers.cli.console import JsonOption, environ_of, run
+from esper_servers.cli.console import JsonOption, environ_of, print_rows, run
 from esper_servers.cli.home import Home
 from esper_servers.cli.processes import Supervisor
 
-from . import echo
+from . import echo, tail
 from .measure import WARM_UP, CountOption, Pace, at_once, machine, percentiles, scratch_home, show
 from .scene import BenchHost
 from .served_plan import COMPILED, PlanOption, serving_plan
+from .tail import StepRecord, StepWatch
 from .urza import seed
 
 GUARD_MS = 100.0
@@ -49,22 +50,35 @@ def step(
     with scratch_home() as home:
         seed(home)
         with Supervisor(home, serving_plan(plan, home, environ)) as supervisor:
-            document = measure(home, supervisor.addresses["tamiyo"], steps)
+            pid = supervisor.services["tamiyo"].process.pid
+            document = measure(home, supervisor.addresses["tamiyo"], pid, steps)
         with echo.serving(home, environ) as running:
             document["echo"] = echo.measure(home, running.address, steps)
-    show("step", document | {"machine": machine()}, as_json=as_json)
+    _show(document | {"machine": machine()}, as_json=as_json)
 
 
-def measure(home: Home, tamiyo: str, steps: int) -> dict[str, Any]:
+def _show(document: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        show("step", document, as_json=True)
+        return
+    explained = document.pop("tail")
+    show("step", document, as_json=False)
+    print_rows("tail", tail.table(explained), as_json=False)
+
+
+def measure(home: Home, tamiyo: str, pid: int, steps: int) -> dict[str, Any]:
     """Run every pacing with a wide guard for the latencies, then with the real one for the misses."""
     paced = max(20, steps // 4)
     wide, narrow = StepBench(home, tamiyo, GUARD_MS), StepBench(home, tamiyo, BUDGET_MS)
     with wide.session, narrow.session:
-        hot = wide.latencies(steps, at_once)
+        records = {
+            "evaluate_step": wide.records(steps, at_once, pid),
+            "paced": wide.records(paced, Pace(), pid),
+            "loaded": wide.records(paced, _training_step(), pid),
+        }
         document: dict[str, Any] = {
-            "evaluate_step": percentiles(hot),
-            "paced": percentiles(wide.latencies(paced, Pace())),
-            "loaded": percentiles(wide.latencies(paced, _training_step())),
+            **{name: percentiles([record.total_ms for record in found]) for name, found in records.items()},
+            "tail": {name: tail.explain(found) for name, found in records.items()},
             "ledger": {"caller": wide.session.timings.summary(), "server": run(_server_ledger(home, tamiyo, paced))},
             "miss_rate": narrow.miss_rate(steps, at_once),
             "paced_miss_rate": narrow.miss_rate(paced, Pace()),
@@ -97,6 +111,16 @@ class StepBench:
             before()
             times.append(self._step())
         return times
+
+    def records(self, count: int, before: Before, tamiyo_pid: int) -> list[StepRecord]:
+        """Return each step with what fell into it."""
+        self._warm_up(before)
+        found = []
+        with StepWatch(self.session, tamiyo_pid) as watch:
+            for _ in range(count):
+                before()
+                found.append(watch.record(self._step))
+        return found
 
     def miss_rate(self, count: int, before: Before) -> float:
         """Return the share of steps that had no answer within the guard."""
@@ -160,14 +184,8 @@ async def _server_ledger(home: Home, address: str, count: int) -> dict[str, Any]
     """Ask in unary calls, whose reply carries the server's own account of each step."""
     host, ledgers = BenchHost(home), []
     settled: list[CommandOutcome] = []
-    described = host.describe()
-    opening = OpenRunRequest(
-        run_id=_LEDGER_RUN, protocol_versions=[1], features=["seed", "pause", "optimizer"],
-        receiver_epoch=host.receiver_epoch, host_topology=described.host_topology, sites=described.sites,
-        seeds=described.seeds, world_size=1, step_budget_us=int(GUARD_MS * 1e3),
-    )  # fmt: skip
     async with TamiyoClient(address, identity=home.identity("trainer")) as client:
-        await client.open_run(opening)
+        await client.open_run(unary_opening(host))
         for sequence in range(1, count + WARM_UP + 1):
             request = EvaluateStepRequest(step=unary_step(host, sequence, settled))
             decision = (await client.evaluate_step(request)).decision
@@ -178,6 +196,16 @@ async def _server_ledger(home: Home, address: str, count: int) -> dict[str, Any]
     names = [field.name for field in StepLedger.DESCRIPTOR.fields]
     kept = ledgers[WARM_UP:]
     return {name.removesuffix("_us"): percentiles([getattr(row, name) / 1e3 for row in kept]) for name in names}
+
+
+def unary_opening(host: BenchHost, run_id: str = _LEDGER_RUN) -> OpenRunRequest:
+    """Build the opening of a run that is asked for in unary calls."""
+    described = host.describe()
+    return OpenRunRequest(
+        run_id=run_id, protocol_versions=[1], features=["seed", "pause", "optimizer"],
+        receiver_epoch=host.receiver_epoch, host_topology=described.host_topology, sites=described.sites,
+        seeds=described.seeds, world_size=1, step_budget_us=int(GUARD_MS * 1e3),
+    )  # fmt: skip
 
 
 def unary_step(host: BenchHost, sequence: int, outcomes: list[CommandOutcome], run_id: str = _LEDGER_RUN) -> Step:

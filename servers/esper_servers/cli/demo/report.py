@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from esper_rpc.ledger import percentiles_ms
+from esper_servers.cli import charts
 
 Result = Mapping[str, Any]
 _BLENDED = ("BLENDING", "SHADOWING", "PROBATIONARY")
@@ -98,7 +99,7 @@ def _plots(mesh: Result, plain: Result, summary: Mapping[str, Any]) -> Iterable[
 
 
 def _accuracy_plot(mesh: Result, plain: Result) -> str:
-    figure, axes = _figure("Accuracy on held-out digits")
+    figure, [axes] = charts.figure("Accuracy on held-out digits")
     for history, label, colour in ((mesh, "with the mesh", _WITH), (plain, "without", _WITHOUT)):
         steps, values = zip(*history["accuracies"], strict=True)
         axes.plot(steps, values, marker="o", markersize=3, label=label, color=colour)
@@ -108,7 +109,7 @@ def _accuracy_plot(mesh: Result, plain: Result) -> str:
 
 
 def _loss_plot(mesh: Result, plain: Result) -> str:
-    figure, axes = _figure("Training loss, mean of 20 steps")
+    figure, [axes] = charts.figure("Training loss, mean of 20 steps")
     axes.plot(_smooth(plain["losses"]), label="without", color=_WITHOUT)
     axes.plot(_smooth(mesh["losses"]), label="with the mesh", color=_WITH)
     _mark_changes(axes, mesh)
@@ -118,7 +119,7 @@ def _loss_plot(mesh: Result, plain: Result) -> str:
 
 
 def _seed_plot(mesh: Result) -> str:
-    figure, axes = _figure("Alpha of each seed, while seeds change")
+    figure, [axes] = charts.figure("Alpha of each seed, while seeds change")
     for seed in sorted({row[1] for row in mesh["seeds"]}):
         steps, alphas = zip(*((row[0], row[3]) for row in mesh["seeds"] if row[1] == seed), strict=True)
         axes.plot(steps, alphas, label=seed)
@@ -131,7 +132,7 @@ def _seed_plot(mesh: Result) -> str:
 
 
 def _latency_plot(mesh: Result, budget_ms: float) -> str:
-    figure, axes = _figure("session.step(), milliseconds")
+    figure, [axes] = charts.figure("session.step(), milliseconds")
     axes.hist([min(value, 2 * budget_ms) for value in mesh["mesh_ms"]], bins=80, color=_WITH)
     axes.axvline(budget_ms, color="#b3261e", linestyle="--", label="budget")
     axes.legend()
@@ -144,16 +145,6 @@ def _mark_changes(axes: Any, mesh: Result, *, label: bool = False) -> None:
             axes.axvline(step, color="#c9a227", linewidth=0.6, alpha=0.7)
             if label:
                 axes.text(step, 0.02, operation.lower(), rotation=90, fontsize=6, color="#7a6212")
-
-
-def _figure(title: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left")
-    axes.grid(visible=True, alpha=0.25)
-    return figure, axes
 
 
 def _encode(figure: Any) -> str:

@@ -1,0 +1,67 @@
+"""The benchmarks against a Tamiyo that runs; what they find is not judged here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from esper_rpc.proto.tamiyo.v1 import StepLedger
+from esper_servers.cli.bench import growth
+from esper_servers.cli.bench.growth import Size
+from esper_servers.cli.bench.measure import at_once
+from esper_servers.cli.bench.step import StepBench
+from esper_servers.cli.home import Home
+from esper_servers.cli.processes import Supervisor
+
+WIDE_GUARD_MS = 1000.0
+"""No step is missed because the machine is busy."""
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    home = Home(tmp_path_factory.mktemp("mesh"))
+    home.prepare()
+    with Supervisor(home, os.environ) as supervisor:
+        yield supervisor
+
+
+def test_growth_tells_the_parts_of_a_step_and_the_graph_of_each_size(mesh):
+    axes = {"seeds": (Size(seeds=6),), "runs": (Size(runs=3),)}
+    found = asyncio.run(growth.measure(mesh.home, mesh.addresses["tamiyo"], axes))
+    [six], [three] = found["seeds"], found["runs"]
+    assert (six["seeds"], three["runs"], six["plan"]) == (6, 3, "eager")
+    assert six["nodes"] == three["nodes"] + 2
+    for row in (six, three):
+        assert all(0 <= row[part]["p50_ms"] <= row["total"]["p50_ms"] for part in growth.PARTS)
+        assert row["inference"]["p50_ms"] > 0
+        assert row["open_run"]["p95_ms"] >= row["open_run"]["p50_ms"] > 0
+        assert row["first_step"]["p50_ms"] > 0
+
+
+def test_the_records_of_steps_account_for_their_time(mesh):
+    bench = StepBench(mesh.home, mesh.addresses["tamiyo"], WIDE_GUARD_MS)
+    with bench.session:
+        records = bench.records(30, at_once, mesh.services["tamiyo"].process.pid)
+    assert len(records) == 30
+    for record in records:
+        assert sum(record.parts_ms.values()) == pytest.approx(record.total_ms, abs=0.01)
+        assert record.parts_ms["signing"] > 0 or not record.command
+    assert any(record.parts_ms["inference"] > 0 for record in records)
+
+
+def test_a_step_without_an_answer_has_no_ledger(mesh):
+    bench = StepBench(mesh.home, mesh.addresses["tamiyo"], WIDE_GUARD_MS)
+    pid = mesh.services["tamiyo"].process.pid
+    with bench.session as session:
+        bench.latencies(1, at_once)
+        assert session.last_ledger.total_us > 0
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            session.step(0.5)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert session.reasons["deadline_missed"] > 0
+        assert session.last_ledger == StepLedger()

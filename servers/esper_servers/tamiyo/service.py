@@ -100,8 +100,9 @@ class TamiyoServicer:
             )
         candidates = self._blueprints.candidates(request.sites)
         created = self._pipeline.runs.open(
-            request, str(call.peer), candidates, self._blueprints.version, protocol_version=max(common)
-        )
+            request, str(call.peer), candidates, self._blueprints.version, protocol_version=max(common),
+            policy_norms=self._pipeline.policy.norms,
+        )  # fmt: skip
         return OpenRunResponse(
             protocol_version=max(common),
             features=sorted(FEATURES & set(request.features)),

@@ -200,7 +200,6 @@ class TamiyoServicer:
     async def GetStatus(self, request: GetStatusRequest, call: Call) -> GetStatusResponse:
         """Return a snapshot."""
         pipeline = self._pipeline
-        breakers = {"inference": pipeline.breaker, "policy_updates": self._updates.breaker}
         reason = self._conservative_reason()
         healthy, degraded = HealthStatus.HEALTH_STATUS_HEALTHY, HealthStatus.HEALTH_STATUS_DEGRADED
         return GetStatusResponse(
@@ -217,7 +216,7 @@ class TamiyoServicer:
             ],
             breakers=[
                 BreakerStatus(name=name, state=breaker.state, consecutive_failures=breaker.consecutive_failures)
-                for name, breaker in breakers.items()
+                for name, breaker in pipeline.breakers.all().items()
             ],
             decisions=pipeline.kinds,
             reasons=pipeline.reasons,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from esper_rpc import rules
-from esper_rpc.breaker import BreakerConfig, CircuitBreaker
+from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.envelope import Keyring, Rejected
 from esper_rpc.errors import (
     DataLoss,
@@ -38,7 +37,6 @@ log = structlog.get_logger(__name__)
 
 Result = TypeVar("Result")
 VALIDATION_SECONDS = 60.0
-BREAKER = BreakerConfig(failures=3, cool_down_seconds=30.0, successes=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +66,7 @@ class PolicyUpdates:
         shadow: Shadow,
         load: Callable[[Path | None], Policy],
         take_up: Callable[[Policy], None],
-        clock: Callable[[], float] = time.monotonic,
+        breaker: CircuitBreaker,
     ) -> None:
         """Wire it.
 
@@ -86,7 +84,7 @@ class PolicyUpdates:
         self._one_at_a_time = asyncio.Lock()
         self._working: set[asyncio.Task[Any]] = set()
         self._retreat: asyncio.Task[None] | None = None
-        self.breaker = CircuitBreaker(config=BREAKER, clock=clock)
+        self.breaker = breaker
 
     @property
     def live_file(self) -> Path | None:

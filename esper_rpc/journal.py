@@ -12,6 +12,7 @@ from typing import Annotated
 
 import structlog
 
+from .breaker import BreakerConfig, CircuitBreaker
 from .config import Range, validate
 from .database import unopenable
 from .disk import unwritable
@@ -131,13 +132,20 @@ class Journal(JournalReader):
     """Keeps records across crashes: SQLite in WAL mode, every commit synced, one writer thread.
 
     `append` returns at once and never waits for the disk. A full queue drops the record and counts it. Records of a
-    kind in `kept` leave only when they are forgotten, not because the journal is full.
+    kind in `kept` leave only when they are forgotten, not because the journal is full. While the breaker is open
+    records are dropped without asking the disk; by default it is asked every time.
     """
 
     def __init__(
-        self, path: Path, *, config: JournalConfig | None = None, kept: AbstractSet[str] = frozenset()
+        self,
+        path: Path,
+        *,
+        config: JournalConfig | None = None,
+        kept: AbstractSet[str] = frozenset(),
+        breaker: CircuitBreaker | None = None,
     ) -> None:
         super().__init__(path)
+        self._breaker = breaker or CircuitBreaker(config=BreakerConfig(cool_down_seconds=0))
         self._config = config or JournalConfig()
         self._kept = sorted(kept)
         self._queue: queue.Queue[_Item] = queue.Queue(self._config.queue_records)
@@ -229,21 +237,29 @@ class Journal(JournalReader):
         return batch
 
     def _commit(self, records: list[Entry]) -> None:
+        if not self._breaker.allow():
+            self._drop(records)
+            return
         try:
             with self._writer_connection as connection:
                 for kind, group in itertools.groupby(records, type):
                     connection.executemany(_WRITING[kind], map(_row, group))
                 self._trim(connection)
         except sqlite3.Error as error:
-            self.dropped += sum(isinstance(record, Record) for record in records)
+            self._drop(records)
             self._note_failure(str(error))
             return
+        self._breaker.record_success()
         if self._is_failing:
             self._is_failing = False
             log.info("journal_writes_again", path=str(self._path), dropped=self.dropped)
 
+    def _drop(self, records: Sequence[Entry]) -> None:
+        self.dropped += sum(isinstance(record, Record) for record in records)
+
     def _note_failure(self, error: str) -> None:
         """A full disk fails at every commit and is told once."""
+        self._breaker.record_failure()
         if not self._is_failing:
             self._is_failing = True
             log.error("journal_write_failed", path=str(self._path), error=error, priority="HIGH")

@@ -56,6 +56,7 @@ DECISIONS = Counter("esper_decisions", "Answers to steps.", ["kind", "reason"])
 PAUSE_REQUESTS = Counter("esper_pause_requests", "Requests for a pause, by what was granted of them.", ["result"])
 
 POLICY_UPDATES = Counter("esper_policy_updates", "Policies that came, by what became of them.", ["result", "reason"])
+BREAKER_MOVES = Counter("esper_breaker_moves", "Times that a breaker changed its state.", ["breaker", "state"])
 SHADOW_DECISIONS = Counter(
     "esper_shadow_decisions", "Steps that the shadow policy followed, by whether it agreed.", ["agreed"]
 )
@@ -166,6 +167,11 @@ def _restraint_gauges() -> tuple[Gauge, Gauge]:
         Gauge("esper_conservative_mode", held, ["scope"], multiprocess_mode=LATEST),
         Gauge("esper_breaker_state", state, ["breaker"], multiprocess_mode=LATEST),
     )
+
+
+def observe_breaker_move(breaker: str, state: str) -> None:
+    """Record that a breaker is closed, open or half_open now."""
+    BREAKER_MOVES.labels(breaker, state).inc()
 
 
 def observe_pause(result: str) -> None:

@@ -350,6 +350,12 @@ async def test_a_run_opens_once_and_again_and_belongs_to_the_first(client, mesh,
     assert caught.value.reason == "NOT_THE_OWNER"
 
 
+async def test_a_new_run_starts_from_the_norms_of_the_live_policy(client, pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline.policy, "norms", {"loss": (5.0, 2.0)})
+    await client.open_run(open_run())
+    assert pipeline.runs.find("run").graph.norms.moments["loss"] == (5.0, 2.0)
+
+
 async def test_incompatible_peers_are_told_both_versions(client):
     with pytest.raises(errors.FailedPrecondition, match=r"protocol \[7\], this server \[1, 2\]"):
         await client.open_run(open_run(protocol_versions=[7]))

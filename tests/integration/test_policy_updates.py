@@ -289,9 +289,11 @@ def is_alive(pid):
         return False
 
 
-def test_the_breaker_of_updates_is_shown(mesh):
+def test_every_breaker_is_shown(mesh):
     async def status():
         async with TamiyoClient(mesh.home.address("tamiyo"), identity=mesh.home.identity()) as client:
             return await client.get_status(GetStatusRequest())
 
-    assert [breaker.name for breaker in asyncio.run(status()).breakers] == ["inference", "policy_updates"]
+    assert [breaker.name for breaker in asyncio.run(status()).breakers] == [
+        "inference", "urza", "field_reports", "policy_updates", "journal", "state_files",
+    ]  # fmt: skip

@@ -9,7 +9,7 @@ import orjson
 
 from esper_rpc import disk
 
-from .norms import PRIORS, Experience, Norms, is_sound, pool, prior_moments
+from .norms import PRIORS, Experience, Moments, Norms, is_sound, pool, prior_moments
 
 FILE_NAME = "gnn_norms.json"
 MOST_STEPS = 10_000
@@ -37,9 +37,12 @@ class NormsStore:
         path = directory / FILE_NAME
         return cls(path, disk.read_whole(path, read_experience))
 
-    def begin(self) -> Norms:
-        """Return the norms of a new run."""
-        return Norms(dict(self._start.moments))
+    def begin(self, policy: Moments | None = None) -> Norms:
+        """Return the norms of a new run: what was learned here, else those of the policy, else priors."""
+        if self._start.steps:
+            return Norms(dict(self._start.moments))
+        known = {name: moments for name, moments in (policy or {}).items() if name in PRIORS and is_sound(*moments)}
+        return Norms(dict(self._start.moments) | known)
 
     def end(self, run: Experience) -> None:
         """Keep what a run has learned that is about to be forgotten."""

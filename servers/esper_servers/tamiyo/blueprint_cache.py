@@ -8,6 +8,7 @@ from typing import Protocol
 import orjson
 import structlog
 
+from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.errors import EsperError
 from esper_rpc.proto.tamiyo.v1 import RunSite
 from esper_rpc.proto.urza.v1 import (
@@ -45,7 +46,8 @@ class BlueprintReader(Protocol):
 class BlueprintCache:
     """The catalogue, refreshed in the background. A step reads what is here and never waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, breaker: CircuitBreaker | None = None) -> None:
+        self._breaker = breaker or CircuitBreaker()
         self.version = 0
         self._entries: list[tuple[Blueprint, BlueprintCandidate]] = []
 
@@ -73,14 +75,18 @@ class BlueprintCache:
             self.version += 1
 
     async def refresh(self, reader: BlueprintReader) -> bool:
-        """Read the catalogue once; False when Urza did not answer, and the old content stays."""
+        """Read the catalogue once; False when Urza did not answer or failed too often, and the old content stays."""
+        if not self._breaker.allow():
+            return False
         try:
             request = ListBlueprintsRequest(page_size=MAX_BLUEPRINTS)
             page = await reader.list_blueprints(request, timeout=CATALOGUE_SECONDS)
             extras = await self._new_extras(page.blueprints, reader)
         except EsperError as error:
+            self._breaker.record_failure()
             log.warning("timeout_urza", priority="HIGH", error=error.message[:200])
             return False
+        self._breaker.record_success()
         self.replace_with(page.blueprints, extras)
         return True
 

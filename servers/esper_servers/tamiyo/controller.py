@@ -12,6 +12,8 @@ from esper_servers.policy.prior import PriorConfig
 
 from .aside import Aside
 from .blueprint_cache import BlueprintCache
+from .breakers import FIELD_REPORTS, STATE_FILES, URZA, Breakers
+from .breakers import JOURNAL as JOURNAL_BREAKER
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
 from .field_reports.config import ReportConfig
@@ -63,13 +65,15 @@ class Controller:
         """Wire them; raises ConfigError for a state directory that cannot be used."""
         self._config = config
         self._journal_file = config.state_dir / JOURNAL
-        self._journal = Journal(self._journal_file, kept=KEPT)
+        mode = ConservativeMode()
+        breakers = Breakers(mode)
+        self._journal = Journal(self._journal_file, kept=KEPT, breaker=breakers[JOURNAL_BREAKER])
         self._decisions = DecisionLog(self._journal)
-        self._lasting = LastingState(config.state_dir)
+        self._lasting = LastingState(config.state_dir, breaker=breakers[STATE_FILES])
         self._aside = Aside()
         self._pauses = Pauses.of(self._journal, config.pause)
-        self.blueprints = BlueprintCache()
-        mode, policy = ConservativeMode(), Policy.initial(prior_config=config.prior)
+        self.blueprints = BlueprintCache(breakers[URZA])
+        policy = Policy.initial(prior_config=config.prior)
         self.plans = PlanSwitch(policy, config.state_dir / "plans", config.plan)
         self.pipeline = StepPipeline(
             policy=policy,
@@ -78,6 +82,7 @@ class Controller:
             keyring=config.keyring,
             decisions=self._decisions,
             mode=mode,
+            breakers=breakers,
             risk_config=config.risk,
         )
         self._updates = updates_of(
@@ -96,6 +101,7 @@ class Controller:
             config.reports,
             clock_ns=self.pipeline.clock_ns,
             publisher=config.publisher,
+            breaker=breakers[FIELD_REPORTS],
         )
         self.servicer = TamiyoServicer(
             pipeline=self.pipeline,

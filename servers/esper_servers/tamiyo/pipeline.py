@@ -11,7 +11,6 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from esper_rpc import rules
-from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.envelope import Keyring
 from esper_rpc.errors import EsperError, FailedPrecondition, InvalidRequest
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CircuitState, CommandType, SeedOperation, SystemStatePacket
@@ -31,6 +30,7 @@ from esper_servers.policy.policy import Policy
 
 from . import choosing
 from .blueprint_cache import BlueprintCache
+from .breakers import INFERENCE, Breakers
 from .choosing import BUDGET_EXHAUSTED, Decided
 from .commands import build_command, sign_command
 from .conservative_mode import ConservativeMode
@@ -68,6 +68,7 @@ class StepPipeline:
         keyring: Keyring,
         decisions: DecisionLog,
         mode: ConservativeMode,
+        breakers: Breakers | None = None,
         risk_config: RiskConfig | None = None,
         clock: Callable[[], float] = time.perf_counter,
         clock_ns: Callable[[], int] | None = None,
@@ -76,7 +77,9 @@ class StepPipeline:
         self.runs = runs
         self.queue = StepQueue(clock=clock)
         self._inference = Inference(self.queue)
-        self.breaker = CircuitBreaker(on_transition=self._on_breaker)
+        self.breakers = breakers or Breakers(mode)
+        self.breakers.watch(INFERENCE, self._on_breaker)
+        self.breaker = self.breakers[INFERENCE]
         self._blueprints = blueprints
         self._keyring = keyring
         self._decisions = decisions
@@ -152,7 +155,7 @@ class StepPipeline:
     def take_up(self, policy: Policy) -> None:
         """Decide by this policy from the next step on; its breaker is closed, whatever the one before did."""
         self.policy = policy
-        self.breaker = CircuitBreaker(on_transition=self._on_breaker)
+        self.breaker = self.breakers.renew(INFERENCE)
 
     def report(self) -> None:
         """Record commands, metrics, events and spans of what was answered; call it when the answer is on its way."""
@@ -166,7 +169,7 @@ class StepPipeline:
     async def tell_restraint(self) -> None:
         """Show what holds the policy back; to be called again and again, since it changes without a step too."""
         held = sum(run.mode.enabled for run in self.runs.all())
-        breakers = {"inference": self.breaker.state}
+        breakers = {name: breaker.state for name, breaker in self.breakers.all().items()}
         tell_restraint(service_is_held=self._mode.enabled, held_runs=held, breakers=breakers)
 
     async def _decide(
@@ -280,11 +283,9 @@ class StepPipeline:
         self.reasons[reported.reason] += 1
         self._reports.note(reported)
 
-    def _on_breaker(self, before: int, after: int) -> None:
-        log.warning("breaker_moved", breaker="inference", before=before, after=after)
+    def _on_breaker(self, after: CircuitState.ValueType) -> None:
         self.observations.note_breaker()
         if after == CircuitState.CIRCUIT_STATE_OPEN:
-            self._mode.enter("inference_breaker_open")
             self.on_inference_lost()
 
 

@@ -11,7 +11,7 @@ from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.leyline.v1 import SeedState, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import OpenRunRequest
 from esper_servers.policy.graph import MAX_SEEDS, BlueprintCandidate, RunGraph
-from esper_servers.policy.norms import Experience, Norms
+from esper_servers.policy.norms import Experience, Moments, Norms
 from esper_servers.policy.norms_store import NormsStore
 from esper_servers.policy.prior import RunSignals
 from esper_servers.policy.registries import Registries
@@ -118,8 +118,13 @@ class Runs:
         blueprints: Sequence[BlueprintCandidate],
         catalogue_version: int,
         protocol_version: int = 1,
+        *,
+        policy_norms: Moments | None = None,
     ) -> bool:
-        """Open or reopen a run; returns whether it is new. Raises PermissionDenied for another's run."""
+        """Open or reopen a run; returns whether it is new. Raises PermissionDenied for another's run.
+
+        `policy_norms` are those that the live policy was trained with.
+        """
         known = self._runs.get(request.run_id)
         if known is not None:
             _check_owner(known, owner)
@@ -130,7 +135,7 @@ class Runs:
                 known.planted |= {seed.seed_id: seed.blueprint_id for seed in request.seeds if seed.blueprint_id}
                 self._register(request, blueprints)
                 return False
-        graph = build_graph(request, blueprints, self._norms.begin())
+        graph = build_graph(request, blueprints, self._norms.begin(policy_norms))
         if known is not None:
             self._norms.end(known.experience)
         self._runs[request.run_id] = RunState(request, owner, graph, catalogue_version, protocol_version)

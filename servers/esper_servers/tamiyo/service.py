@@ -103,8 +103,9 @@ class TamiyoServicer:
             )
         candidates = self._blueprints.candidates(request.sites)
         created = self._pipeline.runs.open(
-            request, str(call.peer), candidates, self._blueprints.version, protocol_version=max(common)
-        )
+            request, str(call.peer), candidates, self._blueprints.version, protocol_version=max(common),
+            policy_norms=self._pipeline.policy.norms,
+        )  # fmt: skip
         return OpenRunResponse(
             protocol_version=max(common),
             features=sorted(FEATURES & set(request.features)),
@@ -203,7 +204,6 @@ class TamiyoServicer:
     async def GetStatus(self, request: GetStatusRequest, call: Call) -> GetStatusResponse:
         """Return a snapshot."""
         pipeline = self._pipeline
-        breakers = {"inference": pipeline.breaker, "policy_updates": self._updates.breaker}
         reason = self._conservative_reason()
         healthy, degraded = HealthStatus.HEALTH_STATUS_HEALTHY, HealthStatus.HEALTH_STATUS_DEGRADED
         return GetStatusResponse(
@@ -220,7 +220,7 @@ class TamiyoServicer:
             ],
             breakers=[
                 BreakerStatus(name=name, state=breaker.state, consecutive_failures=breaker.consecutive_failures)
-                for name, breaker in breakers.items()
+                for name, breaker in pipeline.breakers.all().items()
             ],
             decisions=pipeline.kinds,
             reasons=pipeline.reasons,

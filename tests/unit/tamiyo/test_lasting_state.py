@@ -24,9 +24,9 @@ LEARNED = {
 }
 
 
-def open_run(runs, run_id="run", **fields):
+def open_run(runs, run_id="run", *, policy_norms=None, **fields):
     defaults = {"receiver_epoch": bytes(16), "sites": sample.sample_sites(), "seeds": sample.sample_seeds()}
-    runs.open(OpenRunRequest(run_id=run_id, **(defaults | fields)), OWNER, [], 0)
+    runs.open(OpenRunRequest(run_id=run_id, **(defaults | fields)), OWNER, [], 0, policy_norms=policy_norms)
     return runs.find(run_id)
 
 
@@ -48,6 +48,19 @@ def test_a_run_starts_from_what_an_earlier_start_has_learned(tmp_path):
     run = open_run(LastingState(tmp_path).runs)
     for name, moments in LEARNED.items():
         assert run.graph.norms.moments[name] == pytest.approx(moments)
+
+
+def test_while_nothing_was_learned_here_a_run_starts_from_the_norms_of_the_policy(tmp_path):
+    trained = {"loss": (5.0, 2.0), "unknown": (1.0, 1.0), "gradient_norm": (1e300, 1.0)}
+    state = LastingState(tmp_path)
+    run = open_run(state.runs, policy_norms=trained)
+    assert run.graph.norms.moments == prior_moments() | {"loss": (5.0, 2.0)}
+    assert open_run(state.runs, policy_norms={"loss": (9.0, 9.0)}).graph.norms.moments["loss"] == (5.0, 2.0)
+    learn(run, steps=1)
+    save(state)
+    for runs in (state.runs, LastingState(tmp_path).runs):
+        started = open_run(runs, "next", policy_norms=trained)
+        assert started.graph.norms.moments["loss"] == pytest.approx(LEARNED["loss"])
 
 
 def test_a_run_that_is_closed_replaced_or_forgotten_is_learned_from(tmp_path):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -155,6 +155,7 @@ class _ConstantPolicy:
     """Always in favour of doing nothing."""
 
     version, digest = "constant", b""
+    norms: Mapping[str, tuple[float, float]] = {}
 
     def __init__(self, work_seconds: float) -> None:
         import hashlib

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import structlog
 
-from esper_rpc.proto.leyline.v1 import FieldReport
+from esper_rpc.breaker import CircuitBreaker
+from esper_rpc.proto.leyline.v1 import CircuitState, FieldReport
 from esper_rpc.telemetry.metrics import observe_report_dropped, observe_report_published, observe_report_retry
 
 from .config import ReportConfig
@@ -17,7 +18,11 @@ from .report_journal import PendingReport
 
 log = structlog.get_logger(__name__)
 
-AT_ONCE = 8
+_AT_ONCE = {
+    CircuitState.CIRCUIT_STATE_CLOSED: 8,
+    CircuitState.CIRCUIT_STATE_HALF_OPEN: 1,
+    CircuitState.CIRCUIT_STATE_OPEN: 0,
+}
 NOT_ACKNOWLEDGED = "it was not acknowledged"
 
 
@@ -32,7 +37,8 @@ class _Pending:
 class Outbox:
     """Hands reports to the publisher until they are acknowledged, a few times at most; then it lets go of them.
 
-    What it lets go of stays in the journal. Handing over, like an acknowledgement, is waited for `ack_seconds`.
+    What it lets go of stays in the journal. Handing over, like an acknowledgement, is waited for `ack_seconds`. While
+    the breaker is open reports wait, and none of their attempts is spent.
     """
 
     def __init__(
@@ -41,11 +47,13 @@ class Outbox:
         config: ReportConfig,
         *,
         note_attempts: Callable[[str, int], None],
+        breaker: CircuitBreaker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._publisher = publisher
         self._config = config
         self._note_attempts = note_attempts
+        self._breaker = breaker or CircuitBreaker(clock=clock)
         self._clock = clock
         self._pending: dict[str, _Pending] = {}
         self._schedule: list[tuple[float, str]] = []
@@ -82,7 +90,8 @@ class Outbox:
 
     def _take_due(self) -> list[str]:
         found: list[str] = []
-        while len(found) < AT_ONCE and self._schedule and self._schedule[0][0] <= self._clock():
+        most = _AT_ONCE[self._breaker.state]
+        while len(found) < most and self._schedule and self._schedule[0][0] <= self._clock():
             found.append(heapq.heappop(self._schedule)[1])
         return found
 
@@ -97,6 +106,9 @@ class Outbox:
         if pending.attempts >= self._config.attempts:
             self._give_up(pending)
             return False
+        if not self._breaker.allow():
+            self._wait(report_id, self._config.backoff_seconds)
+            return False
         if pending.attempts:
             _tell_retry(pending)
         pending.attempts += 1
@@ -104,6 +116,7 @@ class Outbox:
         try:
             error = await self._hand_over(pending.report)
         finally:
+            (self._breaker.record_failure if error else self._breaker.record_success)()
             self._settle(pending, error)
         return not error
 

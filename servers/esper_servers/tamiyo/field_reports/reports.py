@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import structlog
 
+from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.errors import NotFound, ResourceExhausted
 from esper_rpc.journal import Journal
 from esper_rpc.proto.leyline.v1 import FieldReport, FieldReportOutcome
@@ -36,6 +37,7 @@ class FieldReports:
         *,
         clock_ns: Callable[[], int],
         publisher: ReportPublisher | None = None,
+        breaker: CircuitBreaker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._journal = journal
@@ -46,7 +48,7 @@ class FieldReports:
         )
         self._outbox = None
         if publisher is not None:
-            self._outbox = Outbox(publisher, config, note_attempts=journal.note_attempts, clock=clock)
+            self._outbox = Outbox(publisher, config, note_attempts=journal.note_attempts, breaker=breaker, clock=clock)
         self._pending = 0
         self._one_acknowledgement_at_a_time = asyncio.Lock()
         self._restore()
@@ -60,9 +62,12 @@ class FieldReports:
         *,
         clock_ns: Callable[[], int],
         publisher: ReportPublisher | None = None,
+        breaker: CircuitBreaker | None = None,
     ) -> FieldReports:
         """Keep windows and reports in a journal, which is read for what is not done yet."""
-        return cls(observations, ReportJournal(journal), config, clock_ns=clock_ns, publisher=publisher)
+        return cls(
+            observations, ReportJournal(journal), config, clock_ns=clock_ns, publisher=publisher, breaker=breaker
+        )
 
     async def catch_up(self) -> None:
         """Take in what was seen since the last time, and write the reports that are due."""

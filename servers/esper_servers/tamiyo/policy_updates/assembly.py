@@ -8,6 +8,7 @@ from esper_servers.policy import checkpoint
 from esper_servers.policy.policy import Policy
 from esper_servers.policy.prior import PriorConfig
 from esper_servers.tamiyo.aside import Aside
+from esper_servers.tamiyo.breakers import POLICY_UPDATES
 from esper_servers.tamiyo.giving_way import giving_way
 from esper_servers.tamiyo.pipeline import StepPipeline
 from esper_servers.tamiyo.plan_switch import PlanSwitch
@@ -53,6 +54,7 @@ def updates_of(
         shadow=Shadow(aside, prior),
         load=load,
         take_up=take_up,
+        breaker=pipeline.breakers[POLICY_UPDATES],
     )
     pipeline.shadow, pipeline.on_inference_lost = updates.shadow, updates.distrust
     return updates

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import DecodeError
 
 from esper_rpc import rules
-from esper_rpc.breaker import BreakerConfig, CircuitBreaker
+from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.envelope import Keyring, Rejected
 from esper_rpc.errors import (
     DataLoss,
@@ -39,7 +38,6 @@ INFO, WARNING, ERROR = (
     TelemetryLevel.TELEMETRY_LEVEL_INFO, TelemetryLevel.TELEMETRY_LEVEL_WARNING, TelemetryLevel.TELEMETRY_LEVEL_ERROR,
 )  # fmt: skip
 VALIDATION_SECONDS = 60.0
-BREAKER = BreakerConfig(failures=3, cool_down_seconds=30.0, successes=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +67,7 @@ class PolicyUpdates:
         shadow: Shadow,
         load: Callable[[Path | None], Policy],
         take_up: Callable[[Policy], None],
-        clock: Callable[[], float] = time.monotonic,
+        breaker: CircuitBreaker,
     ) -> None:
         """Wire it.
 
@@ -87,7 +85,7 @@ class PolicyUpdates:
         self._one_at_a_time = asyncio.Lock()
         self._working: set[asyncio.Task[Any]] = set()
         self._retreat: asyncio.Task[None] | None = None
-        self.breaker = CircuitBreaker(config=BREAKER, clock=clock)
+        self.breaker = breaker
 
     @property
     def live_file(self) -> Path | None:

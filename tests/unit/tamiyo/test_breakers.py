@@ -1,0 +1,203 @@
+"""What Tamiyo stops calling when it fails, and that this holds the policy back."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
+
+from esper_rpc.errors import Unavailable
+from esper_rpc.journal import Journal
+from esper_rpc.proto.leyline.v1 import CircuitState, FieldReport
+from esper_rpc.proto.urza.v1 import ListBlueprintsResponse
+from esper_rpc.testing import FakeClock
+from esper_servers.tamiyo.blueprint_cache import BlueprintCache
+from esper_servers.tamiyo.breakers import CONFIGS, FIELD_REPORTS, JOURNAL, STATE_FILES, URZA, Breakers
+from esper_servers.tamiyo.conservative_mode import COOL_DOWN_SECONDS, EXIT_SUCCESSES, ConservativeMode
+from esper_servers.tamiyo.field_reports.config import ReportConfig
+from esper_servers.tamiyo.field_reports.outbox import Outbox
+from esper_servers.tamiyo.lasting_state import LastingState
+
+OPEN, CLOSED = CircuitState.CIRCUIT_STATE_OPEN, CircuitState.CIRCUIT_STATE_CLOSED
+FAILURES = 3
+
+
+@pytest.fixture
+def clock():
+    return FakeClock(100.0)
+
+
+@pytest.fixture
+def mode(clock):
+    return ConservativeMode(clock)
+
+
+@pytest.fixture
+def breakers(mode, clock):
+    return Breakers(mode, clock=clock)
+
+
+def counted(name, state):
+    return REGISTRY.get_sample_value("esper_breaker_moves_total", {"breaker": name, "state": state}) or 0.0
+
+
+def fail(breaker, times):
+    for _ in range(times):
+        assert breaker.allow()
+        breaker.record_failure()
+
+
+def rest(mode):
+    for _ in range(EXIT_SUCCESSES):
+        mode.record_success()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_that_opens_is_told_and_holds_the_policy_back(breakers, mode, name):
+    before = counted(name, "open")
+    with capture_logs() as told:
+        fail(breakers[name], CONFIGS[name].failures)
+    assert [entry["event"] for entry in told] == ["breaker_moved", "conservative_entered"]
+    assert (told[0]["breaker"], told[0]["after"], told[0]["priority"]) == (name, "OPEN", "HIGH")
+    assert counted(name, "open") == before + 1
+    assert (mode.enabled, mode.reason) == (True, f"{name}_breaker_open")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_policy_is_held_back_while_it_is_open_and_not_for_ever(breakers, mode, clock, name):
+    fail(breakers[name], CONFIGS[name].failures)
+    mode._entered_at -= COOL_DOWN_SECONDS
+    rest(mode)
+    assert mode.enabled
+    clock.advance(CONFIGS[name].cool_down_seconds)
+    rest(mode)
+    assert not mode.enabled
+    fail(breakers[name], 1)
+    assert mode.enabled
+
+
+def test_two_causes_must_both_be_over(breakers, mode, clock):
+    fail(breakers[JOURNAL], FAILURES)
+    fail(breakers[URZA], FAILURES)
+    clock.advance(COOL_DOWN_SECONDS)
+    rest(mode)
+    assert mode.enabled
+    clock.advance(CONFIGS[URZA].cool_down_seconds)
+    rest(mode)
+    assert not mode.enabled
+
+
+def test_another_thread_may_enter_while_it_is_looked_whether_all_is_over(mode, clock):
+    entered = []
+
+    def is_over():
+        entering = threading.Thread(target=mode.enter, args=("another",), daemon=True)
+        entering.start()
+        entering.join(5)
+        entered.append(not entering.is_alive())
+        return True
+
+    mode.enter("one", until=is_over)
+    clock.advance(COOL_DOWN_SECONDS)
+    rest(mode)
+    assert entered == [True]
+    assert (mode.enabled, mode.reason) == (True, "another")
+
+
+def test_every_breaker_is_shown(controller):
+    pipeline = controller.pipeline
+    for _ in range(FAILURES):
+        pipeline.breakers[URZA].record_failure()
+    asyncio.run(pipeline.tell_restraint())
+    shown = {name: REGISTRY.get_sample_value("esper_breaker_state", {"breaker": name}) for name in CONFIGS}
+    assert shown == dict.fromkeys(CONFIGS, CLOSED) | {URZA: OPEN}
+
+
+class Library:
+    """Urza, or nobody there."""
+
+    def __init__(self):
+        self.is_away, self.asked = True, 0
+
+    async def list_blueprints(self, request, *, timeout=1.0):
+        self.asked += 1
+        if self.is_away:
+            raise Unavailable("Nobody is there.")
+        return ListBlueprintsResponse()
+
+
+async def test_a_library_that_is_away_is_left_alone_for_a_while(breakers, clock):
+    cache, library = BlueprintCache(breakers[URZA]), Library()
+    for _ in range(10):
+        assert not await cache.refresh(library)
+    assert library.asked == FAILURES
+    library.is_away = False
+    clock.advance(CONFIGS[URZA].cool_down_seconds)
+    assert await cache.refresh(library)
+    assert breakers[URZA].state == CLOSED
+
+
+async def test_a_publisher_that_is_away_costs_other_reports_none_of_their_attempts(breakers, clock):
+    seen, attempts, is_away = [], {}, True
+
+    async def publish(report):
+        if is_away:
+            raise Unavailable("Nobody is there.")
+        seen.append(report.report_id)
+
+    outbox = Outbox(
+        SimpleNamespace(publish=publish), ReportConfig(), note_attempts=attempts.__setitem__, clock=clock,
+        breaker=breakers[FIELD_REPORTS],
+    )  # fmt: skip
+    outbox.add(FieldReport(report_id="first"))
+    for _ in range(4):
+        assert await outbox.publish_due() == 0
+        clock.advance(1)
+    assert breakers[FIELD_REPORTS].state == OPEN
+    outbox.add(FieldReport(report_id="second"))
+    assert await outbox.publish_due() == 0
+    assert attempts == {"first": 3}
+    is_away = False
+    clock.advance(CONFIGS[FIELD_REPORTS].cool_down_seconds)
+    assert await outbox.publish_due() == 1
+    assert (seen, breakers[FIELD_REPORTS].state) == (["second"], CLOSED)
+
+
+def test_a_journal_that_fails_is_left_alone_and_written_again_after_a_second(breakers, clock, tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "journal.sqlite", breaker=breakers[JOURNAL])
+    asked, trim = [], journal._trim
+
+    def full(_connection):
+        asked.append(1)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(journal, "_trim", full)
+    for number in range(10):
+        assert not journal.keep("kind", str(number), b"x")
+    assert (len(asked), journal.dropped, breakers[JOURNAL].state) == (FAILURES, 10, OPEN)
+    monkeypatch.setattr(journal, "_trim", trim)
+    clock.advance(CONFIGS[JOURNAL].cool_down_seconds)
+    assert journal.keep("kind", "after", b"x")
+    assert breakers[JOURNAL].state == CLOSED
+    journal.close()
+
+
+async def test_state_files_that_cannot_be_written_are_left_alone_for_a_while(breakers, clock, tmp_path, monkeypatch):
+    state, asked = LastingState(tmp_path, breaker=breakers[STATE_FILES]), []
+
+    def full(_parts):
+        asked.append(1)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state.norms, "save", full)
+    for _ in range(10):
+        await state.save()
+    assert len(asked) == FAILURES
+    clock.advance(CONFIGS[STATE_FILES].cool_down_seconds)
+    await state.save()
+    assert len(asked) == FAILURES + 1

@@ -262,8 +262,9 @@ def _blueprint_parameters(blueprints: Sequence[BlueprintCandidate]) -> list[dict
 
 def _blueprint_values(candidate: BlueprintCandidate) -> list[float | None]:
     d = candidate.descriptor
-    counts = (layer.get("parameter_count") for layer in _dicts(candidate.extras.get("layers")))
-    count = sum(c for c in counts if isinstance(c, int | float))
+    told = (layer.get("parameter_count") for layer in _dicts(candidate.extras.get("layers")))
+    counts = [count for count in told if isinstance(count, int | float)]
+    count = sum(counts) if counts else None
     return [candidate.risk, d.tier / 3, d.stage / 10, float(d.quarantine_only), _log(count)]
 
 

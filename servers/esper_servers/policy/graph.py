@@ -288,7 +288,7 @@ def _write_seed(row: Floats, state: SeedState) -> None:
     offset = 2 * len(schema.FEATURES["seed"])
     stage = state.stage if 0 <= state.stage < schema.STAGES else 0
     values = [
-        stage / 11, metrics.get("alpha"),
+        stage / 11 if stage else None, metrics.get("alpha"),
         _log(state.gradient_norm) if state.HasField("gradient_norm") else None,
         _log(state.learning_rate * 1000) if state.HasField("learning_rate") else None,
         state.layer_depth / 100 if state.HasField("layer_depth") else None,

@@ -262,8 +262,9 @@ def _blueprint_parameters(blueprints: Sequence[BlueprintCandidate]) -> list[dict
 
 def _blueprint_values(candidate: BlueprintCandidate) -> list[float | None]:
     d = candidate.descriptor
-    counts = (layer.get("parameter_count") for layer in _dicts(candidate.extras.get("layers")))
-    count = sum(c for c in counts if isinstance(c, int | float))
+    told = (layer.get("parameter_count") for layer in _dicts(candidate.extras.get("layers")))
+    counts = [count for count in told if isinstance(count, int | float)]
+    count = sum(counts) if counts else None
     return [candidate.risk, d.tier / 3, d.stage / 10, float(d.quarantine_only), _log(count)]
 
 
@@ -287,7 +288,7 @@ def _write_seed(row: Floats, state: SeedState) -> None:
     offset = 2 * len(schema.FEATURES["seed"])
     stage = state.stage if 0 <= state.stage < schema.STAGES else 0
     values = [
-        stage / 11, metrics.get("alpha"),
+        stage / 11 if stage else None, metrics.get("alpha"),
         _log(state.gradient_norm) if state.HasField("gradient_norm") else None,
         _log(state.learning_rate * 1000) if state.HasField("learning_rate") else None,
         state.layer_depth / 100 if state.HasField("layer_depth") else None,

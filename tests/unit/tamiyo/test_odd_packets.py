@@ -88,6 +88,15 @@ def test_coverage_counts_what_is_a_number_and_nothing_else(controller, packet):
     assert (after.types["node.global"] == 0) == is_blank
 
 
+@pytest.mark.parametrize("stage", [0, 12, 99, -7])
+def test_a_stage_that_nobody_knows_counts_as_unknown(controller, stage):
+    graph = controller.pipeline.runs.find("run").graph
+    ask(controller, 1, SystemStatePacket(training_metrics={"loss": 0.5}, seed_states=seeds_of(0.1, stage=stage)))
+    assert graph.coverage().features["seed.stage"] == 0.0
+    ask(controller, 2, SystemStatePacket(training_metrics={"loss": 0.5}, seed_states=seeds_of(0.1, stage=11)))
+    assert "seed.stage" not in graph.coverage().features
+
+
 def test_ten_thousand_seeds_cost_a_bounded_time(controller):
     packet = with_seeds(10_000)
     ask(controller, 1, packet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -20,6 +21,8 @@ from esper_rpc.status import from_rpc_error
 from .answer import CALL_SECONDS, Answer, read_response
 from .case import NotApplicable
 from .methods import CLIENTS, name_of
+
+CONNECT_SECONDS = 3.0
 
 
 class RemoteTransport:
@@ -51,7 +54,7 @@ class RemoteTransport:
         self, method: MethodDescriptor, messages: Sequence[bytes], caller: SpiffeId, wanted: int | None
     ) -> Answer:
         """Call an RPC as a member of the mesh."""
-        channel = self._channel(method.containing_service.full_name, caller)
+        channel = await self._channel(method.containing_service.full_name, caller)
         responses: list[dict[str, Any]] = []
         try:
             async with asyncio.timeout(CALL_SECONDS):
@@ -63,9 +66,13 @@ class RemoteTransport:
             return Answer(tuple(responses), DeadlineExceeded(f"No answer within {CALL_SECONDS:g} s."))
         return Answer(tuple(responses))
 
-    def _channel(self, service: str, caller: SpiffeId) -> grpc.aio.Channel:
+    async def _channel(self, service: str, caller: SpiffeId) -> grpc.aio.Channel:
         if (service, caller) not in self._channels:
-            self._channels[service, caller] = self._open(service, caller)
+            channel = self._channels[service, caller] = self._open(service, caller)
+            # A handshake that fails on a busy machine is tried again; why one fails for good shows at the call.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CONNECT_SECONDS):
+                    await channel.channel_ready()
         return self._channels[service, caller]
 
     def _open(self, service: str, caller: SpiffeId) -> grpc.aio.Channel:

@@ -81,12 +81,16 @@ class BlueprintCache:
         try:
             request = ListBlueprintsRequest(page_size=MAX_BLUEPRINTS)
             page = await reader.list_blueprints(request, timeout=CATALOGUE_SECONDS)
-            extras = await self._new_extras(page.blueprints, reader)
         except EsperError as error:
             self._breaker.record_failure()
-            log.warning("timeout_urza", priority="HIGH", error=error.message[:200])
-            return False
+            return _was_late(error)
         self._breaker.record_success()
+        try:
+            extras = await self._new_extras(page.blueprints, reader)
+        except EsperError as error:
+            # Their budget is short, and a busy library misses it without being ill. Blueprints without their sheets
+            # could not be told to be dangerous, so the old ones stay.
+            return _was_late(error)
         self.replace_with(page.blueprints, extras)
         return True
 
@@ -106,6 +110,11 @@ class BlueprintCache:
     def _holds(self, blueprints: Sequence[Blueprint]) -> bool:
         """Whether these are the ones here; each has the digest of its extras, so those are the same too."""
         return list(blueprints) == [blueprint for blueprint, _ in self._entries]
+
+
+def _was_late(error: EsperError) -> bool:
+    log.warning("timeout_urza", priority="HIGH", error=error.message[:200])
+    return False
 
 
 def _binds(blueprint: Blueprint, site: RunSite) -> bool:

@@ -11,10 +11,10 @@ import pytest
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
-from esper_rpc.errors import Unavailable
+from esper_rpc.errors import DeadlineExceeded, Unavailable
 from esper_rpc.journal import Journal
 from esper_rpc.proto.leyline.v1 import CircuitState, FieldReport
-from esper_rpc.proto.urza.v1 import ListBlueprintsResponse
+from esper_rpc.proto.urza.v1 import Blueprint, ListBlueprintsResponse
 from esper_rpc.testing import FakeClock
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
 from esper_servers.tamiyo.breakers import CONFIGS, FIELD_REPORTS, JOURNAL, STATE_FILES, URZA, Breakers
@@ -129,6 +129,21 @@ class Library:
         if self.is_away:
             raise Unavailable("Nobody is there.")
         return ListBlueprintsResponse()
+
+
+async def test_a_library_that_is_late_with_extras_is_asked_again_and_the_old_content_stays(breakers):
+    class Busy(Library):
+        async def list_blueprints(self, request, *, timeout=1.0):
+            self.asked += 1
+            return ListBlueprintsResponse(blueprints=[Blueprint()])
+
+        async def batch_get_extras(self, request, *, timeout=1.0):
+            raise DeadlineExceeded("Busy.")
+
+    cache, library = BlueprintCache(breakers[URZA]), Busy()
+    for _ in range(2 * FAILURES):
+        assert not await cache.refresh(library)
+    assert (library.asked, len(cache), breakers[URZA].state) == (2 * FAILURES, 0, CLOSED)
 
 
 async def test_a_library_that_is_away_is_left_alone_for_a_while(breakers, clock):

@@ -85,7 +85,12 @@ async def test_a_controller_killed_between_a_report_and_its_window_makes_no_seco
 
 async def test_nothing_but_the_report_stays_when_a_window_has_ended(desk):
     command_id = desk.command()
-    await desk.observe(command_id)
+    desk.step(0, 0.5, desk.applied(command_id))
+    await desk.reports.catch_up()
+    assert keys(desk, WINDOW) == [command_id]
+    for epoch in (1, 2, 3):
+        desk.step(epoch, 0.4)
+    await desk.listed()
     assert [keys(desk, kind) for kind in sorted(KEPT)] == [[f"fr-synth-{command_id}"], [], [], [], []]
 
 

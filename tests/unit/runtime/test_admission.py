@@ -113,6 +113,27 @@ def test_the_limit_stays_in_its_bounds_and_places_are_conserved(latencies):
     assert limit.in_flight == 0
 
 
+def test_the_limit_falls_no_lower_than_its_least():
+    clock = FakeClock()
+    limit = ConcurrencyLimit(ConcurrencyConfig(initial=16, least=8, most=16), clock)
+    for exponent in range(10):
+        places = [limit.acquire(STEP) for _ in range(limit.limit)]
+        clock.advance(1e-3 * 10**exponent)
+        for place in places:
+            limit.release(place)
+    assert limit.limit == 8
+
+
+def test_calls_that_hardly_use_the_limit_leave_it_as_it_is():
+    clock = FakeClock()
+    limit = ConcurrencyLimit(ConcurrencyConfig(initial=64), clock)
+    for seconds in (0.001, 0.001, 10.0):
+        place = limit.acquire(STEP)
+        clock.advance(seconds)
+        limit.release(place)
+    assert limit.limit == 64
+
+
 def test_refusals_and_admin_calls_are_written_and_a_flood_is_written_once(tmp_path):
     clock = FakeClock()
     trail = AuditLog(tmp_path / "audit" / "log.jsonl", clock=clock)

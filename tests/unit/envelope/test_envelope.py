@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import contextlib
+import hmac
 import json
 import random
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from esper_rpc.envelope import Keyring, Rejected, RootKeys, Verifier, VerifierConfig, mac_input, reasons, sign
-from esper_rpc.envelope.keys import derive_audience_key, derive_issuer_key
+from esper_rpc.envelope.keys import SECRET_VARIABLE, derive_audience_key, derive_issuer_key
 from esper_rpc.envelope.verification import COMMAND_TYPE
 from esper_rpc.errors import ConfigError
 from esper_rpc.identity import SpiffeId
@@ -83,6 +87,22 @@ def test_a_rejected_envelope_changes_nothing_and_is_counted(verifier, reason):
     assert verifier.rejections == {reason: 1}
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"payload": bytes(256 * 1024)}, {"issued_at_ns": NOW - 60 * 10**9}, {"issued_at_ns": NOW + 5 * 10**9}],
+    ids=["largest", "oldest", "furthest ahead"],
+)
+def test_what_is_just_within_a_limit_is_accepted(verifier, fields):
+    assert verifier.verify(signed(**fields)).nonce == "n1"
+
+
+def test_an_envelope_of_another_version_is_rejected_though_it_was_signed_as_such(verifier):
+    envelope = changed(signed(), version=2)
+    envelope.mac = hmac.digest(keyring().signing_key(str(TRAINER)), mac_input(envelope), "sha256")
+    with pytest.raises(Rejected, match=reasons.INVALID_SIGNATURE):
+        verifier.verify(envelope)
+
+
 def test_an_issuer_unknown_to_the_keyring_is_the_wrong_issuer(verifier):
     with pytest.raises(Rejected, match=reasons.WRONG_ISSUER):
         verifier.verify(changed(signed(), issuer="oona"))
@@ -91,6 +111,12 @@ def test_an_issuer_unknown_to_the_keyring_is_the_wrong_issuer(verifier):
 def test_a_good_envelope_moves_the_fence(verifier):
     assert verifier.verify(signed(sequence=4)).payload == b"payload"
     assert verifier.fences() == {"tamiyo": 4}
+
+
+def test_every_issuer_has_a_fence_of_its_own(verifier):
+    verifier.verify(signed(sequence=4))
+    verifier.verify(signed(signer="operator", sequence=1, nonce="n2"))
+    assert verifier.fences() == {"tamiyo": 4, "operator": 1}
 
 
 @pytest.mark.parametrize("sequence", [3, 4])
@@ -115,6 +141,20 @@ def test_the_identical_envelope_again_returns_the_recorded_outcome(verifier):
     verifier.record_outcome("n1", outcome)
     again = verifier.verify(signed())
     assert (again.duplicate, again.outcome) == (True, outcome)
+
+
+def test_of_one_envelope_that_comes_twice_at_once_one_is_the_duplicate(verifier, monkeypatch):
+    is_full, both = verifier._nonces.is_full, threading.Barrier(2)
+
+    def meeting():
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # Only without a lock would they meet here.
+        return is_full()
+
+    monkeypatch.setattr(verifier._nonces, "is_full", meeting)
+    with ThreadPoolExecutor(2) as pool:
+        accepted = pool.map(verifier.verify, [signed(), signed()])
+    assert sorted(each.duplicate for each in accepted) == [False, True]
 
 
 def test_the_same_command_id_with_another_mac_is_rejected(verifier):
@@ -219,6 +259,16 @@ def test_the_keyring_file_is_private_and_its_repr_shows_no_secret(tmp_path):
     path.chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
         Keyring.load(path)
+
+
+@pytest.mark.parametrize("source", ["keyring.json", SECRET_VARIABLE])
+def test_the_keyring_of_another_role_is_a_clear_error(tmp_path, source):
+    ring = keyring("urza")
+    ring.save(tmp_path / "keyring.json")
+    environ = {SECRET_VARIABLE: ring.to_json().decode()} if source == SECRET_VARIABLE else {}
+    assert Keyring.find(tmp_path, environ, role="urza").role == "urza"
+    with pytest.raises(ConfigError, match=f"{source} holds the keyring of urza, and this is tamiyo"):
+        Keyring.find(tmp_path, environ, role="tamiyo")
 
 
 RING = '{"role": %s, "active_key_id": "k", "issuer_keys": %s, "received": %s}'

@@ -6,11 +6,12 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from esper_rpc.errors import ConfigError, InvalidRequest, PermissionDenied
 from esper_rpc.identity import Authority, Identity, SpiffeId, authorise
 from esper_rpc.identity.authorisation import TABLE, rows_for
+from esper_rpc.identity.authority import check_signing_request
 from esper_rpc.identity.peer import STRANGER
 from esper_rpc.proto.identity.v1 import identity_service_pb2
 from esper_rpc.proto.kasmina.v1 import kasmina_service_pb2
@@ -65,6 +66,36 @@ def test_a_signing_request_cannot_choose_its_name(tmp_path):
         x509.SubjectAlternativeName
     )
     assert "spiffe://esper/trainer/b" in [n.value for n in found.value]
+
+
+def request_of(key, algorithm):
+    return x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, algorithm)
+
+
+def tampered(request):
+    der = request.public_bytes(serialization.Encoding.DER)
+    return x509.load_der_x509_csr(der[:-1] + bytes([der[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        request_of(ed25519.Ed25519PrivateKey.generate(), None),
+        request_of(ec.generate_private_key(ec.SECP384R1()), hashes.SHA256()),
+        tampered(request_of(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())),
+    ],
+    ids=["no EC key", "another curve", "not its own signature"],
+)
+def test_a_signing_request_is_signed_by_its_own_key_of_p_256(request_):
+    with pytest.raises(InvalidRequest, match="csr_pem must"):
+        check_signing_request(request_.public_bytes(serialization.Encoding.PEM))
+
+
+def test_a_leaf_ends_no_later_than_the_intermediate(tmp_path):
+    start = datetime.now(UTC)
+    Authority.create(tmp_path, clock=lambda: start)
+    late = Authority.load(tmp_path, clock=lambda: start + timedelta(days=29, hours=12))
+    assert late.issue(SpiffeId("urza", "a")).not_after == late.not_after < start + timedelta(days=30, hours=1)
 
 
 def test_an_expired_leaf_says_how_to_get_a_new_one(tmp_path):
@@ -128,6 +159,14 @@ def test_an_authority_that_cannot_be_read_is_a_clear_error(tmp_path, name):
     replace_secret(tmp_path / name, b"nothing")
     with pytest.raises(ConfigError, match=name):
         Authority.load(tmp_path)
+
+
+def test_an_authority_whose_key_is_anothers_is_a_clear_error(tmp_path):
+    for name in ("one", "other"):
+        Authority.create(tmp_path / name)
+    replace_secret(tmp_path / "one" / "intermediate.key", (tmp_path / "other" / "intermediate.key").read_bytes())
+    with pytest.raises(ConfigError, match=r"intermediate\.key is not the key of intermediate\.pem"):
+        Authority.load(tmp_path / "one")
 
 
 OWN = rows_for("my.v1.Counter", ["Add", "Reset"], {"Add": {"trainer"}})

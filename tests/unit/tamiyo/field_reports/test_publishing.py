@@ -9,6 +9,7 @@ from structlog.testing import capture_logs
 
 from esper_rpc.errors import Unavailable
 from esper_servers.tamiyo.field_reports.config import ReportConfig
+from esper_servers.tamiyo.field_reports.report_journal import ATTEMPT
 
 HOUR = 3600
 
@@ -124,6 +125,21 @@ async def test_an_acknowledgement_that_overtakes_the_end_of_handing_over_counts(
     assert len(desk.reports._outbox) == 0
     assert await when_published(desk, clock, 10) == []
     assert await desk.reports.acknowledge(report.report_id)
+
+
+async def test_an_acknowledgement_counts_also_when_the_last_handing_over_fails_after_it(start, clock):
+    class Breaking:
+        async def publish(self, report):
+            await desk.reports.acknowledge(report.report_id)
+            raise Unavailable("It broke off.")
+
+    desk = start(publisher=Breaking(), config=ReportConfig(attempts=1))
+    dropped = counted("dropped", reason="attempts")
+    await desk.observe(desk.command())
+    assert await desk.reports.publish_due() == 0
+    assert (len(desk.reports._outbox), counted("dropped", reason="attempts")) == (0, dropped)
+    desk.journal.flush()
+    assert list(desk.journal.read(ATTEMPT)) == []
 
 
 async def test_what_was_cut_off_is_tried_again(start, clock):

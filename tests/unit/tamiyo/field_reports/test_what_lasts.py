@@ -12,9 +12,9 @@ from structlog.testing import capture_logs
 from esper_rpc import page_token
 from esper_rpc.errors import ConfigError, InvalidRequest, NotFound, ResourceExhausted
 from esper_rpc.journal import Record
-from esper_rpc.proto.leyline.v1 import FieldReportOutcome
+from esper_rpc.proto.leyline.v1 import FieldReport, FieldReportOutcome
 from esper_servers.tamiyo.field_reports.config import ReportConfig
-from esper_servers.tamiyo.field_reports.report_journal import ATTEMPT, KEPT, REPORT, TRACE, WINDOW
+from esper_servers.tamiyo.field_reports.report_journal import ATTEMPT, KEPT, REPORT, TRACE, WINDOW, ReportJournal
 from esper_servers.tamiyo.field_reports.writer import KEEP_AGAIN_SECONDS
 
 SUCCESS = FieldReportOutcome.FIELD_REPORT_OUTCOME_SUCCESS
@@ -83,9 +83,35 @@ async def test_a_controller_killed_between_a_report_and_its_window_makes_no_seco
     assert keys(after, WINDOW) == []
 
 
+async def test_the_trace_of_a_run_whose_windows_have_ended_goes_at_the_next_start(start):
+    desk = start()
+    command_id = desk.command()
+    desk.step(0, 0.5, desk.applied(command_id))
+    desk.step(1, 0.5)
+    await desk.reports.catch_up()
+    desk.journal.flush()
+    (trace,) = desk.journal.read(TRACE)
+    await desk.observe(command_id)
+    desk.journal.append(TRACE, trace.key, trace.body)
+    desk.journal.flush()
+    assert keys(start(), TRACE) == []
+
+
+def test_a_report_that_is_on_the_disk_is_written_and_told_no_second_time(desk):
+    journal, report = ReportJournal(desk.journal), FieldReport(report_id="fr-synth-x", command_id="x")
+    found = [journal.keep([report]) for _ in range(2)]
+    assert [(kept.new, kept.commands) for kept in found] == [([report], {"x"}), ([], {"x"})]
+    assert keys(desk, REPORT) == ["fr-synth-x"]
+
+
 async def test_nothing_but_the_report_stays_when_a_window_has_ended(desk):
     command_id = desk.command()
-    await desk.observe(command_id)
+    desk.step(0, 0.5, desk.applied(command_id))
+    await desk.reports.catch_up()
+    assert keys(desk, WINDOW) == [command_id]
+    for epoch in (1, 2, 3):
+        desk.step(epoch, 0.4)
+    await desk.listed()
     assert [keys(desk, kind) for kind in sorted(KEPT)] == [[f"fr-synth-{command_id}"], [], [], [], []]
 
 

@@ -42,6 +42,12 @@ async def test_a_report_tells_whose_command_it_was_and_what_came_of_it(desk, clo
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("latency", [math.nan, math.inf])
+async def test_a_latency_that_is_no_number_is_left_out(desk, latency):
+    report = await desk.observe(desk.command(), hook_latency_ms=latency)
+    assert all(map(math.isfinite, report.metrics.values()))
+
+
 async def test_a_command_that_plants_nothing_is_about_the_blueprint_that_was_planted(desk):
     command_id = desk.command(blueprint_id="", planted={"seed-0": "norm_affine"})
     assert (await desk.observe(command_id)).blueprint_id == "norm_affine"

@@ -117,6 +117,23 @@ def test_after_a_restart_it_is_live_still(controller, updates, request_for, mesh
     assert again.previous == ["gnn_v1-heuristic-1"]
 
 
+def test_what_an_update_left_behind_is_removed_at_the_next_start(
+    controller, updates, request_for, mesh, here, tmp_path
+):
+    asyncio.run(updates.ingest(request_for("gnn_v1-2")))
+    (tmp_path / "policies" / "half-way.safetensors").touch()
+    again = updates_for(controller, mesh, here, tmp_path)
+    assert list((tmp_path / "policies").glob("*.safetensors")) == [again.live_file]
+
+
+def test_an_update_that_comes_twice_at_once_is_taken_once(updates, request_for):
+    async def twice():
+        return await asyncio.gather(*[updates.ingest(request_for("gnn_v1-2")) for _ in range(2)])
+
+    assert sorted(answer.applied for answer in asyncio.run(twice())) == [False, True]
+    assert updates.previous == ["gnn_v1-heuristic-1"]
+
+
 def test_a_policy_whose_file_is_lost_or_spoilt_leaves_the_one_before(
     controller, updates, request_for, mesh, here, tmp_path
 ):

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import math
+import threading
 import time
 
 import grpc
@@ -15,6 +16,7 @@ from esper_client import TamiyoClient
 from esper_rpc import errors
 from esper_rpc.channel import open_channel
 from esper_rpc.envelope import Verifier
+from esper_rpc.identity import SpiffeId
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SystemStatePacket
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.leyline.v1 import SeedOperation as Operation
@@ -31,11 +33,14 @@ from esper_rpc.proto.tamiyo.v1 import (
     Step,
 )
 from esper_rpc.proto.urza.v1 import BatchGetExtrasResponse, BlueprintExtras
+from esper_rpc.server import Call
 from esper_rpc.testing import TAMIYO, FakeTamiyo, serving
 from esper_servers.policy import sample
 from esper_servers.policy.vocabularies import SCHEDULES
+from esper_servers.tamiyo import service
 from esper_servers.tamiyo.commands import COVERAGE_KEYS
 from esper_servers.tamiyo.conservative_mode import COOL_DOWN_SECONDS, EXIT_SUCCESSES
+from esper_servers.tamiyo.run_state import build_graph
 from esper_servers.urza.seeding import installed_blueprints
 
 SERVICE = "esper.tamiyo.v1.TamiyoService"
@@ -280,6 +285,7 @@ def test_a_blueprint_that_turns_out_dangerous_is_answered_where_it_grows(run, sh
     seeds[0].blueprint_id = "residual_mlp"
     run.runs.open(open_run("grown", seeds=seeds), OWNER, run._blueprints.candidates(sample.sample_sites()), 1)
     run._blueprints.replace_with(*catalogue_with(sheet))
+    asyncio.run(run.renew_graphs())
     with structlog.testing.capture_logs() as logs:
         command = command_of(decide(run, step(1, run_id="grown")))
         run.report()
@@ -339,6 +345,19 @@ async def client(mesh, addresses):
 async def operator(mesh, addresses):
     async with TamiyoClient(addresses[SERVICE][0], identity=mesh.identity("operator")) as opened:
         yield opened
+
+
+async def test_the_graph_of_a_run_is_laid_out_while_the_steps_of_others_go_on(tamiyo, monkeypatch):
+    threads = []
+
+    def build(*arguments):
+        threads.append(threading.get_ident())
+        return build_graph(*arguments)
+
+    monkeypatch.setattr(service, "build_graph", build)
+    await tamiyo.OpenRun(open_run(), Call("OpenRun", SpiffeId("trainer", "local")))
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
 
 
 async def test_a_run_opens_once_and_again_and_belongs_to_the_first(client, mesh, addresses):

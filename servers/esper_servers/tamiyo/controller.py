@@ -35,6 +35,7 @@ REPLAY_SECONDS = 60.0
 REPORT_SECONDS = 0.25
 PRUNE_SECONDS = 60.0
 GAUGE_SECONDS = 1.0
+RENEWAL_SECONDS = 0.25
 SAVE_SECONDS = 30.0
 
 
@@ -124,6 +125,7 @@ class Controller:
         """Have the server do what is to be done again and again."""
         server.every(GAUGE_SECONDS, self._pauses.tell_remaining)
         server.every(GAUGE_SECONDS, self.pipeline.tell_restraint)
+        server.every(RENEWAL_SECONDS, self.pipeline.renew_graphs)
         server.every(SAVE_SECONDS, self._lasting.save)
         server.every(REPORT_SECONDS, self._reports.catch_up)
         server.every(REPORT_SECONDS, self._reports.publish_due)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import time
@@ -37,6 +38,7 @@ from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
 from .evidence import Evidence
 from .field_reports.observations import Observations
+from .giving_way import giving_way
 from .inference import Inference
 from .memory import Memory
 from .policy_updates.shadow import Shadow
@@ -134,10 +136,12 @@ class StepPipeline:
         digest = hashlib.sha256(raw).digest()
         watch.lap("validate_us")
         await self.queue.take_turn(watch.arrived, budget)
+        run.begin_step()
         try:
             watch.lap("queue_us")
             return await self._answer(step, run, digest, watch, budget)
         finally:
+            run.end_step()
             self.queue.end_turn()
 
     async def _answer(self, step: Step, run: RunState, digest: bytes, watch: Stopwatch, budget: float) -> bytes:
@@ -165,6 +169,20 @@ class StepPipeline:
         self._reports.report()
         if self.shadow is not None:
             self.shadow.follow()
+
+    async def renew_graphs(self) -> None:
+        """Give runs that know an older catalogue a graph with the present one, beside the steps."""
+        for run in self.runs.all():
+            if run.catalogue_version != self._blueprints.version:
+                await self._renew_graph(run)
+
+    async def _renew_graph(self, run: RunState) -> None:
+        request, version = run.request, self._blueprints.version
+        candidates = self._blueprints.candidates(request.sites)
+        with giving_way():
+            graph = await asyncio.to_thread(build_graph, request, candidates, run.graph.norms)
+        if run.request is request:  # Else it was opened again meanwhile, with a graph of its own.
+            run.take_graph(graph, version)
 
     async def tell_restraint(self) -> None:
         """Show what holds the policy back; to be called again and again, since it changes without a step too."""
@@ -211,10 +229,6 @@ class StepPipeline:
         run.global_step = step.packet.global_step
         for outcome in step.outcomes:
             run.outcomes[outcome.result] += 1
-        if run.catalogue_version != self._blueprints.version:
-            candidates = self._blueprints.candidates(run.request.sites)
-            run.graph = build_graph(run.request, candidates, run.graph.norms)
-            run.catalogue_version = self._blueprints.version
 
     def _judge(self, packet: SystemStatePacket, run: RunState, *, conservative: bool) -> Verdict:
         verdict = choosing.judge(run, packet, conservative=conservative, config=self._risk)

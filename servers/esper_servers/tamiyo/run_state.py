@@ -57,6 +57,26 @@ class RunState:
     def __post_init__(self) -> None:
         self.planted = {seed.seed_id: seed.blueprint_id for seed in self.request.seeds}
         self.mode = ConservativeMode(run_id=self.request.run_id)
+        self._is_deciding = False
+        self._successor: RunGraph | None = None
+
+    def begin_step(self) -> None:
+        """Keep the graph until `end_step`."""
+        self._is_deciding = True
+
+    def end_step(self) -> None:
+        """Let the next step have the graph that came meanwhile."""
+        self._is_deciding = False
+        if self._successor is not None:
+            self.graph, self._successor = self._successor, None
+
+    def take_graph(self, graph: RunGraph, catalogue_version: int) -> None:
+        """Use another graph from the next step on: what the policy puts out is read with the graph that it saw."""
+        self.catalogue_version = catalogue_version
+        if self._is_deciding:
+            self._successor = graph
+        else:
+            self.graph = graph
 
     @property
     def features(self) -> frozenset[str]:
@@ -120,22 +140,25 @@ class Runs:
         protocol_version: int = 1,
         *,
         policy_norms: Moments | None = None,
+        graph: RunGraph | None = None,
     ) -> bool:
         """Open or reopen a run; returns whether it is new. Raises PermissionDenied for another's run.
 
-        `policy_norms` are those that the live policy was trained with.
+        `policy_norms` are those that the live policy was trained with. `graph` is what `build_graph` makes of the
+        request, which takes milliseconds for a large host.
         """
+        graph = graph or build_graph(request, blueprints)
         known = self._runs.get(request.run_id)
         if known is not None:
             _check_owner(known, owner)
             if known.request.receiver_epoch == request.receiver_epoch:
-                graph = build_graph(request, blueprints, known.graph.norms)
+                graph.norms = known.graph.norms
                 known.request, known.protocol_version = request, protocol_version
-                known.graph, known.catalogue_version = graph, catalogue_version
+                known.take_graph(graph, catalogue_version)
                 known.planted |= {seed.seed_id: seed.blueprint_id for seed in request.seeds if seed.blueprint_id}
                 self._register(request, blueprints)
                 return False
-        graph = build_graph(request, blueprints, self._norms.begin(policy_norms))
+        graph.norms = self._norms.begin(policy_norms)
         if known is not None:
             self._norms.end(known.experience)
         self._runs[request.run_id] = RunState(request, owner, graph, catalogue_version, protocol_version)

@@ -50,9 +50,11 @@ from .blueprint_cache import BlueprintCache
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
 from .field_reports.reports import FieldReports
+from .giving_way import giving_way
 from .pauses import Pauses
 from .pipeline import StepPipeline
 from .policy_updates.updates import PolicyUpdates
+from .run_state import build_graph
 
 PROTOCOL_VERSIONS = frozenset({1, 2})
 """1: steps and decisions. 2: also the greeting, `going_away` and the pushback of an overloaded server."""
@@ -101,10 +103,12 @@ class TamiyoServicer:
                 f" {sorted(PROTOCOL_VERSIONS)}; update the older of the two.",
                 reason="NO_COMMON_PROTOCOL_VERSION",
             )
-        candidates = self._blueprints.candidates(request.sites)
+        version, candidates = self._blueprints.version, self._blueprints.candidates(request.sites)
+        with giving_way():  # The steps of others go on.
+            graph = await asyncio.to_thread(build_graph, request, candidates)
         created = self._pipeline.runs.open(
-            request, str(call.peer), candidates, self._blueprints.version, protocol_version=max(common),
-            policy_norms=self._pipeline.policy.norms,
+            request, str(call.peer), candidates, version, protocol_version=max(common),
+            policy_norms=self._pipeline.policy.norms, graph=graph,
         )  # fmt: skip
         return OpenRunResponse(
             protocol_version=max(common),

@@ -78,6 +78,7 @@ class Controller:
             name = seed.blueprint.descriptor.blueprint_id
             extras.append(BlueprintExtras(blueprint_id=name, extras_json=document))
         self.pipeline._blueprints.replace_with(blueprints, BatchGetExtrasResponse(extras=extras))
+        asyncio.run(self.pipeline.renew_graphs())
 
     def open(self, run_id="run", **fields):
         defaults = {

@@ -113,13 +113,17 @@ async def test_a_long_turn_leaves_the_loop_free_though_nobody_waits(controller, 
     assert threading.get_ident() not in native.threads
 
 
-async def test_the_eager_plan_keeps_to_the_loop(policy, start):
-    controller = start(policy)
+@pytest.fixture
+def eager(start, policy):
+    return start(policy)
+
+
+async def test_the_eager_plan_keeps_to_the_loop(eager, policy):
     found = []
     evaluate = policy.evaluate
     policy.evaluate = lambda *arguments: (found.append(threading.get_ident()), evaluate(*arguments))[1]
     try:
-        await asyncio.gather(*await ask_in_a_crowd(controller, (1,), (2,)))
+        await asyncio.gather(*await ask_in_a_crowd(eager, (1,), (2,)))
     finally:
         del policy.evaluate
     assert found == [threading.get_ident()] * 2

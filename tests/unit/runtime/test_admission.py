@@ -124,6 +124,19 @@ def test_the_limit_falls_no_lower_than_its_least():
     assert limit.limit == 8
 
 
+def test_an_overload_that_is_over_is_soon_forgotten_in_the_advice_when_to_come_back():
+    clock = FakeClock()
+    limit = ConcurrencyLimit(ConcurrencyConfig(initial=1, least=1, most=1), clock)
+    for seconds in (*[1.0] * 600, *[0.001] * 100):
+        place = limit.acquire(STEP)
+        clock.advance(seconds)
+        limit.release(place)
+    limit.acquire(STEP)
+    with pytest.raises(ResourceExhausted) as caught:
+        limit.acquire(STEP)
+    assert caught.value.retry_after_ms < 100
+
+
 def test_calls_that_hardly_use_the_limit_leave_it_as_it_is():
     clock = FakeClock()
     limit = ConcurrencyLimit(ConcurrencyConfig(initial=64), clock)
@@ -153,8 +166,8 @@ def test_causes_are_bounded_and_the_one_that_was_longest_quiet_goes_first(monkey
     monkeypatch.setattr(audit, "CAUSES_KEPT", 2)
     clock = FakeClock()
     trail = AuditLog(clock=clock)
-    for peers in ("ab", "ac"):
-        clock.advance(1.5)
+    for seconds, peers in ((0, "a"), (0.6, "b"), (0.6, "ac")):
+        clock.advance(seconds)
         for peer in peers:
             trail.refused(peer, "/m", "DENIED")
     with capture_logs() as logs:

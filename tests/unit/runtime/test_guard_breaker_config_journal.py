@@ -61,6 +61,27 @@ def test_a_breaker_opens_probes_once_and_closes_after_successes():
     assert moves == [(CLOSED, OPEN), (OPEN, HALF_OPEN), (HALF_OPEN, CLOSED)]
 
 
+def test_failures_count_only_in_a_row():
+    breaker = CircuitBreaker(config=BreakerConfig(failures=2), clock=FakeClock())
+    for _ in range(3):
+        breaker.record_failure()
+        breaker.record_success()
+    assert breaker.state == CLOSED
+
+
+def test_a_probe_that_fails_after_a_good_one_opens_again_and_all_of_them_are_to_succeed_anew():
+    clock = FakeClock()
+    breaker = CircuitBreaker(config=BreakerConfig(failures=2, cool_down_seconds=1, successes=2), clock=clock)
+    breaker.record_failure()
+    breaker.record_failure()
+    for probes in ("good", "bad"), ("good",):
+        clock.advance(1)
+        for probe in probes:
+            assert breaker.allow()
+            breaker.record_success() if probe == "good" else breaker.record_failure()
+        assert breaker.state == (OPEN if "bad" in probes else HALF_OPEN)
+
+
 def test_a_failed_probe_opens_again():
     clock = FakeClock()
     breaker = CircuitBreaker(config=BreakerConfig(failures=1, cool_down_seconds=1), clock=clock)

@@ -28,6 +28,19 @@ async def test_more_than_it_holds_comes_through_whole():
         assert [request async for request in inbox] == list(range(3 * CAPACITY))
 
 
+async def test_nothing_of_a_stream_that_was_left_stays_on_the_loop():
+    async def silent():
+        await asyncio.Event().wait()
+        yield 0
+
+    before = asyncio.all_tasks()
+    async with Inbox(silent()) as inbox:
+        pass
+    (reader,) = asyncio.all_tasks() - before
+    await asyncio.wait([reader], timeout=20)
+    assert (reader.cancelled(), inbox._timer.cancelled()) == (True, True)
+
+
 async def test_an_idle_stream_is_told_to_leave_and_ended_soon_after():
     async def silent():
         await asyncio.Event().wait()

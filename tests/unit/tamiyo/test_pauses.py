@@ -92,6 +92,28 @@ def test_what_is_given_back_can_be_granted_again_and_only_once(quota, clock):
     assert quota.remaining(ONE) == 10_000
 
 
+def test_what_was_given_back_takes_nothing_with_it_when_it_leaves_the_window(quota, clock):
+    spending = quota.take(ONE, 1000)
+    take(quota, 1000)
+    quota.give_back(spending)
+    clock.advance(30)
+    take(quota, 500)
+    clock.advance(31)
+    assert quota.remaining(ONE) == 9500
+
+
+def test_what_counts_from_before_leaves_the_window_by_its_age_in_whatever_order_it_came(quota, clock):
+    quota.restore([(ONE, 1000, 10.0), (ONE, 500, 50.0)])
+    clock.advance(15)
+    assert quota.remaining(ONE) == 9000
+
+
+def test_a_quota_that_was_lowered_has_nothing_left_and_no_less(clock):
+    quota = PauseQuota(PauseConfig(units_per_window=100), clock)
+    quota.restore([(ONE, 1000, 0.0)])
+    assert (quota.remaining(ONE), take(quota, 1)) == (0, 0)
+
+
 def test_settings_out_of_range_are_refused():
     with pytest.raises(ConfigError, match="window_seconds"):
         PauseConfig(window_seconds=0)
@@ -143,7 +165,11 @@ async def test_what_was_granted_before_a_restart_still_counts(tmp_path):
 
 async def test_a_wall_clock_that_was_set_back_gives_nobody_a_second_quota(journal):
     await ask(pauses(journal, FakeClock(), now_ns=1000 * SECOND))
-    assert pauses(journal, FakeClock(), now_ns=10 * SECOND)._quota.remaining(ONE) == 9000
+    clock = FakeClock()
+    quota = pauses(journal, clock, now_ns=10 * SECOND)._quota
+    assert quota.remaining(ONE) == 9000
+    clock.advance(60)
+    assert quota.remaining(ONE) == 10_000
 
 
 async def test_the_trail_is_read_page_by_page(journal, clock):

@@ -35,6 +35,11 @@ def test_after_a_rollback_the_highest_version_stands(store):
     assert (store.read().live, store.read().highest) == (START.live, 5)
 
 
+def test_a_shipped_policy_above_every_version_that_was_accepted_is_the_highest(store, tmp_path):
+    store.write(START.grown(store.keep("v-5", b"weights"), 5))
+    assert PolicyStore(tmp_path, Lineage((Entry("shipped-9"),), 9)).read().highest == 9
+
+
 @given(st.lists(st.one_of(st.integers(2, 50), st.none()), max_size=40))
 def test_whatever_comes_the_shipped_policy_stays_and_the_highest_never_falls(steps):
     lineage, highest = START, START.highest

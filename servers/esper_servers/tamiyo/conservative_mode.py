@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import structlog
 
+from esper_rpc.telemetry.metrics import observe_conservative
+
 log = structlog.get_logger(__name__)
 
 EXIT_SUCCESSES = 50
@@ -22,6 +24,7 @@ class ConservativeMode:
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, run_id: str = "") -> None:
         self._clock = clock
         self._context = {"run_id": run_id} if run_id else {}
+        self._scope = "run" if run_id else "service"
         self._lock = threading.Lock()
         self.enabled = False
         self.reason = ""
@@ -37,6 +40,7 @@ class ConservativeMode:
         with self._lock:
             if not self.enabled:
                 log.warning("conservative_entered", reason=reason, priority="HIGH", **self._context)
+                observe_conservative(self._scope, "operator" if by_hand else reason)
             self.enabled, self.reason, self._by_hand = True, reason, by_hand or self._by_hand
             self._entered_at, self._successes, self._entries = self._clock(), 0, self._entries + 1
             if until is not None:

@@ -29,6 +29,7 @@ from esper_rpc.telemetry.metrics import tell_restraint
 from esper_servers.policy.policy import Policy
 
 from . import choosing
+from .awaited_outcomes import OUTCOMES_MISSING
 from .blueprint_cache import BlueprintCache
 from .breakers import INFERENCE, Breakers
 from .choosing import Decided
@@ -95,7 +96,7 @@ class StepPipeline:
         """Called when the breaker around inference opens."""
         self.observations = Observations()
         """For the field reports on what commands did."""
-        self._reports = DecisionReports(self.observations.note)
+        self._reports = DecisionReports(self._observe)
         self._unrecorded: deque[Evidence] = deque()
         """Of answers that have not left: the journal's thread would hold them up."""
 
@@ -163,6 +164,12 @@ class StepPipeline:
         self._reports.report()
         if self.shadow is not None:
             self.shadow.follow()
+
+    def _observe(self, reported: Reported) -> None:
+        self.observations.note(reported)
+        run = reported.run
+        if run.awaited.note((outcome.command_id for outcome in reported.step.outcomes), reported.command_id):
+            run.mode.enter(OUTCOMES_MISSING)
 
     async def tell_restraint(self) -> None:
         """Show what holds the policy back; to be called again and again, since it changes without a step too."""

@@ -18,6 +18,11 @@ from .run_state import RunState
 NOMINAL, POLICY = "nominal", "policy"
 
 
+BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN = "budget_exhausted", "inference_failed", "inference_breaker_open"
+UNDECIDED = frozenset({BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN})
+"""Why a step got no action without a decision: nothing that is recorded of it says so."""
+
+
 @dataclass(frozen=True, slots=True)
 class Decided:
     """A choice with its reason, and what it was chosen from; no choice is NoAction."""

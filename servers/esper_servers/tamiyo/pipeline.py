@@ -5,6 +5,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -32,7 +33,7 @@ from . import choosing
 from .awaited_outcomes import OUTCOMES_MISSING
 from .blueprint_cache import BlueprintCache
 from .breakers import INFERENCE, Breakers
-from .choosing import Decided
+from .choosing import BREAKER_OPEN, BUDGET_EXHAUSTED, INFERENCE_FAILED, Decided
 from .commands import build_command, sign_command
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
@@ -40,7 +41,7 @@ from .evidence import Evidence
 from .field_reports.observations import Observations
 from .memory import Memory
 from .policy_updates.shadow import Shadow
-from .reporting import DecisionReports, Reported
+from .reporting import STEPS_PER_SAMPLE, DecisionReports, Reported
 from .risk.config import RiskConfig
 from .risk.engine import Verdict
 from .risk.events import RiskEvents
@@ -50,7 +51,6 @@ from .stopwatch import Stopwatch
 
 log = structlog.get_logger(__name__)
 
-BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN = "budget_exhausted", "inference_failed", "inference_breaker_open"
 EPOCH_BUDGET_SECONDS = 2.0
 Request = TypeVar("Request", EvaluateStepsRequest, EvaluateEpochRequest)
 GREETING_ANSWER = EvaluateStepsResponse(decision=StepDecision()).SerializeToString()
@@ -99,6 +99,9 @@ class StepPipeline:
         self._reports = DecisionReports(self._observe)
         self._unrecorded: deque[Evidence] = deque()
         """Of answers that have not left: the journal's thread would hold them up."""
+
+        self._samples: list[tuple[RunState, Callable[[], Evidence]]] = []
+        """Steps without a command that are to be recorded; to gather what they were decided on takes too long here."""
 
     async def evaluate_in_band(self, raw: bytes, owner: str) -> bytes:
         """Answer a message of the stream; a refusal is an answer too, and the stream goes on."""
@@ -158,6 +161,7 @@ class StepPipeline:
 
     def report(self) -> None:
         """Record commands, metrics, events and spans of what was answered; call it when the answer is on its way."""
+        self._take_samples()
         while self._unrecorded:
             self._decisions.record(self._unrecorded.popleft())
         self._risk_events.report()
@@ -180,6 +184,8 @@ class StepPipeline:
     def _decide(
         self, step: Step, run: RunState, digest: bytes, watch: Stopwatch, budget: float
     ) -> tuple[StepDecision, Evidence | None]:
+        if self._samples:
+            self._take_samples(of=run)
         self._note(run, step)
         memory, conservative = Memory.of(run), self._mode.enabled or run.mode.enabled
         verdict = self._judge(step.packet, run, conservative=conservative)
@@ -189,6 +195,13 @@ class StepPipeline:
             self.shadow.note(run, decided, run.ordered_seeds(step.packet))
         if decided.choice is None:
             self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason, run, verdict))
+            if step.sequence % STEPS_PER_SAMPLE == 0:
+                gather = partial(
+                    Evidence.of, None, step.packet, watch.ledger, decided, verdict, run=run, memory=memory,
+                    policy=self.policy, prior=self.policy.prior, risk=self._risk, conservative=conservative,
+                    sequence=step.sequence,
+                )  # fmt: skip
+                self._samples.append((run, gather))
             return StepDecision(no_action=NoAction(reason=decided.reason)), None
         command = build_command(
             run, decided.choice, reason=decided.reason, policy_version=self.policy.version, verdict=verdict
@@ -203,12 +216,19 @@ class StepPipeline:
         )
         evidence = Evidence.of(
             command, step.packet, watch.ledger, decided, verdict, run=run, memory=memory, policy=self.policy,
-            prior=self.policy.prior, risk=self._risk, conservative=conservative,
+            prior=self.policy.prior, risk=self._risk, conservative=conservative, sequence=step.sequence,
         )  # fmt: skip
         watch.lap("signing_us")
         kind = self._issued(run, command)
         self._count(Reported(step, watch.ledger, kind, decided.reason, run, verdict, command.command_id))
         return StepDecision(command=envelope), evidence
+
+    def _take_samples(self, of: RunState | None = None) -> None:
+        """Gather the evidence of steps without a command: of one run before its next step, else of all."""
+        for run, gather in self._samples:
+            if of is None or of is run:
+                self._unrecorded.append(gather())
+        self._samples = [] if of is None else [sample for sample in self._samples if sample[0] is not of]
 
     def _note(self, run: RunState, step: Step) -> None:
         run.steps += 1

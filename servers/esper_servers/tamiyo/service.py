@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from esper_rpc.errors import FailedPrecondition
+from esper_rpc.errors import FailedPrecondition, InvalidRequest
 from esper_rpc.inbox import Inbox
 from esper_rpc.proto.leyline.v1 import CircuitState, HealthStatus
 from esper_rpc.proto.tamiyo.v1 import (
@@ -48,6 +48,7 @@ from esper_servers.policy.policy import ARCHITECTURE_VERSION
 from .blueprint_cache import BlueprintCache
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
+from .evidence import key_of_step
 from .field_reports.reports import FieldReports
 from .pauses import Pauses
 from .pipeline import StepPipeline
@@ -77,7 +78,7 @@ class TamiyoServicer:
         replay: Callable[[str], Awaitable[list[str]]],
         reports: FieldReports,
     ) -> None:
-        """`replay` says what of a command comes out otherwise than recorded."""
+        """`replay` says what of a decision comes out otherwise than recorded."""
         self._pipeline = pipeline
         self._blueprints = blueprints
         self._decisions = decisions
@@ -98,6 +99,7 @@ class TamiyoServicer:
                 f" {sorted(PROTOCOL_VERSIONS)}; update the older of the two.",
                 reason="NO_COMMON_PROTOCOL_VERSION",
             )
+        self._pipeline.report()  # Before an open run gets another graph.
         candidates = self._blueprints.candidates(request.sites)
         created = self._pipeline.runs.open(
             request, str(call.peer), candidates, self._blueprints.version, protocol_version=max(common),
@@ -250,12 +252,12 @@ class TamiyoServicer:
     async def ExplainDecision(self, request: ExplainDecisionRequest, call: Call) -> ExplainDecisionResponse:
         """Return the record of a decision."""
         self._pipeline.report()
-        return await asyncio.to_thread(self._decisions.explain, request.command_id)
+        return await asyncio.to_thread(self._decisions.explain, _key_of(request))
 
     async def ReplayDecision(self, request: ReplayDecisionRequest, call: Call) -> ReplayDecisionResponse:
         """Decide again from the record, beside the steps."""
         self._pipeline.report()
-        found = await self._replay(request.command_id)
+        found = await self._replay(_key_of(request))
         return ReplayDecisionResponse(identical=not found, differences=found)
 
     def _check_run(self, run_id: str, call: Call) -> None:
@@ -278,3 +280,11 @@ class TamiyoServicer:
         """Ask every stream to go elsewhere."""
         for inbox in self._inboxes:
             inbox.leave()
+
+
+def _key_of(request: ExplainDecisionRequest | ReplayDecisionRequest) -> str:
+    if request.command_id:
+        return request.command_id
+    if not request.run_id or not request.sequence:
+        raise InvalidRequest("Name a command, or a run and the sequence of one of its steps.")
+    return key_of_step(request.run_id, request.sequence)

@@ -56,6 +56,9 @@ DECISIONS = Counter("esper_decisions", "Answers to steps.", ["kind", "reason"])
 PAUSE_REQUESTS = Counter("esper_pause_requests", "Requests for a pause, by what was granted of them.", ["result"])
 
 POLICY_UPDATES = Counter("esper_policy_updates", "Policies that came, by what became of them.", ["result", "reason"])
+CONSERVATIVE_ENTRIES = Counter(
+    "esper_conservative_entries", "Times that the service or a run came to be held back.", ["scope", "cause"]
+)
 BREAKER_MOVES = Counter("esper_breaker_moves", "Times that a breaker changed its state.", ["breaker", "state"])
 SHADOW_DECISIONS = Counter(
     "esper_shadow_decisions", "Steps that the shadow policy followed, by whether it agreed.", ["agreed"]
@@ -167,6 +170,11 @@ def _restraint_gauges() -> tuple[Gauge, Gauge]:
         Gauge("esper_conservative_mode", held, ["scope"], multiprocess_mode=LATEST),
         Gauge("esper_breaker_state", state, ["breaker"], multiprocess_mode=LATEST),
     )
+
+
+def observe_conservative(scope: str, cause: str) -> None:
+    """Record that the service or a run is held back from now on, and for what."""
+    CONSERVATIVE_ENTRIES.labels(scope, cause).inc()
 
 
 def observe_breaker_move(breaker: str, state: str) -> None:

@@ -29,6 +29,7 @@ from esper_rpc.proto.tamiyo.v1 import (
     GetPolicyRequest,
     GetStatusRequest,
     OpenRunRequest,
+    ReplayDecisionRequest,
     SetConservativeModeRequest,
     Step,
 )
@@ -442,6 +443,16 @@ async def test_an_operator_reads_policy_status_and_the_record_of_a_decision(clie
     record = await operator.explain_decision(ExplainDecisionRequest(command_id=issued.command_id))
     assert record.command == issued
     assert record.packet == step(1).step.packet
+
+
+@pytest.mark.parametrize("named", [{}, {"run_id": "run"}, {"sequence": 1}])
+async def test_a_decision_is_named_by_its_command_or_by_run_and_sequence(operator, named):
+    for ask, request in (
+        (operator.explain_decision, ExplainDecisionRequest(**named)),
+        (operator.replay_decision, ReplayDecisionRequest(**named)),
+    ):
+        with pytest.raises(errors.InvalidRequest, match="Name a command, or a run and the sequence"):
+            await ask(request)
 
 
 async def test_an_operator_sees_the_run_that_is_held_back_and_lets_it_go(client, operator):

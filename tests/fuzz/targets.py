@@ -49,8 +49,9 @@ from esper_servers.policy import sample
 from esper_servers.policy.policy import Policy
 from esper_servers.policy.prior import PriorConfig
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
+from esper_servers.tamiyo.choosing import INFERENCE_FAILED
 from esper_servers.tamiyo.conservative_mode import ConservativeMode
-from esper_servers.tamiyo.pipeline import INFERENCE_FAILED, StepPipeline
+from esper_servers.tamiyo.pipeline import StepPipeline
 from esper_servers.tamiyo.risk.config import RiskConfig
 from esper_servers.tamiyo.run_state import Runs, build_graph
 from esper_servers.urza.seeding import installed_blueprints

@@ -76,6 +76,29 @@ def test_explain_as_json_has_the_features_as_numbers(mesh, command_id):
     assert document["ledger"]["total_us"] > 0
 
 
+async def idle_until_sampled(home):
+    """Open a run whose seeds need nothing, and ask the steps up to the first that is recorded."""
+    opened = OpenRunRequest(
+        run_id="team/idle", protocol_versions=[2], receiver_epoch=bytes(16), features=["pause"],
+        sites=sample.sample_sites(), seeds=sample.sample_seeds(),
+    )  # fmt: skip
+    async with TamiyoClient(home.address("tamiyo"), identity=home.identity("trainer")) as client:
+        await client.open_run(opened)
+        for sequence in (1, 100):
+            packet = SystemStatePacket(training_metrics={"loss": 0.5})
+            step = Step(run_id="team/idle", sequence=sequence, budget_us=5_000_000, packet=packet)
+            assert (await client.evaluate_step(EvaluateStepRequest(step=step))).decision.HasField("no_action")
+
+
+def test_a_step_without_a_command_is_explained_and_replayed_by_its_run_and_sequence(mesh):
+    asyncio.run(idle_until_sampled(mesh.home))
+    result = esper(mesh, "explain", "team/idle/100")
+    assert result.exit_code == 0, result.output
+    assert all(text in result.stdout for text in ("NO_ACTION", "team/idle", "loss_trend"))
+    assert esper(mesh, "replay", "team/idle/100").stdout == "Identical, bit for bit.\n"
+    assert "team/idle/1" in esper(mesh, "explain", "team/idle/1").output
+
+
 def test_replay_is_identical_also_by_a_controller_that_was_killed_and_started_again(mesh, command_id):
     assert esper(mesh, "replay", command_id).stdout == "Identical, bit for bit.\n"
     mesh.services["tamiyo"].process.kill()

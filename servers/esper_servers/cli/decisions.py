@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from google.protobuf.json_format import MessageToDict
@@ -20,18 +20,22 @@ from esper_rpc.proto.tamiyo.v1 import (
 from .console import EXIT_FAILURE, AddressOption, HomeOption, JsonOption, home_of, print_json, print_rows, run
 from .home import Home
 
-CommandArgument = Annotated[str, typer.Argument(help="The identifier of the command.", show_default=False)]
+DecisionArgument = Annotated[
+    str,
+    typer.Argument(help="The identifier of a command, or RUN/SEQUENCE of a step without one.", show_default=False),
+]
+Asked = TypeVar("Asked", ExplainDecisionRequest, ReplayDecisionRequest)
 
 
 def explain(
     context: typer.Context,
-    command_id: CommandArgument,
+    decision: DecisionArgument,
     address: AddressOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show why a command was given: inputs, signals, risk, policy and where the time went."""
-    record = run(_explain(home_of(context, home), address, command_id))
+    """Show why a command was given, or none: inputs, signals, risk, policy and where the time went."""
+    record = run(_explain(home_of(context, home), address, decision))
     if as_json:
         print_json(_document(record))
         return
@@ -41,13 +45,13 @@ def explain(
 
 def replay(
     context: typer.Context,
-    command_id: CommandArgument,
+    decision: DecisionArgument,
     address: AddressOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let Tamiyo decide again from the record of a command; exits with 1 when anything comes out otherwise."""
-    answer = run(_replay(home_of(context, home), address, command_id))
+    """Let Tamiyo decide again from the record of a decision; exits with 1 when anything comes out otherwise."""
+    answer = run(_replay(home_of(context, home), address, decision))
     if as_json:
         print_json({"identical": answer.identical, "differences": list(answer.differences)})
     else:
@@ -56,14 +60,21 @@ def replay(
         raise typer.Exit(EXIT_FAILURE)
 
 
-async def _explain(home: Home, address: str | None, command_id: str) -> ExplainDecisionResponse:
+async def _explain(home: Home, address: str | None, decision: str) -> ExplainDecisionResponse:
     async with TamiyoClient(home.address("tamiyo", address), identity=home.identity()) as client:
-        return await client.explain_decision(ExplainDecisionRequest(command_id=command_id))
+        return await client.explain_decision(_named(ExplainDecisionRequest, decision))
 
 
-async def _replay(home: Home, address: str | None, command_id: str) -> ReplayDecisionResponse:
+async def _replay(home: Home, address: str | None, decision: str) -> ReplayDecisionResponse:
     async with TamiyoClient(home.address("tamiyo", address), identity=home.identity()) as client:
-        return await client.replay_decision(ReplayDecisionRequest(command_id=command_id))
+        return await client.replay_decision(_named(ReplayDecisionRequest, decision))
+
+
+def _named(kind: type[Asked], decision: str) -> Asked:
+    run_id, _, sequence = decision.rpartition("/")
+    if run_id and sequence.isdecimal():
+        return kind(run_id=run_id, sequence=int(sequence))
+    return kind(command_id=decision)
 
 
 def _document(record: ExplainDecisionResponse) -> dict[str, Any]:
@@ -113,20 +124,26 @@ def _summary(record: ExplainDecisionResponse) -> dict[str, Any]:
     operation = SeedOperation.Name(change.operation).removeprefix("SEED_OPERATION_") if change.operation else ""
     rows = {
         "command": command.command_id,
-        "type": CommandType.Name(command.command_type).removeprefix("COMMAND_TYPE_"),
+        "type": _type_of(record),
         "operation": operation,
         "seed": command.target_seed_id,
         "blueprint": change.blueprint_id,
         "reason": record.reason,
         "run": record.evidence.run_id,
         "step": record.packet.global_step,
-        "issued": command.issued_at.ToJsonString(),
+        "issued": command.issued_at.ToJsonString() if record.HasField("command") else "",
         "policy": record.policy_version,
         "plan": record.evidence.plan,
         "policy digest": record.evidence.policy_digest.hex(),
         "conservative mode": record.evidence.conservative,
     }
     return {name: value for name, value in rows.items() if value != ""}
+
+
+def _type_of(record: ExplainDecisionResponse) -> str:
+    if not record.HasField("command"):
+        return "NO_ACTION"
+    return CommandType.Name(record.command.command_type).removeprefix("COMMAND_TYPE_")
 
 
 def _risk(verdict: RiskVerdict) -> dict[str, Any]:

@@ -36,6 +36,12 @@ def _values(path: str, ours: Any, theirs: Any, skip: AbstractSet[str], field: An
         yield from _arrays(path, ours, theirs)
     elif isinstance(ours, Message) and isinstance(theirs, Message):
         yield from differences(ours, theirs, skip=skip, prefix=f"{path}.")
+    elif isinstance(ours, Message):
+        yield f"{path}: recorded one, now nothing"
+        yield from differences(ours, type(ours)(), skip=skip, prefix=f"{path}.")
+    elif isinstance(theirs, Message):
+        yield f"{path}: recorded nothing, now one"
+        yield from differences(type(theirs)(), theirs, skip=skip, prefix=f"{path}.")
     elif not _equal(ours, theirs):
         yield f"{path}: recorded {_text(ours, field)}, now {_text(theirs, field)}"
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from esper_rpc.proto.leyline.v1 import TelemetryLevel
 from esper_rpc.telemetry.events import tell_event
+from esper_rpc.telemetry.metrics import observe_conservative
 
 EXIT_SUCCESSES = 50
 COOL_DOWN_SECONDS = 10.0
@@ -21,6 +22,7 @@ class ConservativeMode:
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, run_id: str = "") -> None:
         self._clock = clock
         self._context = {"run_id": run_id} if run_id else {}
+        self._scope = "run" if run_id else "service"
         self._lock = threading.Lock()
         self.enabled = False
         self.reason = ""
@@ -36,6 +38,7 @@ class ConservativeMode:
         with self._lock:
             if not self.enabled:
                 self._tell("conservative_entered", TelemetryLevel.TELEMETRY_LEVEL_ERROR, reason)
+                observe_conservative(self._scope, "operator" if by_hand else reason)
             self.enabled, self.reason, self._by_hand = True, reason, by_hand or self._by_hand
             self._entered_at, self._successes, self._entries = self._clock(), 0, self._entries + 1
             if until is not None:

@@ -139,7 +139,7 @@ class Controller:
         await self._lasting.save()
         self._journal.close()
 
-    async def _replay(self, command_id: str) -> list[str]:
+    async def _replay(self, key: str) -> list[str]:
         await asyncio.to_thread(self._decisions.flush)
         sources = Sources(
             journal=self._journal_file,
@@ -147,4 +147,4 @@ class Controller:
             prior=self._config.prior,
             package=self.plans.served,
         )
-        return await self._aside.run(REPLAY_SECONDS, replay_from, sources, command_id)
+        return await self._aside.run(REPLAY_SECONDS, replay_from, sources, key)

@@ -15,16 +15,16 @@ STRUCTURE = "structure"
 
 
 class DecisionRecords:
-    """Reads the records of commands, and what their graphs were built from, as far as they are on the disk."""
+    """Reads the records of decisions, and what their graphs were built from, as far as they are on the disk."""
 
     def __init__(self, reader: JournalReader) -> None:
         self._reader = reader
 
-    def explain(self, command_id: str) -> ExplainDecisionResponse:
-        """Return the record of a command; raises NotFound."""
-        record = self._reader.find(KIND, command_id)
+    def explain(self, key: str) -> ExplainDecisionResponse:
+        """Return the record of a command or, by `key_of_step`, of a step without one; raises NotFound."""
+        record = self._reader.find(KIND, key)
         if record is None:
-            raise NotFound(f"There is no decision {command_id!r}.")
+            raise NotFound(f"There is no decision {key!r}.")
         return ExplainDecisionResponse.FromString(record.body)
 
     def structure(self, digest: bytes) -> RunStructure:
@@ -38,7 +38,7 @@ class DecisionRecords:
 
 
 class DecisionLog(DecisionRecords):
-    """Keeps the record of every command in the journal, and beside it once what each graph was built from."""
+    """Keeps records of decisions in the journal, and beside it once what each graph was built from."""
 
     def __init__(self, journal: Journal) -> None:
         super().__init__(journal)
@@ -54,10 +54,10 @@ class DecisionLog(DecisionRecords):
         """Wait until everything that was recorded is on the disk."""
         self._journal.flush()
 
-    def explain(self, command_id: str) -> ExplainDecisionResponse:
-        """Return the record of a command; raises NotFound. Waits for the disk: keep it off the step path."""
+    def explain(self, key: str) -> ExplainDecisionResponse:
+        """As of `DecisionRecords`. Waits for the disk: keep it off the step path."""
         self.flush()
-        return super().explain(command_id)
+        return super().explain(key)
 
     def _records(self, evidence: Evidence) -> list[Record]:
         digest, records = self._digests.get(evidence.graph), []
@@ -68,4 +68,4 @@ class DecisionLog(DecisionRecords):
             if not self._journal.holds(STRUCTURE, digest.hex()):
                 records.append(Record(STRUCTURE, digest.hex(), body))
         body = evidence.record(digest).SerializeToString()
-        return [*records, Record(KIND, evidence.command.command_id, body)]
+        return [*records, Record(KIND, evidence.key, body)]

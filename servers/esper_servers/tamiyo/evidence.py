@@ -38,9 +38,10 @@ RUNTIME = f"torch {torch.__version__}"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
-    """Everything that a command was decided on: references to what stays, copies of what the next step overwrites."""
+    """Everything that a step was decided on: references to what stays, copies of what the next step overwrites."""
 
-    command: AdaptationCommand
+    command: AdaptationCommand | None
+    sequence: int
     packet: SystemStatePacket
     ledger: StepLedger
     decided: Decided
@@ -60,17 +61,22 @@ class Evidence:
 
     @classmethod
     def of(
-        cls, command: AdaptationCommand, packet: SystemStatePacket, ledger: StepLedger, decided: Decided,
+        cls, command: AdaptationCommand | None, packet: SystemStatePacket, ledger: StepLedger, decided: Decided,
         verdict: Verdict, *, run: RunState, memory: Memory, policy: Policy, prior: PriorConfig, risk: RiskConfig,
-        conservative: bool,
+        conservative: bool, sequence: int = 0,
     ) -> Evidence:  # fmt: skip
         """Gather it on the step path, before the command changes what the run remembers."""
         return cls(
-            command=command, packet=packet, ledger=ledger, decided=decided, verdict=verdict,
+            command=command, sequence=sequence, packet=packet, ledger=ledger, decided=decided, verdict=verdict,
             policy_version=policy.version, policy_digest=policy.digest, prior=prior, risk=risk,
             conservative=conservative, memory=memory, planted=run.planted.copy(), signals=run.signals(),
             features=run.graph.copy_features(), request=run.request, graph=run.graph,
         )  # fmt: skip
+
+    @property
+    def key(self) -> str:
+        """Under which its record is found."""
+        return self.command.command_id if self.command else key_of_step(self.request.run_id, self.sequence)
 
     def record(self, structure_digest: bytes) -> ExplainDecisionResponse:
         """Write it down; takes too long for the step path."""
@@ -94,6 +100,11 @@ class Evidence:
             command=self.command, packet=self.packet, reason=self.decided.reason,
             policy_version=self.policy_version, ledger=self.ledger, evidence=evidence,
         )  # fmt: skip
+
+
+def key_of_step(run_id: str, sequence: int) -> str:
+    """Return the key of the record of a step without a command; no command is called so."""
+    return f"{run_id}/{sequence}"
 
 
 @functools.cache

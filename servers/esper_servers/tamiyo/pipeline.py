@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -30,9 +31,10 @@ from esper_rpc.telemetry.metrics import tell_restraint
 from esper_servers.policy.policy import Policy
 
 from . import choosing
+from .awaited_outcomes import OUTCOMES_MISSING
 from .blueprint_cache import BlueprintCache
 from .breakers import INFERENCE, Breakers
-from .choosing import BUDGET_EXHAUSTED, Decided
+from .choosing import BREAKER_OPEN, BUDGET_EXHAUSTED, INFERENCE_FAILED, Decided
 from .commands import build_command, sign_command
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
@@ -42,7 +44,7 @@ from .giving_way import giving_way
 from .inference import Inference
 from .memory import Memory
 from .policy_updates.shadow import Shadow
-from .reporting import DecisionReports, Reported
+from .reporting import STEPS_PER_SAMPLE, DecisionReports, Reported
 from .risk.config import RiskConfig
 from .risk.engine import Verdict
 from .risk.events import RiskEvents
@@ -52,7 +54,6 @@ from .stopwatch import Stopwatch
 
 log = structlog.get_logger(__name__)
 
-INFERENCE_FAILED, BREAKER_OPEN = "inference_failed", "inference_breaker_open"
 EPOCH_BUDGET_SECONDS = 2.0
 Request = TypeVar("Request", EvaluateStepsRequest, EvaluateEpochRequest)
 GREETING_ANSWER = EvaluateStepsResponse(decision=StepDecision()).SerializeToString()
@@ -99,9 +100,12 @@ class StepPipeline:
         """Called when the breaker around inference opens."""
         self.observations = Observations()
         """For the field reports on what commands did."""
-        self._reports = DecisionReports(self.observations.note, quiet_steps=self._risk.cool_down_steps)
+        self._reports = DecisionReports(self._observe, quiet_steps=self._risk.cool_down_steps)
         self._unrecorded: deque[Evidence] = deque()
         """Of answers that have not left: the journal's thread would hold them up."""
+
+        self._samples: list[tuple[RunState, Callable[[], Evidence]]] = []
+        """Steps without a command that are to be recorded; to gather what they were decided on takes too long here."""
 
     async def evaluate_in_band(self, raw: bytes, owner: str) -> bytes:
         """Answer a message of the stream; a refusal is an answer too, and the stream goes on."""
@@ -163,6 +167,7 @@ class StepPipeline:
 
     def report(self) -> None:
         """Record commands, metrics, events and spans of what was answered; call it when the answer is on its way."""
+        self._take_samples()
         while self._unrecorded:
             self._decisions.record(self._unrecorded.popleft())
         self._risk_events.report()
@@ -182,7 +187,14 @@ class StepPipeline:
         with giving_way():
             graph = await asyncio.to_thread(build_graph, request, candidates, run.graph.norms)
         if run.request is request:  # Else it was opened again meanwhile, with a graph of its own.
+            self.report()  # What is not recorded yet was decided with the graph before.
             run.take_graph(graph, version)
+
+    def _observe(self, reported: Reported) -> None:
+        self.observations.note(reported)
+        run = reported.run
+        if run.awaited.note((outcome.command_id for outcome in reported.step.outcomes), reported.command_id):
+            run.mode.enter(OUTCOMES_MISSING)
 
     async def tell_restraint(self) -> None:
         """Show what holds the policy back; to be called again and again, since it changes without a step too."""
@@ -193,6 +205,8 @@ class StepPipeline:
     async def _decide(
         self, step: Step, run: RunState, digest: bytes, watch: Stopwatch, budget: float
     ) -> tuple[StepDecision, Evidence | None]:
+        if self._samples:
+            self._take_samples(of=run)
         self._note(run, step)
         policy = self.policy  # Another one may be taken up while this one works.
         memory, conservative = Memory.of(run), self._mode.enabled or run.mode.enabled
@@ -203,6 +217,13 @@ class StepPipeline:
             self.shadow.note(run, decided, run.ordered_seeds(step.packet))
         if decided.choice is None:
             self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason, run, verdict))
+            if step.sequence % STEPS_PER_SAMPLE == 0:
+                gather = partial(
+                    Evidence.of, None, step.packet, watch.ledger, decided, verdict, run=run, memory=memory,
+                    policy=policy, prior=policy.prior, risk=self._risk, conservative=conservative,
+                    sequence=step.sequence,
+                )  # fmt: skip
+                self._samples.append((run, gather))
             return StepDecision(no_action=NoAction(reason=decided.reason)), None
         command = build_command(
             run, decided.choice, reason=decided.reason, policy_version=policy.version, verdict=verdict
@@ -217,12 +238,19 @@ class StepPipeline:
         )
         evidence = Evidence.of(
             command, step.packet, watch.ledger, decided, verdict, run=run, memory=memory, policy=policy,
-            prior=policy.prior, risk=self._risk, conservative=conservative,
+            prior=policy.prior, risk=self._risk, conservative=conservative, sequence=step.sequence,
         )  # fmt: skip
         watch.lap("signing_us")
         kind = self._issued(run, command)
         self._count(Reported(step, watch.ledger, kind, decided.reason, run, verdict, command.command_id))
         return StepDecision(command=envelope), evidence
+
+    def _take_samples(self, of: RunState | None = None) -> None:
+        """Gather the evidence of steps without a command: of one run before its next step, else of all."""
+        for run, gather in self._samples:
+            if of is None or of is run:
+                self._unrecorded.append(gather())
+        self._samples = [] if of is None else [sample for sample in self._samples if sample[0] is not of]
 
     def _note(self, run: RunState, step: Step) -> None:
         run.steps += 1

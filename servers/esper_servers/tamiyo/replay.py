@@ -21,7 +21,7 @@ from esper_servers.policy.prior import PriorConfig
 
 from . import choosing
 from .arrays import read_array
-from .choosing import Decided
+from .choosing import UNDECIDED, Decided
 from .commands import build_command
 from .comparison import differences
 from .decisions import DecisionRecords
@@ -49,14 +49,19 @@ class Replay:
         self._decisions = decisions
         self._policy = policy
 
-    def differences(self, command_id: str) -> list[str]:
+    def differences(self, key: str) -> list[str]:
         """Say what comes out otherwise than recorded; raises NotFound, or FailedPrecondition without the means.
 
         Takes milliseconds and waits for the disk: keep it off the step path.
         """
-        recorded = self._decisions.explain(command_id)
+        recorded = self._decisions.explain(key)
         if not recorded.HasField("evidence"):
             raise FailedPrecondition("An earlier version recorded this decision.", reason="NOT_REPLAYABLE")
+        if recorded.reason in UNDECIDED:
+            raise FailedPrecondition(
+                f"Nothing was decided at this step ({recorded.reason}), so there is nothing to decide again.",
+                reason="NOT_REPLAYABLE",
+            )
         structure = self._decisions.structure(recorded.evidence.structure_digest)
         now = decide_again(recorded, structure, self._policy())
         found = list(differences(recorded, now, skip=_skipped(recorded.evidence, now.evidence)))
@@ -75,10 +80,10 @@ class Sources:
     """The compiled plan, where it is served."""
 
 
-def replay_from(sources: Sources, command_id: str) -> list[str]:
+def replay_from(sources: Sources, key: str) -> list[str]:
     """Say what comes out otherwise than recorded, as `Replay.differences`."""
     policy = _policy_of(sources.policy, sources.prior, sources.package)
-    return Replay(DecisionRecords(JournalReader(sources.journal)), lambda: policy).differences(command_id)
+    return Replay(DecisionRecords(JournalReader(sources.journal)), lambda: policy).differences(key)
 
 
 @functools.lru_cache(maxsize=1)
@@ -131,9 +136,11 @@ def _recorded(evidence: DecisionEvidence) -> PolicyOutput:
     return PolicyOutput(value=value, plan=evidence.plan, **arrays)
 
 
-def _command(run: RunState, decided: Decided, verdict: Verdict, recorded: ExplainDecisionResponse) -> AdaptationCommand:
+def _command(
+    run: RunState, decided: Decided, verdict: Verdict, recorded: ExplainDecisionResponse
+) -> AdaptationCommand | None:
     if decided.choice is None:
-        return AdaptationCommand()
+        return None
     return build_command(
         run, decided.choice, reason=decided.reason, policy_version=recorded.policy_version, verdict=verdict
     )

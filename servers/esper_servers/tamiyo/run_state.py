@@ -16,6 +16,7 @@ from esper_servers.policy.norms_store import NormsStore
 from esper_servers.policy.prior import RunSignals
 from esper_servers.policy.registries import Registries
 
+from .awaited_outcomes import AwaitedOutcomes
 from .conservative_mode import ConservativeMode
 from .risk.config import RiskConfig
 from .risk.history import RiskHistory
@@ -51,6 +52,7 @@ class RunState:
     outcomes: Counter[int] = field(default_factory=Counter)
     planted: dict[str, str] = field(init=False)
     """The blueprint that each seed was last given."""
+    awaited: AwaitedOutcomes = field(default_factory=AwaitedOutcomes)
     mode: ConservativeMode = field(init=False)
     """Of this run alone: what one trainer sends must not hold back another."""
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from esper_rpc.deferred import Deferred
-from esper_rpc.errors import FailedPrecondition
+from esper_rpc.errors import FailedPrecondition, InvalidRequest
 from esper_rpc.inbox import Inbox
 from esper_rpc.proto.leyline.v1 import CircuitState, HealthStatus
 from esper_rpc.proto.tamiyo.v1 import (
@@ -49,6 +49,7 @@ from esper_servers.policy.policy import ARCHITECTURE_VERSION
 from .blueprint_cache import BlueprintCache
 from .conservative_mode import ConservativeMode
 from .decisions import DecisionLog
+from .evidence import key_of_step
 from .field_reports.reports import FieldReports
 from .giving_way import giving_way
 from .pauses import Pauses
@@ -81,7 +82,7 @@ class TamiyoServicer:
         replay: Callable[[str], Awaitable[list[str]]],
         reports: FieldReports,
     ) -> None:
-        """`replay` says what of a command comes out otherwise than recorded."""
+        """`replay` says what of a decision comes out otherwise than recorded."""
         self._pipeline = pipeline
         self._blueprints = blueprints
         self._decisions = decisions
@@ -106,6 +107,7 @@ class TamiyoServicer:
         version, candidates = self._blueprints.version, self._blueprints.candidates(request.sites)
         with giving_way():  # The steps of others go on.
             graph = await asyncio.to_thread(build_graph, request, candidates)
+        self._pipeline.report()  # Before an open run gets another graph.
         created = self._pipeline.runs.open(
             request, str(call.peer), candidates, version, protocol_version=max(common),
             policy_norms=self._pipeline.policy.norms, graph=graph,
@@ -258,12 +260,12 @@ class TamiyoServicer:
     async def ExplainDecision(self, request: ExplainDecisionRequest, call: Call) -> ExplainDecisionResponse:
         """Return the record of a decision."""
         self._pipeline.report()
-        return await asyncio.to_thread(self._decisions.explain, request.command_id)
+        return await asyncio.to_thread(self._decisions.explain, _key_of(request))
 
     async def ReplayDecision(self, request: ReplayDecisionRequest, call: Call) -> ReplayDecisionResponse:
         """Decide again from the record, beside the steps."""
         self._pipeline.report()
-        found = await self._replay(request.command_id)
+        found = await self._replay(_key_of(request))
         return ReplayDecisionResponse(identical=not found, differences=found)
 
     def _check_run(self, run_id: str, call: Call) -> None:
@@ -282,3 +284,11 @@ class TamiyoServicer:
         """Ask every stream to go elsewhere."""
         for inbox in self._inboxes:
             inbox.leave()
+
+
+def _key_of(request: ExplainDecisionRequest | ReplayDecisionRequest) -> str:
+    if request.command_id:
+        return request.command_id
+    if not request.run_id or not request.sequence:
+        raise InvalidRequest("Name a command, or a run and the sequence of one of its steps.")
+    return key_of_step(request.run_id, request.sequence)

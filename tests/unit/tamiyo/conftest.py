@@ -13,8 +13,8 @@ import torch
 
 from esper_rpc.envelope import Keyring
 from esper_rpc.journal import Journal
+from esper_rpc.proto.leyline.v1 import CommandOutcome, SystemStatePacket
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
-from esper_rpc.proto.leyline.v1 import SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import EvaluateStepRequest, EvaluateStepsResponse, OpenRunRequest, Step
 from esper_rpc.proto.urza.v1 import BatchGetExtrasResponse, Blueprint, BlueprintExtras
 from esper_rpc.testing import TemporaryMesh
@@ -57,6 +57,7 @@ class Controller:
 
     def __init__(self, directory, keyring, policy, runs=None, **settings):
         self.policy = policy
+        self.last_command = ""
         self.journal = Journal(directory / "journal.sqlite")
         self.decisions = DecisionLog(self.journal)
         self.pipeline = StepPipeline(
@@ -98,10 +99,11 @@ class Controller:
     def packet(stage, **metrics):
         return SystemStatePacket(training_metrics=metrics, seed_states=sample.sample_states(stage))
 
-    @staticmethod
-    def request(sequence, packet):
-        """The bytes that ask about a packet."""
-        step = Step(run_id="run", sequence=sequence, budget_us=5_000_000, packet=packet)
+    def request(self, sequence, packet):
+        """The bytes that ask about a packet, and tell of the command before as a trainer does."""
+        told = [CommandOutcome(command_id=self.last_command, result=CommandOutcome.RESULT_QUEUED)]
+        outcomes = told if self.last_command else []
+        step = Step(run_id="run", sequence=sequence, budget_us=5_000_000, packet=packet, outcomes=outcomes)
         return EvaluateStepRequest(step=step).SerializeToString()
 
     def ask(self, sequence, packet):
@@ -110,10 +112,20 @@ class Controller:
         self.pipeline.report()
         return command_id
 
+    def send(self, request):
+        """Ask a request, and let what the answer did not wait for be done; returns the identifier of the command."""
+        command_id = self._answered(request.SerializeToString())
+        self.pipeline.report()
+        return command_id
+
     def answer(self, sequence, packet):
         """Ask one step about a packet, up to its answer."""
-        raw = asyncio.run(self.pipeline.evaluate_in_band(self.request(sequence, packet), self.owner))
-        return EvaluateStepsResponse.FromString(raw).decision.command.nonce
+        return self._answered(self.request(sequence, packet))
+
+    def _answered(self, request):
+        raw = asyncio.run(self.pipeline.evaluate_in_band(request, self.owner))
+        self.last_command = EvaluateStepsResponse.FromString(raw).decision.command.nonce
+        return self.last_command
 
     def train(self, steps, **arguments):
         """Take steps with a noisy loss; returns the identifiers of the commands."""

@@ -1080,14 +1080,22 @@ class ExplainDecisionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COMMAND_ID_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
     command_id: _builtins.str
-    """The command."""
+    """The command. Empty for a step that was answered without one."""
+    run_id: _builtins.str
+    """The run of the step. Read only without command_id."""
+    sequence: _builtins.int
+    """The sequence of the step in its run; the newest of that number, if the run began anew."""
     def __init__(
         self,
         *,
         command_id: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        sequence: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id", "run_id", b"run_id", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ExplainDecisionRequest: _TypeAlias = ExplainDecisionRequest  # noqa: Y015
@@ -1110,7 +1118,7 @@ class ExplainDecisionResponse(_message.Message):
     """The version of the policy that decided."""
     @_builtins.property
     def command(self) -> _command_pb2.AdaptationCommand:
-        """The command as it was issued."""
+        """The command as it was issued. Not set when there was none."""
 
     @_builtins.property
     def packet(self) -> _state_pb2.SystemStatePacket:
@@ -1148,14 +1156,22 @@ class ReplayDecisionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COMMAND_ID_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
     command_id: _builtins.str
-    """The command."""
+    """The command. Empty for a step that was answered without one."""
+    run_id: _builtins.str
+    """The run of the step. Read only without command_id."""
+    sequence: _builtins.int
+    """The sequence of the step in its run; the newest of that number, if the run began anew."""
     def __init__(
         self,
         *,
         command_id: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        sequence: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id", "run_id", b"run_id", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ReplayDecisionRequest: _TypeAlias = ReplayDecisionRequest  # noqa: Y015

@@ -238,7 +238,7 @@ class TamiyoServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExplainDecision(self, request, context):
-        """Returns the record of one decision.
+        """Returns the record of one decision: every command has one, and of the other steps of a run every hundredth.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

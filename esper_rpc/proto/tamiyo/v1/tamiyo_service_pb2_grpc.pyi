@@ -73,7 +73,7 @@ class TamiyoServiceStub:
     PublishHistory: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.PublishHistoryRequest, _tamiyo_service_pb2.PublishHistoryResponse]
     """Flushes telemetry and field reports to the message fabric."""
     ExplainDecision: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ExplainDecisionRequest, _tamiyo_service_pb2.ExplainDecisionResponse]
-    """Returns the record of one decision."""
+    """Returns the record of one decision: every command has one, and of the other steps of a run every hundredth."""
     ReplayDecision: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ReplayDecisionRequest, _tamiyo_service_pb2.ReplayDecisionResponse]
     """Computes one decision again from its record and compares."""
 
@@ -122,7 +122,7 @@ class TamiyoServiceAsyncStub(TamiyoServiceStub):
     PublishHistory: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.PublishHistoryRequest, _tamiyo_service_pb2.PublishHistoryResponse]  # type: ignore[assignment]
     """Flushes telemetry and field reports to the message fabric."""
     ExplainDecision: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ExplainDecisionRequest, _tamiyo_service_pb2.ExplainDecisionResponse]  # type: ignore[assignment]
-    """Returns the record of one decision."""
+    """Returns the record of one decision: every command has one, and of the other steps of a run every hundredth."""
     ReplayDecision: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ReplayDecisionRequest, _tamiyo_service_pb2.ReplayDecisionResponse]  # type: ignore[assignment]
     """Computes one decision again from its record and compares."""
 
@@ -264,7 +264,7 @@ class TamiyoServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tamiyo_service_pb2.ExplainDecisionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tamiyo_service_pb2.ExplainDecisionResponse, _abc.Awaitable[_tamiyo_service_pb2.ExplainDecisionResponse]]:
-        """Returns the record of one decision."""
+        """Returns the record of one decision: every command has one, and of the other steps of a run every hundredth."""
 
     @_abc_1.abstractmethod
     def ReplayDecision(

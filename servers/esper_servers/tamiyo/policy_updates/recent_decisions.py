@@ -11,6 +11,7 @@ from esper_servers.policy.checkpoint import NOT_FINITE, CheckpointRejected
 from esper_servers.policy.policy import Policy
 from esper_servers.tamiyo import decisions
 from esper_servers.tamiyo.arrays import read_array
+from esper_servers.tamiyo.choosing import UNDECIDED
 from esper_servers.tamiyo.replay import decide_again
 
 MOST = 32
@@ -24,6 +25,8 @@ def decide_recent_again(policy: Policy, journal: JournalReader) -> tuple[int, in
     compared = disagreed = 0
     for record in itertools.islice(journal.newest(decisions.KIND), MOST):
         recorded = ExplainDecisionResponse.FromString(record.body)
+        if recorded.reason in UNDECIDED:
+            continue
         structure = journal.find(decisions.STRUCTURE, recorded.evidence.structure_digest.hex())
         if structure is None:
             continue

@@ -16,8 +16,6 @@ from .risk.engine import Verdict
 from .run_state import RunState
 
 NOMINAL, POLICY = "nominal", "policy"
-
-
 BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN = "budget_exhausted", "inference_failed", "inference_breaker_open"
 UNDECIDED = frozenset({BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN})
 """Why a step got no action without a decision: nothing that is recorded of it says so."""

@@ -18,7 +18,7 @@ import safetensors.torch
 from typer.testing import CliRunner
 
 from esper_client import TamiyoClient
-from esper_rpc.proto.leyline.v1 import AdaptationCommand, SeedLifecycleStage, SystemStatePacket
+from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, SeedLifecycleStage, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import (
     EvaluateStepRequest,
     GetPolicyRequest,
@@ -90,6 +90,7 @@ class Asking:
         self.versions: Counter[str] = Counter()
         self.sequence = 0
         self.slowest = 0.0
+        self.outcomes = []
 
     async def during(self, work):
         """Ask until the work is done, and then a few steps more; returns what the work returned."""
@@ -109,11 +110,13 @@ class Asking:
         self.sequence += 1
         packet = SystemStatePacket(training_metrics=METRICS, seed_states=sample.sample_states(GERMINATED))
         step = Step(run_id=self.run_id, sequence=self.sequence, budget_us=5_000_000, packet=packet)
+        step.outcomes.extend(self.outcomes)
         begun = time.perf_counter()
         decision = (await client.evaluate_step(EvaluateStepRequest(step=step))).decision
         self.slowest = max(self.slowest, time.perf_counter() - begun)
         command = AdaptationCommand.FromString(decision.command.payload)
         self.versions[command.annotations["policy_version"]] += 1
+        self.outcomes = [CommandOutcome(command_id=command.command_id, result=CommandOutcome.RESULT_APPLIED)]
 
 
 def asking_while(mesh, run_id, function, *arguments):

@@ -38,7 +38,7 @@ with esper_client.attach(model, optimizer, mesh=mesh, step_budget_ms=50) as sess
             loss.backward()
             optimizer.step()
             session.step(loss, samples=len(x))
-    print("answered", session.reasons["nominal"] + session.reasons["command"], "of", session.global_step)
+    print("answered", sum(session.reasons[r] for r in ("nominal", "command", "conservative_mode")), "of", session.global_step)
 """
 
 

@@ -95,10 +95,11 @@ async def _measure(home: Home, certificates: int, keys: int, rate: int) -> Tally
             asyncio.create_task(_count_renewals(home, tally)),
         ]
         pending: set[asyncio.Task[None]] = set()
+        settled: dict[str, list[CommandOutcome]] = {}
         beat, sequence = time.perf_counter(), 0
         while tally.certificates < certificates or tally.keys < keys:
             sequence += 1
-            call = _ask_tamiyo(tamiyo, host, sequence) if sequence % 2 else _ask_urza(urza)
+            call = _ask_tamiyo(tamiyo, host, sequence, settled) if sequence % 2 else _ask_urza(urza)
             task = asyncio.create_task(_timed(call, tally))
             pending.add(task)
             task.add_done_callback(pending.discard)
@@ -122,12 +123,15 @@ async def _timed(call: Any, tally: Tally) -> None:
     tally.latencies_ms.append((time.perf_counter() - begun) * 1e3)
 
 
-async def _ask_tamiyo(client: TamiyoClient, host: BenchHost, sequence: int) -> None:
-    request = EvaluateStepRequest(step=unary_step(host, sequence, [], run_id=_run_id(sequence // 2)))
+async def _ask_tamiyo(
+    client: TamiyoClient, host: BenchHost, sequence: int, settled: dict[str, list[CommandOutcome]]
+) -> None:
+    run_id = _run_id(sequence // 2)
+    request = EvaluateStepRequest(step=unary_step(host, sequence, settled.pop(run_id, []), run_id=run_id))
     decision = (await client.evaluate_step(request)).decision
     if decision.HasField("command"):
         outcome = host.submit(decision.command)
-        host.apply_pending()
+        settled[run_id] = [outcome, *host.apply_pending()]
         # Calls overlap here, so that an answer may come after a later one; every other refusal is a failure.
         if outcome.result == CommandOutcome.RESULT_REJECTED and outcome.reason != "sequence_replayed":
             raise EsperError(f"the command was refused: {outcome.reason}")

@@ -12,6 +12,7 @@ from google.rpc.status_pb2 import Status
 from esper_rpc.channel import open_channel
 from esper_rpc.errors import ResourceExhausted
 from esper_rpc.identity import SpiffeId
+from esper_rpc.proto.leyline.v1 import CommandOutcome
 from esper_rpc.proto.tamiyo.v1 import EvaluateStepsRequest, EvaluateStepsResponse
 from esper_rpc.status import from_status
 from esper_servers.cli.home import Home
@@ -85,7 +86,15 @@ class RunStream:
         except TimeoutError:
             found = None
         answers.add(found, (time.perf_counter() - begun) * 1e3)
+        if found is not None:
+            self._settle(found.decision.command.nonce)
         return _pushback_seconds(found) if found is not None else 0.0
+
+    def _settle(self, command_id: str) -> None:
+        """Tell with the next step that a command came to nothing: a run that is silent about them is held back."""
+        del self._step.outcomes[:]
+        if command_id:
+            self._step.outcomes.add(command_id=command_id, result=CommandOutcome.RESULT_LATE)
 
     async def close(self) -> None:
         """Leave the stream."""

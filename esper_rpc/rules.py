@@ -78,22 +78,15 @@ def _field_checkers(field: FieldDescriptor) -> Iterable[Checker]:
         yield _nested_checker(field, nested)
 
 
-def _is_present(field: FieldDescriptor) -> Callable[[Message], bool]:
-    name = field.name
-    if field.has_presence:
-        return lambda message: message.HasField(name)
-    return lambda message: bool(getattr(message, name)) or getattr(message, name) != getattr(message, name)
-
-
 def _singular_checker(field: FieldDescriptor, rules: FieldRules, tests: tuple[Test, ...]) -> Checker:
-    name, required, is_present = field.name, rules.required, _is_present(field)
+    name, required, has_presence = field.name, rules.required, field.has_presence
 
     def checker(message: Message, prefix: str, found: list[Violation]) -> None:
-        if not is_present(message):
+        value = getattr(message, name)
+        if not (message.HasField(name) if has_presence else value):
             if required:
                 found.append(Violation(prefix + name, "is required"))
             return
-        value = getattr(message, name)
         found.extend(Violation(prefix + name, text) for test in tests if (text := test(value)))
 
     return checker
@@ -139,8 +132,9 @@ def _nested_checker(field: FieldDescriptor, nested: Descriptor) -> Checker:
     def many(message: Message, prefix: str, found: list[Violation]) -> None:
         checkers, values = _checkers(nested), getattr(message, name)
         for key, value in values.items() if is_map else enumerate(values):
+            path = f"{prefix}{name}[{key}]."
             for checker in checkers:
-                checker(value, f"{prefix}{name}[{key}].", found)
+                checker(value, path, found)
 
     return many if field.is_repeated else single
 

@@ -26,16 +26,16 @@ from esper_servers.policy.prior import PriorConfig
 from esper_servers.tamiyo.aside import Aside
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
 from esper_servers.tamiyo.conservative_mode import ConservativeMode
-from esper_servers.tamiyo.decisions import DecisionLog
 from esper_servers.tamiyo.field_reports.config import ReportConfig
 from esper_servers.tamiyo.field_reports.reports import FieldReports
-from esper_servers.tamiyo.pause_quota import PauseConfig
-from esper_servers.tamiyo.pauses import Pauses
+from esper_servers.tamiyo.pauses.pauses import Pauses
+from esper_servers.tamiyo.pauses.quota import PauseConfig
 from esper_servers.tamiyo.pipeline import StepPipeline
 from esper_servers.tamiyo.plan_switch import PlanConfig, PlanSwitch
 from esper_servers.tamiyo.policy_updates.assembly import updates_of
 from esper_servers.tamiyo.policy_updates.store import Entry, Lineage
-from esper_servers.tamiyo.replay import Replay
+from esper_servers.tamiyo.records.decisions import DecisionLog
+from esper_servers.tamiyo.records.replay import Replay
 from esper_servers.tamiyo.run_state import Runs
 from esper_servers.tamiyo.service import RAW_METHODS, TamiyoServicer
 from esper_servers.urza.library import BlueprintLibrary

@@ -19,8 +19,8 @@ from esper_servers.policy.policy import Policy
 from esper_servers.tamiyo import blueprint_cache
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
 from esper_servers.tamiyo.conservative_mode import ConservativeMode
-from esper_servers.tamiyo.decisions import DecisionLog
 from esper_servers.tamiyo.pipeline import StepPipeline
+from esper_servers.tamiyo.records.decisions import DecisionLog
 from esper_servers.tamiyo.run_state import Runs
 from esper_servers.urza.library import BlueprintLibrary
 from esper_servers.urza.seeding import installed_blueprints

@@ -88,7 +88,7 @@ def _document(record: ExplainDecisionResponse) -> dict[str, Any]:
 
 
 def _lists(arrays: Mapping[str, NumberArray]) -> dict[str, Any]:
-    from esper_servers.tamiyo.arrays import read_array
+    from esper_servers.tamiyo.records.arrays import read_array
 
     return {name: read_array(array).tolist() for name, array in sorted(arrays.items())}
 
@@ -96,7 +96,7 @@ def _lists(arrays: Mapping[str, NumberArray]) -> dict[str, Any]:
 def _rounded(outputs: Mapping[str, NumberArray]) -> dict[str, Any]:
     """The outputs that are about the run as a whole; those for each seed or blueprint are in the JSON."""
     from esper_servers.policy.schema import KIND_NAMES
-    from esper_servers.tamiyo.arrays import read_array
+    from esper_servers.tamiyo.records.arrays import read_array
 
     found = {name: read_array(outputs[name]).round(4).tolist() for name in ("kind", "risk", "value") if name in outputs}
     kinds = zip(KIND_NAMES, found.pop("kind", ()), strict=False)

@@ -138,7 +138,7 @@ def settings_sections() -> dict[str, type]:
     from esper_servers.kasmina.limits import LocalLimits
     from esper_servers.policy.prior import PriorConfig
     from esper_servers.tamiyo.field_reports.config import ReportConfig
-    from esper_servers.tamiyo.pause_quota import PauseConfig
+    from esper_servers.tamiyo.pauses.quota import PauseConfig
     from esper_servers.tamiyo.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
 

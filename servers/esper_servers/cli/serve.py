@@ -73,7 +73,7 @@ def tamiyo(
     from esper_servers.policy.prior import PriorConfig
     from esper_servers.tamiyo.controller import TamiyoServerConfig
     from esper_servers.tamiyo.field_reports.config import ReportConfig
-    from esper_servers.tamiyo.pause_quota import PauseConfig
+    from esper_servers.tamiyo.pauses.quota import PauseConfig
     from esper_servers.tamiyo.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
     from esper_servers.tamiyo.server import serve

@@ -15,18 +15,18 @@ from .blueprint_cache import BlueprintCache
 from .breakers import FIELD_REPORTS, STATE_FILES, URZA, Breakers
 from .breakers import JOURNAL as JOURNAL_BREAKER
 from .conservative_mode import ConservativeMode
-from .decisions import DecisionLog
 from .field_reports.config import ReportConfig
 from .field_reports.publisher import ReportPublisher
 from .field_reports.report_journal import KEPT
 from .field_reports.reports import FieldReports
 from .lasting_state import LastingState
-from .pause_quota import PauseConfig
-from .pauses import Pauses
+from .pauses.pauses import Pauses
+from .pauses.quota import PauseConfig
 from .pipeline import StepPipeline
 from .plan_switch import PlanConfig, PlanSwitch
 from .policy_updates.assembly import updates_of
-from .replay import Sources, replay_from
+from .records.decisions import DecisionLog
+from .records.replay import Sources, replay_from
 from .risk.config import RiskConfig
 from .service import TamiyoServicer
 

@@ -37,13 +37,13 @@ from .breakers import INFERENCE, Breakers
 from .choosing import BREAKER_OPEN, BUDGET_EXHAUSTED, INFERENCE_FAILED, Decided
 from .commands import build_command, sign_command
 from .conservative_mode import ConservativeMode
-from .decisions import DecisionLog
-from .evidence import Evidence
 from .field_reports.observations import Observations
 from .giving_way import giving_way
 from .inference import Inference
-from .memory import Memory
 from .policy_updates.shadow import Shadow
+from .records.decisions import DecisionLog
+from .records.evidence import Evidence
+from .records.memory import Memory
 from .reporting import STEPS_PER_SAMPLE, DecisionReports, Reported
 from .risk.config import RiskConfig
 from .risk.engine import Verdict

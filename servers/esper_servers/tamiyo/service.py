@@ -48,13 +48,13 @@ from esper_servers.policy.policy import ARCHITECTURE_VERSION
 
 from .blueprint_cache import BlueprintCache
 from .conservative_mode import ConservativeMode
-from .decisions import DecisionLog
-from .evidence import key_of_step
 from .field_reports.reports import FieldReports
 from .giving_way import giving_way
-from .pauses import Pauses
+from .pauses.pauses import Pauses
 from .pipeline import StepPipeline
 from .policy_updates.updates import PolicyUpdates
+from .records.decisions import DecisionLog
+from .records.evidence import key_of_step
 from .run_state import build_graph
 
 PROTOCOL_VERSIONS = frozenset({1, 2})

@@ -22,9 +22,9 @@ from esper_servers.policy import sample
 from esper_servers.policy.policy import Policy
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
 from esper_servers.tamiyo.conservative_mode import ConservativeMode
-from esper_servers.tamiyo.decisions import KIND, DecisionLog
 from esper_servers.tamiyo.pipeline import StepPipeline
-from esper_servers.tamiyo.replay import Replay
+from esper_servers.tamiyo.records.decisions import KIND, DecisionLog
+from esper_servers.tamiyo.records.replay import Replay
 from esper_servers.tamiyo.run_state import Runs
 from esper_servers.urza.seeding import installed_blueprints
 

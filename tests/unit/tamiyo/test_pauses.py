@@ -9,9 +9,9 @@ from esper_rpc import page_token
 from esper_rpc.errors import ConfigError, InvalidRequest, ResourceExhausted
 from esper_rpc.journal import Journal
 from esper_rpc.testing import FakeClock
-from esper_servers.tamiyo.pause_quota import PauseConfig, PauseQuota
-from esper_servers.tamiyo.pause_trail import PauseTrail
-from esper_servers.tamiyo.pauses import Pauses
+from esper_servers.tamiyo.pauses.pauses import Pauses
+from esper_servers.tamiyo.pauses.quota import PauseConfig, PauseQuota
+from esper_servers.tamiyo.pauses.trail import PauseTrail
 
 ONE, OTHER = "spiffe://esper/trainer/one", "spiffe://esper/trainer/other"
 SECOND = 1_000_000_000

@@ -10,9 +10,9 @@ from esper_rpc.proto.tamiyo.v1 import ExplainDecisionResponse, RunStructure
 from esper_servers.policy.checkpoint import NOT_FINITE, CheckpointRejected
 from esper_servers.policy.policy import Policy
 from esper_servers.tamiyo import decisions
-from esper_servers.tamiyo.arrays import read_array
 from esper_servers.tamiyo.choosing import UNDECIDED
-from esper_servers.tamiyo.replay import decide_again
+from esper_servers.tamiyo.records.arrays import read_array
+from esper_servers.tamiyo.records.replay import decide_again
 
 MOST = 32
 

@@ -23,8 +23,8 @@ from esper_servers.policy.policy import Policy, PolicyOutput
 from esper_servers.policy.prior import PriorConfig, RunSignals
 from esper_servers.tamiyo.aside import Aside
 from esper_servers.tamiyo.choosing import Decided
+from esper_servers.tamiyo.records.structure import run_of, write_structure
 from esper_servers.tamiyo.run_state import RunState
-from esper_servers.tamiyo.structure import run_of, write_structure
 
 from .store import Entry
 

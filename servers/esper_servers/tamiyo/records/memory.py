@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 
-from .risk.window import MovingWindow
-from .run_state import RunState
+from esper_servers.tamiyo.risk.window import MovingWindow
+from esper_servers.tamiyo.run_state import RunState
 
 _WINDOW = ("fast", "slow", "variance", "last")
 _RISK = ("slow_hooks", "high_steps", "adjusted")

@@ -18,19 +18,19 @@ from esper_servers.policy import checkpoint, plan_package
 from esper_servers.policy.graph import GraphInputs
 from esper_servers.policy.policy import Policy, PolicyOutput
 from esper_servers.policy.prior import PriorConfig
+from esper_servers.tamiyo import choosing
+from esper_servers.tamiyo.choosing import UNDECIDED, Decided
+from esper_servers.tamiyo.commands import build_command
+from esper_servers.tamiyo.plan_switch import TOLERANCE
+from esper_servers.tamiyo.risk.config import RiskConfig
+from esper_servers.tamiyo.risk.engine import Verdict
+from esper_servers.tamiyo.run_state import RunState
 
-from . import choosing
 from .arrays import read_array
-from .choosing import UNDECIDED, Decided
-from .commands import build_command
 from .comparison import differences
 from .decisions import DecisionRecords
 from .evidence import Evidence
 from .memory import Memory
-from .plan_switch import TOLERANCE
-from .risk.config import RiskConfig
-from .risk.engine import Verdict
-from .run_state import RunState
 from .structure import digest_of, run_of
 
 Config = TypeVar("Config", RiskConfig, PriorConfig)

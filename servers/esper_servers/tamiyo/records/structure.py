@@ -6,8 +6,7 @@ import orjson
 
 from esper_rpc.proto.tamiyo.v1 import GraphBlueprint, GraphSeed, OpenRunRequest, RunSeed, RunSite, RunStructure
 from esper_servers.policy.graph import BlueprintCandidate, RunGraph
-
-from .run_state import RunState, build_graph
+from esper_servers.tamiyo.run_state import RunState, build_graph
 
 
 def write_structure(request: OpenRunRequest, graph: RunGraph) -> bytes:

@@ -23,14 +23,14 @@ from esper_servers.policy.graph import RunGraph
 from esper_servers.policy.masks import Masks
 from esper_servers.policy.policy import Policy, PolicyOutput
 from esper_servers.policy.prior import PriorConfig, RunSignals
+from esper_servers.tamiyo.choosing import Decided
+from esper_servers.tamiyo.risk.config import RiskConfig
+from esper_servers.tamiyo.risk.engine import Verdict
+from esper_servers.tamiyo.risk.reading import DEMAND_NAMES, Reading
+from esper_servers.tamiyo.run_state import RunState
 
 from .arrays import Array, write_arrays
-from .choosing import Decided
 from .memory import Memory
-from .risk.config import RiskConfig
-from .risk.engine import Verdict
-from .risk.reading import DEMAND_NAMES, Reading
-from .run_state import RunState
 
 _SIGNALS = tuple(field.name for field in dataclasses.fields(RunSignals))
 RUNTIME = f"torch {torch.__version__}"

@@ -11,8 +11,8 @@ from esper_rpc.journal import Journal
 from esper_rpc.proto.tamiyo.v1 import PauseGrant, RequestPauseResponse
 from esper_rpc.telemetry.metrics import observe_pause, tell_pause_quota
 
-from .pause_quota import PauseConfig, PauseQuota
-from .pause_trail import PauseTrail
+from .quota import PauseConfig, PauseQuota
+from .trail import PauseTrail
 
 log = structlog.get_logger(__name__)
 

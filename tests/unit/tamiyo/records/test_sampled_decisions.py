@@ -7,7 +7,7 @@ import pytest
 from esper_rpc.errors import FailedPrecondition, NotFound
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_servers.tamiyo.choosing import INFERENCE_FAILED
-from esper_servers.tamiyo.decisions import KIND
+from esper_servers.tamiyo.records.decisions import KIND
 from esper_servers.tamiyo.reporting import STEPS_PER_SAMPLE
 
 

@@ -15,8 +15,8 @@ from esper_rpc.proto.tamiyo.v1 import (
 )
 from esper_servers.policy.policy import Policy
 from esper_servers.policy.prior import PriorConfig
-from esper_servers.tamiyo.decisions import KIND, STRUCTURE, DecisionLog
-from esper_servers.tamiyo.replay import Replay
+from esper_servers.tamiyo.records.decisions import KIND, STRUCTURE, DecisionLog
+from esper_servers.tamiyo.records.replay import Replay
 from esper_servers.tamiyo.risk.config import RiskConfig
 
 OWNER = "spiffe://esper/trainer/local"

@@ -52,5 +52,6 @@ async def _finished(future: asyncio.Future[PolicyOutput]) -> PolicyOutput:
         await asyncio.wait([future])
         task = asyncio.current_task()
         assert task is not None
+        task.uncancel()
         task.cancel()
         return future.result()

@@ -125,13 +125,17 @@ class StepPipeline:
         `time_remaining` is what the call's own deadline leaves: it tells of time that passed before the call came here.
         """
         watch = Stopwatch(arrived)
-        step = _parse(raw, EvaluateStepsRequest).step
-        return await self._take_turn(step, raw, owner, watch, min(step.budget_us / 1e6, time_remaining))
+        request = _parse(raw, EvaluateStepsRequest)
+        budget = min(request.step.budget_us / 1e6, time_remaining)
+        self.queue.check_room(arrived, budget)  # Under load most are refused, and need no check.
+        rules.check(request)
+        return await self._take_turn(request.step, raw, owner, watch, budget)
 
     async def evaluate_epoch(self, raw: bytes, owner: str, arrived: float) -> bytes:
         """Answer one serialised EvaluateEpochRequest, bound to these very bytes; raises EsperError."""
         watch = Stopwatch(arrived)
         asked = _parse(raw, EvaluateEpochRequest)
+        rules.check(asked)
         step = Step(run_id=asked.run_id, sequence=asked.sequence, packet=asked.packet)
         return await self._take_turn(step, raw, owner, watch, EPOCH_BUDGET_SECONDS)
 
@@ -333,11 +337,9 @@ class StepPipeline:
 
 def _parse(raw: bytes, kind: type[Request]) -> Request:
     try:
-        request = kind.FromString(raw)
+        return kind.FromString(raw)
     except DecodeError as error:
         raise InvalidRequest(f"The message is not an {kind.DESCRIPTOR.name}.") from error
-    rules.check(request)
-    return request
 
 
 def _answer_again(run: RunState, sequence: int, digest: bytes) -> bytes:

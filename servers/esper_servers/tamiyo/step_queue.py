@@ -67,15 +67,18 @@ class StepQueue:
         """Say that this turn leaves the loop to others: what arrives meanwhile is seen at once."""
         self._is_beside = True
 
+    def check_room(self, arrived: float, budget_seconds: float) -> None:
+        """Raise ResourceExhausted if `take_turn` would; for who is to be refused before anything else is done."""
+        self._arrivals += 1
+        if self._is_busy:
+            self._refuse_late(self._latest_start(arrived, budget_seconds))
+
     async def take_turn(self, arrived: float, budget_seconds: float) -> None:
         """Wait for a turn; `end_turn` must follow. Raises ResourceExhausted with the time to come back."""
         self._arrivals += 1
-        if not self._is_busy or self._is_beside:
-            self._quiet_at = arrived
-        # How long it waited unseen is not known: at most since there was nothing left to take in.
-        latest_start = self._quiet_at + (1 - RESERVE) * budget_seconds - self._cost
+        latest_start = self._latest_start(arrived, budget_seconds)
         if self._is_busy:
-            self._check_room(latest_start)
+            self._refuse_late(latest_start)
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._crowded_until = self._clock() + CROWD_SECONDS
             heapq.heappush(self._waiting, (latest_start, next(self._order), turn))
@@ -114,7 +117,13 @@ class StepQueue:
         else:
             asyncio.get_running_loop().call_soon(self._take_in, self._arrivals, quiet_turns, since)
 
-    def _check_room(self, latest_start: float) -> None:
+    def _latest_start(self, arrived: float, budget_seconds: float) -> float:
+        if not self._is_busy or self._is_beside:
+            self._quiet_at = arrived
+        # How long it waited unseen is not known: at most since there was nothing left to take in.
+        return self._quiet_at + (1 - RESERVE) * budget_seconds - self._cost
+
+    def _refuse_late(self, latest_start: float) -> None:
         ahead = sum(1 for due, _, _ in self._waiting if due <= latest_start)
         is_full = len(self._waiting) >= self._capacity
         next_start = max(self._clock(), self._began + self._interval)

@@ -67,6 +67,15 @@ async def test_who_waited_too_long_is_refused_when_the_turn_comes(queue, clock):
     await patient
 
 
+async def test_who_will_be_refused_can_be_told_before_anything_else_is_done(queue, clock):
+    queue.check_room(clock(), 0.0)
+    await queue.take_turn(clock(), 1.0)
+    with pytest.raises(ResourceExhausted):
+        queue.check_room(clock(), FIRST_COST_SECONDS * 1.5)
+    queue.check_room(clock(), 1.0)
+    assert len(queue) == 0
+
+
 async def test_a_full_queue_refuses_whatever_the_budget(clock):
     queue = StepQueue(capacity=2, clock=clock)
     await queue.take_turn(clock(), 1.0)

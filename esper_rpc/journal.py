@@ -16,6 +16,7 @@ from .breaker import BreakerConfig, CircuitBreaker
 from .config import Range, validate
 from .database import unopenable
 from .disk import unwritable
+from .telemetry.metrics import JOURNAL_LOST
 
 log = structlog.get_logger(__name__)
 
@@ -162,14 +163,14 @@ class Journal(JournalReader):
         try:
             self._queue.put_nowait(Record(kind, key, body))
         except queue.Full:
-            self.dropped += 1
+            self._lose(1, "queue")
 
     def append_made(self, make: Callable[[], Sequence[Entry]]) -> None:
         """Queue what takes long to write down; `make` is called on the writer's thread, in its turn."""
         try:
             self._queue.put_nowait(_Made(make))
         except queue.Full:
-            self.dropped += 1
+            self._lose(1, "queue")
 
     def flush(self) -> None:
         """Wait until everything queued so far is on the disk."""
@@ -223,7 +224,7 @@ class Journal(JournalReader):
             self._made.update((record.kind, record.key) for record in made if isinstance(record, Record))
             return made
         except Exception as error:  # A record that cannot be made must not end the writer.
-            self.dropped += 1
+            self._lose(1, "defect")
             log.error("journal_record_failed", path=str(self._path), exc_info=error)
             return ()
 
@@ -255,7 +256,11 @@ class Journal(JournalReader):
             log.info("journal_writes_again", path=str(self._path), dropped=self.dropped)
 
     def _drop(self, records: Sequence[Entry]) -> None:
-        self.dropped += sum(isinstance(record, Record) for record in records)
+        self._lose(sum(isinstance(record, Record) for record in records), "disk")
+
+    def _lose(self, count: int, cause: str) -> None:
+        self.dropped += count
+        JOURNAL_LOST[cause].inc(count)
 
     def _note_failure(self, error: str) -> None:
         """A full disk fails at every commit and is told once."""

@@ -84,6 +84,8 @@ OUTCOMES = Counter("esper_command_outcomes", "Commands at a seed host.", ["resul
 _AUDIT_LOST = Counter("esper_audit_records_lost", "What the audit log could not keep.", ["cause"])
 # Made now: on a disk that is full already there may be no room for a new one.
 AUDIT_LOST = {cause: _AUDIT_LOST.labels(cause) for cause in ("queue", "disk")}
+_JOURNAL_LOST = Counter("esper_journal_records_lost", "What the journal could not keep.", ["cause"])
+JOURNAL_LOST = {cause: _JOURNAL_LOST.labels(cause) for cause in ("queue", "disk", "defect")}
 
 _LEDGER_PARTS = tuple(field.name for field in StepLedger.DESCRIPTOR.fields)
 _DECISION_PARTS = {name: DECISION_PART.labels(name.removesuffix("_us")) for name in _LEDGER_PARTS}

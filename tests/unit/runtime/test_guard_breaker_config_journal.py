@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from esper_rpc.breaker import BreakerConfig, CircuitBreaker
 from esper_rpc.config import load, read_section
@@ -126,6 +127,32 @@ def test_a_journal_returns_what_was_flushed_after_a_restart(tmp_path):
     assert again.find("decision", "d7").body == b"7"
     journal.close()
     again.close()
+
+
+def test_a_full_queue_drops_what_comes_and_counts_it(tmp_path):
+    journal = Journal(tmp_path / "journal.sqlite", config=JournalConfig(queue_records=2))
+    begun, may_go = threading.Event(), threading.Event()
+
+    def hold_up():
+        begun.set()
+        assert may_go.wait(10)
+        return ()
+
+    before = lost_in_the_queue()
+    journal.append_made(hold_up)
+    assert begun.wait(10)
+    for number in range(5):
+        journal.append("k", str(number), b"")
+    journal.append_made(lambda: [])
+    may_go.set()
+    journal.flush()
+    assert (journal.dropped, lost_in_the_queue() - before) == (4, 4)
+    assert [record.key for record in journal.read("k")] == ["0", "1"]
+    journal.close()
+
+
+def lost_in_the_queue():
+    return REGISTRY.get_sample_value("esper_journal_records_lost_total", {"cause": "queue"})
 
 
 def test_a_full_journal_drops_its_oldest_tenth(tmp_path):

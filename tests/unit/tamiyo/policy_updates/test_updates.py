@@ -246,6 +246,19 @@ def test_a_policy_that_fails_in_service_gives_way_to_the_last_good_one(controlle
     assert updates.previous == []
 
 
+def test_a_policy_that_is_distrusted_twice_at_once_gives_way_once(controller, updates, request_for):
+    for version in ("gnn_v1-2", "gnn_v1-3"):
+        asyncio.run(updates.ingest(request_for(version)))
+
+    async def distrust():
+        updates.distrust()
+        updates.distrust()
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
+
+    asyncio.run(distrust())
+    assert controller.pipeline.policy.version == "gnn_v1-2"
+
+
 def test_a_shadow_counts_how_often_it_would_act_otherwise(controller, updates, request_for):
     async def following():
         assert (await updates.ingest(request_for("gnn_v1-2", shadow=True))).shadowed

@@ -42,7 +42,8 @@ def measure(home: Home, tamiyo: str, pid: int, steps: int) -> dict[str, Any]:
     with bench.session:
         for _ in range(WINDOWS):
             latencies = percentiles(bench.latencies(steps // WINDOWS, at_once))
-            rows.append({"tamiyo_rss_mb": rss_mb(pid), "trainer_rss_mb": rss_mb("self"), **latencies})
+            sizes = {"tamiyo_rss_mb": rss_mb(pid), "trainer_rss_mb": rss_mb("self"), "journal_mb": _journal_mb(home)}
+            rows.append(sizes | latencies)
     first, last = rows[1], rows[-1]
     return {
         "tamiyo_rss_growth": round(last["tamiyo_rss_mb"] / first["tamiyo_rss_mb"] - 1, 4),
@@ -52,3 +53,9 @@ def measure(home: Home, tamiyo: str, pid: int, steps: int) -> dict[str, Any]:
         "answers": dict(bench.session.reasons),
         "windows": rows,
     }
+
+
+def _journal_mb(home: Home) -> float:
+    """The journal keeps what was decided up to a bound, 2 GiB by default."""
+    files = home.state_dir("tamiyo").glob("journal.sqlite*")
+    return round(sum(file.stat().st_size for file in files) / 2**20, 1)

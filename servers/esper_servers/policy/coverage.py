@@ -14,9 +14,9 @@ from . import schema
 _NAMES = {kind: tuple(f"{kind}.{feature}" for feature in schema.FEATURES[kind]) for kind in schema.NODE_TYPES}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Coverage:
-    """Shares from 0 to 1."""
+    """Shares from 0 to 1; equal only to itself."""
 
     overall: float
     """Of the features of all nodes."""

@@ -108,6 +108,8 @@ class RunGraph:
         self._tensors = {kind: torch.from_numpy(array) for kind, array in self._arrays.items()}
         self._fill_static()
         self._layers_known: dict[bool, Known] = {}
+        self._last_known: dict[str, Known] = {}
+        self._coverage: Coverage
         self.plantable = self._find_plantable()
         """(S, B): which blueprint may grow in which seed."""
         layer_ids = [str(layer.get("layer_id", "")) for layer in self._layers]
@@ -163,9 +165,13 @@ class RunGraph:
             self._arrays[kind][:] = array
 
     def coverage(self) -> Coverage:
-        """Return how much is known of what the last `fill` wrote and of the structure."""
+        """Return how much is known of what the last `fill` wrote and of the structure; the same object while it is."""
         known = {kind: known_of(self._arrays[kind], kind) for kind in ("seed", "global")}
-        return coverage_of(self._known_structure | known | {"layer": self._known_layers()}, self._edge_coverage)
+        known["layer"] = self._known_layers()
+        if known != self._last_known:
+            self._last_known = known
+            self._coverage = coverage_of(self._known_structure | known, self._edge_coverage)
+        return self._coverage
 
     def _known_layers(self) -> Known:
         """Of layers a step tells nothing but the loss."""

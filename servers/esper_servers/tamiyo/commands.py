@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 import uuid
 
@@ -17,6 +18,7 @@ from esper_rpc.proto.leyline.v1 import (
 )
 from esper_rpc.telemetry.events import name_of
 from esper_servers.policy import schema
+from esper_servers.policy.coverage import Coverage
 from esper_servers.policy.graph import BlueprintCandidate
 from esper_servers.policy.masks import Choice
 from esper_servers.policy.vocabularies import SCHEDULES
@@ -30,6 +32,7 @@ PAUSE_UNITS_MS = 100
 LEARNING_RATE_MULTIPLIER = 0.8
 LEARNING_RATE_MULTIPLIERS = {LEARNING_RATE_VANISHED: 1.25}
 COVERAGE_KEYS = 32
+MOST_COVERAGES = 256
 BLENDING_WINDOW = (0.0, 1.0)
 """Where blending starts and ends, as shares of the time that the host gives it; in order."""
 
@@ -38,17 +41,14 @@ def build_command(
     run: RunState, choice: Choice, *, reason: str, policy_version: str, verdict: Verdict
 ) -> AdaptationCommand:
     """Write the command of a choice, with the annotations that operators read."""
-    coverage = run.graph.coverage()
     command = AdaptationCommand(version=1, command_id=str(uuid.uuid4()), issued_by="tamiyo", execution_deadline_ms=5)
     command.issued_at.GetCurrentTime()
     command.annotations["reason"] = reason
     command.annotations["priority"] = name_of(priority_of(verdict))
     command.annotations["step_index"] = str(run.global_step)
     command.annotations["policy_version"] = policy_version
-    command.annotations["feature_coverage"] = f"{coverage.overall:.4f}"
-    command.annotations["coverage_types"] = orjson.dumps(coverage.types).decode()
-    least_known = dict(itertools.islice(coverage.features.items(), COVERAGE_KEYS))
-    command.annotations["coverage_map"] = orjson.dumps(least_known).decode()
+    for name, text in _coverage_texts(run.graph.coverage()):
+        command.annotations[name] = text
     command.annotations["risk_score"] = f"{verdict.score:.4f}"
     command.annotations["risk_map"] = orjson.dumps({n: round(r.score, 4) for n, r in verdict.readings.items()}).decode()
     if choice.kind == schema.KIND_SEED:
@@ -61,6 +61,17 @@ def build_command(
         command.command_type = CommandType.COMMAND_TYPE_PAUSE
         command.execution_deadline_ms = PAUSE_UNITS_MS
     return command
+
+
+@functools.lru_cache(maxsize=MOST_COVERAGES)
+def _coverage_texts(coverage: Coverage) -> tuple[tuple[str, str], ...]:
+    """What is known of a run is the same at most of its commands, and takes longer to write than to sign."""
+    least_known = dict(itertools.islice(coverage.features.items(), COVERAGE_KEYS))
+    return (
+        ("feature_coverage", f"{coverage.overall:.4f}"),
+        ("coverage_types", orjson.dumps(coverage.types).decode()),
+        ("coverage_map", orjson.dumps(least_known).decode()),
+    )
 
 
 def _write_seed_operation(command: AdaptationCommand, run: RunState, choice: Choice) -> None:

@@ -35,6 +35,18 @@ def feature(graph, kind, name):
     return value, mask
 
 
+def test_coverage_is_worked_out_anew_only_when_something_else_is_known():
+    graph = sample_graph()
+    graph.fill(packet(loss=0.5))
+    first = graph.coverage()
+    graph.fill(packet(loss=0.7))
+    assert graph.coverage() is first
+    graph.fill(packet(loss=0.7, gradient_norm=1.0))
+    assert graph.coverage().overall > first.overall
+    graph.fill(packet(loss=0.5))
+    assert graph.coverage().features == first.features
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     metrics=st.dictionaries(st.sampled_from(METRICS), st.sampled_from([0.0, 1.0, math.nan])),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from .console import HomeOption, home_of
 from .home import Home
+from .log_files import oldest_first
 
 POLL_SECONDS = 0.2
 LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -77,7 +79,11 @@ class Wanted:
 def merged(files: dict[str, Path]) -> Iterator[Entry]:
     """Yield the entries of all files by time."""
     with contextlib.ExitStack() as opened:
-        streams = [_entries(name, opened.enter_context(file.open(errors="replace"))) for name, file in files.items()]
+        streams = [
+            _entries(name, opened.enter_context(part.open(errors="replace")))
+            for name, file in files.items()
+            for part in oldest_first(file)
+        ]
         yield from heapq.merge(*streams, key=_time_of)
 
 
@@ -88,6 +94,9 @@ def followed(files: dict[str, Path]) -> Iterator[Entry]:
         for stream in streams.values():
             stream.seek(0, 2)
         while True:
+            for stream in streams.values():
+                if os.fstat(stream.fileno()).st_size < stream.tell():
+                    stream.seek(0)  # It was emptied.
             entries = [entry for name, stream in streams.items() for entry in _entries(name, stream)]
             yield from sorted(entries, key=_time_of)
             if not entries:

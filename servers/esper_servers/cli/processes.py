@@ -21,10 +21,12 @@ from esper_rpc.telemetry.shared_files import DIRECTORY_VARIABLE
 
 from .authority_thread import AuthorityThread
 from .home import Home
+from .log_files import rotate
 
 START_SECONDS = 60.0
 DRAIN_SECONDS = 8.0
 FREE_PORT = "127.0.0.1:0"
+MOST_LOG_BYTES = 64 * 2**20
 _LOG_LINES_SHOWN = 5
 
 
@@ -107,6 +109,11 @@ class Supervisor:
         end(self.services[name].process)
         self._metrics.forget(self.services[name].process.pid)
         self.services[name] = self._start(ServicePlan(name=plan.name, address=address, needs=plan.needs))
+
+    def rotate_logs(self) -> None:
+        """Bound the logs of the services; to be called again and again. Raises OSError where there is no room."""
+        for name in self.services:
+            rotate(self.home.log_file(name), MOST_LOG_BYTES)
 
     def ended(self) -> list[str]:
         """Name the services whose process is gone."""

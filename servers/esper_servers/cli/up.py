@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from typing import Annotated
@@ -52,6 +53,8 @@ def _watch(supervisor: Supervisor, stop: threading.Event, console: Console) -> N
     while not stop.wait(_WATCH_SECONDS):
         for role in supervisor.home.renew_leaves():
             console.print(f"issued the certificate of {role} again")
+        with contextlib.suppress(OSError):  # Without room for a copy the log grows on; doctor warns of the disk.
+            supervisor.rotate_logs()
         for name in supervisor.ended():
             console.print(
                 f"[red]{name} ended[/] with {supervisor.services[name].process.returncode}; starting it again"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import os
+import sqlite3
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +129,52 @@ def test_a_journal_returns_what_was_flushed_after_a_restart(tmp_path):
     assert again.find("decision", "d7").body == b"7"
     journal.close()
     again.close()
+
+
+@pytest.fixture
+def operations(monkeypatch):
+    """Counts the operations of SQLite's virtual machine that a read takes."""
+    connect = sqlite3.connect
+
+    def count_of(read):
+        counted = itertools.count()
+
+        def connect_counting(*arguments, **options):
+            connection = connect(*arguments, **options)
+            connection.set_progress_handler(lambda: next(counted) < 0, 1)
+            return connection
+
+        with monkeypatch.context() as patched:
+            patched.setattr(sqlite3, "connect", connect_counting)
+            read()
+        return next(counted)
+
+    return count_of
+
+
+def test_a_record_is_found_as_quickly_among_many_as_among_few(tmp_path, operations):
+    journal = Journal(tmp_path / "journal.sqlite")
+
+    def cost():
+        return [
+            operations(lambda: journal.find("k", "7")),
+            operations(lambda: journal.find_all("k", ["3", "7"])),
+            operations(lambda: journal.page("k", after=3, limit=2)),
+        ]
+
+    def write(numbers):
+        for number in numbers:
+            journal.append("k", str(number), b"")
+        journal.flush()
+
+    write(range(10))
+    among_few = cost()
+    write(range(10, 5000))
+    assert all(many < 2 * few for few, many in zip(among_few, cost(), strict=True))
+    journal.append("k", "7", b"newer")
+    journal.flush()
+    assert journal.find_all("k", ["3", "7"])["7"].body == b"newer"
+    journal.close()
 
 
 def test_a_full_queue_drops_what_comes_and_counts_it(tmp_path):

@@ -12,7 +12,7 @@ from esper_rpc import page_token
 from esper_rpc.journal import Entry, Forgotten, Journal, Record
 from esper_rpc.proto.leyline.v1 import FieldReport
 from esper_rpc.proto.tamiyo.v1 import ExplainDecisionResponse
-from esper_servers.tamiyo import decisions
+from esper_servers.tamiyo.records import decisions
 
 from .run_trace import RunTrace
 from .synthesis import report_id_of

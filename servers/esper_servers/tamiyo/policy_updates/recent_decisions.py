@@ -9,8 +9,8 @@ from esper_rpc.proto.leyline.v1 import AdaptationCommand
 from esper_rpc.proto.tamiyo.v1 import ExplainDecisionResponse, RunStructure
 from esper_servers.policy.checkpoint import NOT_FINITE, CheckpointRejected
 from esper_servers.policy.policy import Policy
-from esper_servers.tamiyo import decisions
 from esper_servers.tamiyo.choosing import UNDECIDED
+from esper_servers.tamiyo.records import decisions
 from esper_servers.tamiyo.records.arrays import read_array
 from esper_servers.tamiyo.records.replay import decide_again
 

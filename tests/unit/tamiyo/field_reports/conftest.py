@@ -12,7 +12,7 @@ from esper_rpc.journal import Journal
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import ExplainDecisionResponse, OpenRunRequest, Step, StepLedger
 from esper_rpc.testing import FakeClock
-from esper_servers.tamiyo import decisions
+from esper_servers.tamiyo.records import decisions
 from esper_servers.tamiyo.field_reports.config import ReportConfig
 from esper_servers.tamiyo.field_reports.observations import Observations
 from esper_servers.tamiyo.field_reports.report_journal import KEPT, ReportJournal

@@ -93,12 +93,12 @@ class _Caller:
         return cls(*await open_runs(home, address, RUNS))
 
     async def capacity(self) -> float:
-        """Return how many steps a second are decided when a few callers wait for each answer."""
+        """Return how many steps a second are decided when a few callers wait for each answer, and as told to."""
         answers, begun = Answers(BUDGET_MS), time.perf_counter()
 
         async def ask_in_turn() -> None:
             while time.perf_counter() - begun < _CAPACITY_SECONDS:
-                await self._next().ask(answers)
+                await asyncio.sleep(await self._next().ask(answers))
 
         await asyncio.gather(*(ask_in_turn() for _ in range(_CLOSED_LOOP)))
         return len(answers.decided) / (time.perf_counter() - begun)

@@ -19,8 +19,8 @@ from .step_queue import StepQueue
 class Inference:
     """Runs the policy for the step whose turn it is: on the loop's thread, or beside it.
 
-    A hop to another thread and back costs a tenth of a millisecond, so a trainer that is alone is spared it. When
-    others wait, or a turn is long, the loop is kept free, so that they are taken in or refused at once. Only compiled
+    While turns are long the loop is kept free, so that others are taken in or refused at once. Short ones are not worth
+    it: a hop to another thread and back, and passing the interpreter around, cost as much as they do. Only compiled
     code can run beside: the eager plan would fight the loop for the interpreter at each of its operations.
     """
 
@@ -37,7 +37,7 @@ class Inference:
         A caller that goes away meanwhile is told so at its next wait: a decision that was begun is finished, for
         whoever asks the same again.
         """
-        if not (self._queue.should_free_loop and policy.can_run_beside(inputs)):
+        if not (self._queue.has_long_turns and policy.can_run_beside(inputs)):
             return policy.evaluate(inputs, seeds, signals)
         evaluate = functools.partial(policy.evaluate, inputs, seeds, signals, beside=True)
         self._queue.note_beside()

@@ -15,7 +15,6 @@ RELIEF = 0.2
 FIRST_COST_SECONDS = 0.002
 QUIET_TURNS = 8
 LEAST_INTAKE_SECONDS = 0.005
-CROWD_SECONDS = 0.1
 LONG_TURN_SECONDS = 0.003
 RESERVE = 0.2
 """The share of a budget that passes outside: before a step is seen here, and on the way back."""
@@ -42,7 +41,6 @@ class StepQueue:
         self._cost = self._interval = FIRST_COST_SECONDS
         self._is_busy = False
         self._is_beside = False
-        self._crowded_until = 0.0
         self._waiting: list[Waiting] = []
         self._order = itertools.count()
         self._began = 0.0
@@ -59,9 +57,9 @@ class StepQueue:
         return self._cost
 
     @property
-    def should_free_loop(self) -> bool:
-        """Whether the turn had better leave the loop to others: some wait or waited just now, or it will be long."""
-        return bool(self._waiting) or self._cost > LONG_TURN_SECONDS or self._clock() < self._crowded_until
+    def has_long_turns(self) -> bool:
+        """Whether turns had better leave the loop to others."""
+        return self._cost > LONG_TURN_SECONDS
 
     def note_beside(self) -> None:
         """Say that this turn leaves the loop to others: what arrives meanwhile is seen at once."""
@@ -80,7 +78,6 @@ class StepQueue:
         if self._is_busy:
             self._refuse_late(latest_start)
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._crowded_until = self._clock() + CROWD_SECONDS
             heapq.heappush(self._waiting, (latest_start, next(self._order), turn))
             await self._wait(turn)
         else:

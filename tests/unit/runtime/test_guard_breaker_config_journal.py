@@ -191,7 +191,7 @@ def test_a_full_queue_drops_what_comes_and_counts_it(tmp_path):
     assert begun.wait(10)
     for number in range(5):
         journal.append("k", str(number), b"")
-    journal.append_made(lambda: [])
+    journal.append_made(list)
     may_go.set()
     journal.flush()
     assert (journal.dropped, lost_in_the_queue() - before) == (4, 4)

@@ -1,4 +1,4 @@
-"""Where the policy runs: on the loop for a trainer that is alone, beside it when others wait."""
+"""Where the policy runs: on the loop while turns are short, beside it when they are long."""
 
 from __future__ import annotations
 
@@ -45,6 +45,16 @@ class Native:
 
 
 @pytest.fixture
+def long_turns(monkeypatch):
+    monkeypatch.setattr(step_queue, "LONG_TURN_SECONDS", -1.0)
+
+
+@pytest.fixture
+def short_turns(monkeypatch):
+    monkeypatch.setattr(step_queue, "LONG_TURN_SECONDS", math.inf)
+
+
+@pytest.fixture
 def native(policy):
     made = Native(policy)
     yield made
@@ -87,15 +97,15 @@ async def until(condition):
             await asyncio.sleep(0)
 
 
-async def test_a_trainer_that_is_alone_is_spared_the_hop_to_another_thread(controller, native, monkeypatch):
-    monkeypatch.setattr(step_queue, "LONG_TURN_SECONDS", math.inf)
-    for sequence in range(1, 4):
-        assert (await ask(controller, sequence)).HasField("command")
-        await asyncio.sleep(0)  # No trainer asks before it has its answer.
+@pytest.mark.usefixtures("short_turns")
+async def test_short_turns_are_spared_the_hop_to_another_thread(controller, native):
+    tasks = await ask_in_a_crowd(controller, (1,), (2,), (3,))
+    assert [(await task).HasField("command") for task in tasks] == [True] * 3
     assert set(native.threads) == {threading.get_ident()}
 
 
-async def test_when_others_wait_the_loop_is_free_to_refuse_at_once(controller, native):
+@pytest.mark.usefixtures("long_turns")
+async def test_while_turns_are_long_the_loop_is_free_to_refuse_at_once(controller, native):
     first, second = await ask_in_a_crowd(controller, (1,), (2,))
     await until(native.begun.is_set)
     refused = await ask(controller, 3, budget_us=1_000)
@@ -106,18 +116,12 @@ async def test_when_others_wait_the_loop_is_free_to_refuse_at_once(controller, n
     assert threading.get_ident() not in native.threads
 
 
-async def test_a_long_turn_leaves_the_loop_free_though_nobody_waits(controller, native, monkeypatch):
-    native.may_finish.set()
-    monkeypatch.setattr(step_queue, "LONG_TURN_SECONDS", 0.0)
-    await ask(controller, 1)
-    assert threading.get_ident() not in native.threads
-
-
 @pytest.fixture
 def eager(start, policy):
     return start(policy)
 
 
+@pytest.mark.usefixtures("long_turns")
 async def test_the_eager_plan_keeps_to_the_loop(eager, policy):
     found = []
     evaluate = policy.evaluate
@@ -129,6 +133,7 @@ async def test_the_eager_plan_keeps_to_the_loop(eager, policy):
     assert found == [threading.get_ident()] * 2
 
 
+@pytest.mark.usefixtures("long_turns")
 async def test_a_policy_that_is_taken_up_meanwhile_decides_from_the_next_step_on(controller, native, policy):
     tasks = await ask_in_a_crowd(controller, (1,), (2,))
     await until(native.begun.is_set)
@@ -140,6 +145,7 @@ async def test_a_policy_that_is_taken_up_meanwhile_decides_from_the_next_step_on
     assert [payload.annotations["policy_version"] for payload in payloads] == ["native-1", "native-2"]
 
 
+@pytest.mark.usefixtures("long_turns")
 async def test_what_a_replaced_policy_does_wrong_is_not_held_against_its_successor(controller, native, policy):
     first, second = await ask_in_a_crowd(controller, (1,), (2,))
     await until(native.begun.is_set)
@@ -153,6 +159,7 @@ async def test_what_a_replaced_policy_does_wrong_is_not_held_against_its_success
     assert (await second).HasField("command")
 
 
+@pytest.mark.usefixtures("long_turns")
 async def test_a_decision_is_finished_for_whoever_asks_again_though_its_caller_left(controller, native):
     gone, other = await ask_in_a_crowd(controller, (1,), (1, "other"))
     await until(native.begun.is_set)

@@ -98,7 +98,8 @@ class _Caller:
 
         async def ask_in_turn() -> None:
             while time.perf_counter() - begun < _CAPACITY_SECONDS:
-                await asyncio.sleep(await self._next().ask(answers))
+                pushback_seconds = await self._next().ask(answers)
+                await asyncio.sleep(pushback_seconds)
 
         await asyncio.gather(*(ask_in_turn() for _ in range(_CLOSED_LOOP)))
         return len(answers.decided) / (time.perf_counter() - begun)

@@ -137,6 +137,7 @@ class TrainingSession:
     ) -> list[CommandOutcome]:
         """End a training step: ask, verify, and carry out the answer on the model. Returns what became of commands.
 
+        A command that came too late for its step is never carried out; the step after it returns it as RESULT_LATE.
         Raises nothing that comes from the mesh; what failed is logged once and counted in `reasons`.
         """
         if self._thread.fork.is_child:
@@ -204,18 +205,21 @@ class TrainingSession:
         begun = time.perf_counter()
         self._start()
         self.global_step += 1
+        outcomes = self._settle_late()
+        self._remember(outcomes)
         self.host.observe(loss, self.global_step)
         packet = self._packet(loss, samples, gradient_norm, metrics)
         raw = self._request(packet)
         built = time.perf_counter()
         decision = self._ask(raw)
         answered = time.perf_counter()
-        outcomes = self._submit(decision, raw) if decision is not None else []
+        settled = self._submit(decision, raw) if decision is not None else []
         verified = time.perf_counter()
-        outcomes += self._finish()
+        settled += self._finish()
         ended = time.perf_counter()
+        self._remember(settled)
+        outcomes += settled
         self.outcomes += outcomes
-        self._unacknowledged += ((self._sequence, outcome) for outcome in outcomes)
         self._tell_of_new_host()
         if step_span := current_traceparent():
             self._trace(step_span, outcomes, ended - answered)
@@ -266,6 +270,7 @@ class TrainingSession:
         decision, reason = self._exchange.ask(self._sequence, raw)
         if decision is None:
             self._count(reason)
+            self._remember_fallback(reason)
         else:
             self._acknowledge()
         return decision
@@ -292,6 +297,22 @@ class TrainingSession:
     def _tell_of_new_host(self) -> None:
         if self._exchange.is_connected and self.host.receiver_epoch != self._told_epoch:
             self._thread.loop.call_soon_threadsafe(self._stream.replace)
+
+    def _settle_late(self) -> list[CommandOutcome]:
+        return [
+            CommandOutcome(command_id=command_id, result=CommandOutcome.RESULT_LATE, global_step=self.global_step)
+            for command_id in self._exchange.take_late_commands()
+        ]
+
+    def _remember(self, outcomes: list[CommandOutcome]) -> None:
+        self._unacknowledged += ((self._sequence, outcome) for outcome in outcomes)
+
+    def _remember_fallback(self, reason: str) -> None:
+        # One stands for all steps in a row, lest an outage push out what became of commands.
+        if self._unacknowledged and self._unacknowledged[-1][1].result == CommandOutcome.RESULT_LOCAL_FALLBACK:
+            self._unacknowledged.pop()
+        fallback = CommandOutcome.RESULT_LOCAL_FALLBACK
+        self._remember([CommandOutcome(result=fallback, reason=reason, global_step=self.global_step)])
 
     def _acknowledge(self) -> None:
         # What this request carried was remembered in an earlier step.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 from google.rpc.status_pb2 import Status
 
@@ -17,6 +18,8 @@ MISSED, UNREACHABLE, BREAKER_OPEN, PUSHED_BACK = (
     "deadline_missed", "mesh_unreachable", "breaker_open", "pushed_back",
 )  # fmt: skip
 LONGEST_PUSHBACK_SECONDS = 10.0
+LATE_COMMANDS_KEPT = 64
+LONGEST_COMMAND_ID = 128
 
 
 class StepExchange:
@@ -29,6 +32,8 @@ class StepExchange:
         self._breaker = CircuitBreaker(config=breaker)
         self._stream: DecisionStream | None = None
         self._not_before = 0.0
+        self._last_command = ""
+        self._late_commands: deque[str] = deque(maxlen=LATE_COMMANDS_KEPT)
         self.last_answered = 0
 
     @property
@@ -42,8 +47,19 @@ class StepExchange:
         self._thread.spawn(stream.run())
 
     def take(self, decision: StepDecision) -> None:
-        """Hand over what came; an answer that nobody awaits any more is counted and dropped."""
-        self.guard.resolve(decision.sequence, decision)
+        """Hand over what came; of an answer that nobody awaits any more only the id of its command is kept."""
+        is_in_time = self.guard.resolve(decision.sequence, decision)
+        if not decision.HasField("command"):
+            return
+        command_id = decision.command.nonce[:LONGEST_COMMAND_ID]
+        # A step that was sent again is answered twice alike, and the first answer may have been in time.
+        if not is_in_time and command_id != self._last_command:
+            self._late_commands.append(command_id)
+        self._last_command = command_id
+
+    def take_late_commands(self) -> list[str]:
+        """Return the ids of the commands that came too late since the last call."""
+        return [self._late_commands.popleft() for _ in range(len(self._late_commands))]
 
     def ask(self, sequence: int, raw: bytes) -> tuple[StepDecision | None, str]:
         """Return the answer, or None and why there is none."""

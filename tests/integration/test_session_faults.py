@@ -13,7 +13,15 @@ from prometheus_client import REGISTRY
 
 from esper_client import LoopThread, RunDescription, SessionConfig, TrainingSession
 from esper_rpc.errors import ResourceExhausted
-from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, MetricPoint, TelemetryPacket
+from esper_rpc.proto.leyline.v1 import (
+    AdaptationCommand,
+    CommandOutcome,
+    CommandType,
+    MetricPoint,
+    SignedEnvelope,
+    TelemetryPacket,
+)
+from esper_rpc.proto.tamiyo.v1 import StepDecision
 from esper_rpc.testing import TAMIYO, FakeTamiyo, serving
 
 
@@ -136,7 +144,7 @@ def test_decisions_arrive_bound_to_the_request(session, fake):
 def test_outcomes_are_sent_until_they_are_acknowledged(session, fake):
     fake.decide = pause
     step_until(session, lambda: len(session.host.envelopes) > 2)
-    sent = [o.command_id for step in fake.steps for o in step.outcomes]
+    sent = [o.command_id for step in fake.steps for o in step.outcomes if o.command_id]
     assert sent[0] == session.host.envelopes[0][0].nonce
     assert len(sent) == len(set(sent))
 
@@ -163,6 +171,64 @@ def test_a_slow_controller_costs_the_budget_and_its_late_answer_is_fenced(sessio
     gate._loop.call_soon_threadsafe(gate.set)  # The event belongs to the server's loop.
     step_until(session, lambda: session.guard.late_answers > 0)
     assert all(envelope.sequence == sequence for envelope, sequence, _ in session.host.envelopes)
+
+
+def test_a_command_that_came_late_is_told_as_late_until_a_step_that_told_it_was_answered(session, fake):
+    step_until(session, lambda: session.reasons["nominal"] > 3)
+    gate, held = asyncio.Event(), []
+
+    def hold(step):
+        held.append(step.sequence)
+        return gate.wait()
+
+    fake.before_answer, fake.decide = hold, lambda step: pause(step) if step.sequence in held else None
+    step_until(session, lambda: session.guard.misses > 0)
+    fake.before_answer = None
+    gate._loop.call_soon_threadsafe(gate.set)  # The event belongs to the server's loop.
+    step_until(session, lambda: any(o.result == CommandOutcome.RESULT_LATE for o in session.outcomes))
+    step_until(session, lambda: not session._unacknowledged)
+    session.step(0.5)
+
+    late = [o for o in session.outcomes if o.result == CommandOutcome.RESULT_LATE]
+    told = [o for step in fake.steps for o in step.outcomes if o.result == CommandOutcome.RESULT_LATE]
+    assert [o.command_id for o in told] == [o.command_id for o in late]
+    assert len({o.command_id for o in told}) == len(told)
+    assert session.host.envelopes == []
+    assert not fake.steps[-1].outcomes
+
+
+def test_a_second_copy_of_an_answer_in_time_is_no_late_command(session, fake):
+    fake.decide = pause
+    step_until(session, lambda: session.host.envelopes)
+    envelope, sequence, _ = session.host.envelopes[0]
+    exchange, late = session._exchange, session.guard.late_answers
+    exchange.take(StepDecision(sequence=sequence, command=envelope))
+    assert session.guard.late_answers == late + 1
+    assert exchange.take_late_commands() == []
+
+
+def test_ids_of_late_commands_are_bounded_in_number_and_length(session):
+    for number in range(1000):
+        session._exchange.take(StepDecision(sequence=10**6, command=SignedEnvelope(nonce=f"{number}" + 200 * "x")))
+    kept = session._exchange.take_late_commands()
+    assert len(kept) == 64
+    assert {len(command_id) for command_id in kept} == {128}
+
+
+def test_steps_without_an_answer_are_told_as_one_local_fallback(session, fake):
+    step_until(session, lambda: session.reasons["nominal"] > 3)
+    gate = asyncio.Event()
+    fake.before_answer = lambda _step: gate.wait()
+    step_until(session, lambda: session.guard.misses > 2)
+    fake.before_answer, answered = None, session.reasons["nominal"]
+    gate._loop.call_soon_threadsafe(gate.set)
+    step_until(session, lambda: session.reasons["nominal"] > answered)
+
+    told = [step.outcomes for step in fake.steps if step.outcomes]
+    assert {len(outcomes) for outcomes in told} == {1}
+    last = told[-1][0]
+    assert (last.result, last.command_id) == (CommandOutcome.RESULT_LOCAL_FALLBACK, "")
+    assert last.reason in ("deadline_missed", "breaker_open")
 
 
 def test_a_hung_controller_opens_the_breaker_and_steps_stop_waiting(session, fake):

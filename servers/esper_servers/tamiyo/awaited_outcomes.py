@@ -5,7 +5,7 @@ from collections.abc import Iterable
 OUTCOMES_MISSING = "outcomes_missing"
 PATIENCE_STEPS = 10
 """A trainer tells an outcome with its next step, and again until that step was answered."""
-MOST_MISSING = 30
+MOST_MISSING = 3
 
 
 class AwaitedOutcomes:

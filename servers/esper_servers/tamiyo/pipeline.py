@@ -259,8 +259,6 @@ class StepPipeline:
     def _note(self, run: RunState, step: Step) -> None:
         run.steps += 1
         run.global_step = step.packet.global_step
-        for outcome in step.outcomes:
-            run.outcomes[outcome.result] += 1
 
     def _judge(self, packet: SystemStatePacket, run: RunState, *, conservative: bool) -> Verdict:
         verdict = choosing.judge(run, packet, conservative=conservative, config=self._risk)

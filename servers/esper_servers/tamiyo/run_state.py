@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -49,7 +49,6 @@ class RunState:
     last_digest: bytes = b""
     last_reply: bytes = b""
     commands: int = 0
-    outcomes: Counter[int] = field(default_factory=Counter)
     planted: dict[str, str] = field(init=False)
     """The blueprint that each seed was last given."""
     awaited: AwaitedOutcomes = field(default_factory=AwaitedOutcomes)

@@ -41,9 +41,11 @@ class CommandOutcome(_message.Message):
         RESULT_REJECTED: CommandOutcome._Result.ValueType  # 3
         """The command was refused; `reason` says why. Nothing changed."""
         RESULT_LATE: CommandOutcome._Result.ValueType  # 4
-        """The command came after its step had ended. Nothing changed."""
+        """The command came after its step had ended. Nothing changed; one of the next steps tells of it."""
         RESULT_LOCAL_FALLBACK: CommandOutcome._Result.ValueType  # 5
-        """No answer came in time and the step used its local fallback."""
+        """No answer came in time and the step used its local fallback; `reason` says why none came. One stands for all such
+        steps in a row and names the last.
+        """
         RESULT_FAILED: CommandOutcome._Result.ValueType  # 6
         """The command was accepted, but could not be carried out; `reason` says why."""
 
@@ -59,9 +61,11 @@ class CommandOutcome(_message.Message):
     RESULT_REJECTED: CommandOutcome.Result.ValueType  # 3
     """The command was refused; `reason` says why. Nothing changed."""
     RESULT_LATE: CommandOutcome.Result.ValueType  # 4
-    """The command came after its step had ended. Nothing changed."""
+    """The command came after its step had ended. Nothing changed; one of the next steps tells of it."""
     RESULT_LOCAL_FALLBACK: CommandOutcome.Result.ValueType  # 5
-    """No answer came in time and the step used its local fallback."""
+    """No answer came in time and the step used its local fallback; `reason` says why none came. One stands for all such
+    steps in a row and names the last.
+    """
     RESULT_FAILED: CommandOutcome.Result.ValueType  # 6
     """The command was accepted, but could not be carried out; `reason` says why."""
 

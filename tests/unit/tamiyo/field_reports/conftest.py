@@ -12,11 +12,11 @@ from esper_rpc.journal import Journal
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import ExplainDecisionResponse, OpenRunRequest, Step, StepLedger
 from esper_rpc.testing import FakeClock
-from esper_servers.tamiyo.records import decisions
 from esper_servers.tamiyo.field_reports.config import ReportConfig
 from esper_servers.tamiyo.field_reports.observations import Observations
 from esper_servers.tamiyo.field_reports.report_journal import KEPT, ReportJournal
 from esper_servers.tamiyo.field_reports.reports import FieldReports
+from esper_servers.tamiyo.records import decisions
 from esper_servers.tamiyo.reporting import Reported
 from esper_servers.tamiyo.risk.engine import Verdict
 from esper_servers.tamiyo.risk.reading import PAUSE_AND_HOLD

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import queue
 import sqlite3
 import threading
@@ -50,7 +51,15 @@ class Forgotten:
     key: str
 
 
-Entry = Record | Forgotten
+@dataclass(frozen=True, slots=True)
+class ForgottenBefore:
+    """Takes everything of a kind that stands before a position out of the journal."""
+
+    kind: str
+    position: int
+
+
+Entry = Record | Forgotten | ForgottenBefore
 
 
 @dataclass(slots=True)
@@ -66,10 +75,13 @@ class _Made:
 _Item = Record | _Made | _Flush | None
 
 FLUSH_LOOK_SECONDS = 1.0
-_WRITING: Mapping[type, str] = {
-    Record: "INSERT INTO record (kind, key, body) VALUES (?, ?, ?)",
-    Forgotten: "DELETE FROM record WHERE kind = ? AND key = ?",
-}
+_WRITING: Mapping[type, tuple[str, Callable[[Entry], tuple[str | int | bytes, ...]]]] = {
+    Record: (
+        "INSERT INTO record (kind, key, body) VALUES (?, ?, ?)", operator.attrgetter("kind", "key", "body"),
+    ),
+    Forgotten: ("DELETE FROM record WHERE kind = ? AND key = ?", operator.attrgetter("kind", "key")),
+    ForgottenBefore: ("DELETE FROM record WHERE kind = ? AND id < ?", operator.attrgetter("kind", "position")),
+}  # fmt: skip
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS record (
@@ -121,6 +133,13 @@ class JournalReader:
                 (kind, after, limit),
             )
             return [(position, Record(*row)) for position, *row in rows]
+
+    def position(self, kind: str, key: str) -> int | None:
+        """Return where the newest record of a kind and key stands, as `page` tells it; None when there is none."""
+        with _reading(self._path) as connection:
+            query = "SELECT MAX(id) FROM record WHERE kind = ? AND key = ?"
+            found: int | None = connection.execute(query, (kind, key)).fetchone()[0]
+            return found
 
     def newest(self, kind: str) -> Iterator[Record]:
         """Yield the records of a kind that are on the disk, newest first."""
@@ -245,7 +264,8 @@ class Journal(JournalReader):
         try:
             with self._writer_connection as connection:
                 for kind, group in itertools.groupby(records, type):
-                    connection.executemany(_WRITING[kind], map(_row, group))
+                    statement, row_of = _WRITING[kind]
+                    connection.executemany(statement, map(row_of, group))
                 self._trim(connection)
         except sqlite3.Error as error:
             self._drop(records)
@@ -280,10 +300,6 @@ class Journal(JournalReader):
             least, most = connection.execute(query, self._kept).fetchone()
             if least is not None:
                 connection.execute(f"DELETE {droppable} AND id <= ?", (*self._kept, least + (most - least) // 10))
-
-
-def _row(entry: Entry) -> tuple[str, str] | tuple[str, str, bytes]:
-    return (entry.kind, entry.key, entry.body) if isinstance(entry, Record) else (entry.kind, entry.key)
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -153,6 +153,8 @@ class BlockingTamiyoClient(BlockingClient[TamiyoClient]):
     publish_history = _unary(TamiyoClient.publish_history)
     explain_decision = _unary(TamiyoClient.explain_decision)
     replay_decision = _unary(TamiyoClient.replay_decision)
+    list_step_dumps = _unary(TamiyoClient.list_step_dumps)
+    list_dumped_steps = _unary(TamiyoClient.list_dumped_steps)
 
 
 class BlockingUrzaClient(BlockingClient[UrzaClient]):

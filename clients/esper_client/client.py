@@ -57,10 +57,14 @@ from esper_rpc.proto.tamiyo.v1 import (
     GetPolicyResponse,
     IngestPolicyUpdateRequest,
     IngestPolicyUpdateResponse,
+    ListDumpedStepsRequest,
+    ListDumpedStepsResponse,
     ListFieldReportsRequest,
     ListFieldReportsResponse,
     ListPauseGrantsRequest,
     ListPauseGrantsResponse,
+    ListStepDumpsRequest,
+    ListStepDumpsResponse,
     OpenRunRequest,
     OpenRunResponse,
     PublishHistoryRequest,
@@ -316,6 +320,8 @@ class TamiyoClient(MeshClient):
         "ExplainDecision",
         "ListPauseGrants",
         "ListFieldReports",
+        "ListStepDumps",
+        "ListDumpedSteps",
     )
 
     async def open_run(self, request: OpenRunRequest, *, timeout: float = 2.0) -> OpenRunResponse:
@@ -395,6 +401,16 @@ class TamiyoClient(MeshClient):
     async def replay_decision(self, request: ReplayDecisionRequest, *, timeout: float = 60.0) -> ReplayDecisionResponse:
         """Computes one decision again from its record and compares."""
         return await self._unary("ReplayDecision", request, ReplayDecisionResponse, timeout)
+
+    async def list_step_dumps(self, request: ListStepDumpsRequest, *, timeout: float = 10.0) -> ListStepDumpsResponse:
+        """Lists what the flight recorder wrote down because of events of priority HIGH and CRITICAL, oldest first."""
+        return await self._unary("ListStepDumps", request, ListStepDumpsResponse, timeout)
+
+    async def list_dumped_steps(
+        self, request: ListDumpedStepsRequest, *, timeout: float = 10.0
+    ) -> ListDumpedStepsResponse:
+        """Lists the steps of one dump, oldest first."""
+        return await self._unary("ListDumpedSteps", request, ListDumpedStepsResponse, timeout)
 
 
 class UrzaClient(MeshClient):

@@ -48,6 +48,8 @@ TABLE: Rows = {
     _TAMIYO + "PublishHistory": frozenset({"weatherlight", "operator"}),
     _TAMIYO + "ExplainDecision": _OPERATOR,
     _TAMIYO + "ReplayDecision": _OPERATOR,
+    _TAMIYO + "ListStepDumps": _OPERATOR,
+    _TAMIYO + "ListDumpedSteps": _OPERATOR,
     _KASMINA + "ApplyCommand": _TRAINING,
     _KASMINA + "ExportSeedStates": frozenset({"trainer", "operator", "nissa"}),
     _KASMINA + "AdvanceAlpha": _TRAINING,

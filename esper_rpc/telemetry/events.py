@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import structlog
 
@@ -18,7 +19,9 @@ PRIORITY_OF: Mapping[TelemetryLevel.ValueType, MessagePriority.ValueType] = {
     TelemetryLevel.TELEMETRY_LEVEL_ERROR: MessagePriority.MESSAGE_PRIORITY_HIGH,
     TelemetryLevel.TELEMETRY_LEVEL_CRITICAL: MessagePriority.MESSAGE_PRIORITY_CRITICAL,
 }
-"""By severity. HIGH and CRITICAL take the emergency lane."""
+"""By severity."""
+EMERGENCY_LANE = frozenset({MessagePriority.MESSAGE_PRIORITY_HIGH, MessagePriority.MESSAGE_PRIORITY_CRITICAL})
+"""The priorities that take it."""
 _LOG_LEVEL = {
     TelemetryLevel.TELEMETRY_LEVEL_INFO: logging.INFO,
     TelemetryLevel.TELEMETRY_LEVEL_WARNING: logging.WARNING,
@@ -26,6 +29,21 @@ _LOG_LEVEL = {
     TelemetryLevel.TELEMETRY_LEVEL_CRITICAL: logging.CRITICAL,
 }
 Detail = str | int | float
+EventListener = Callable[[TelemetryPacket], None]
+"""Gets the packet of an event, on the thread that tells it. It must not wait, raise, or tell an event itself."""
+
+_listeners: list[EventListener] = []
+
+
+def listen(listener: EventListener) -> Callable[[], None]:
+    """Have a listener get every event of this process from now on, until the function that is returned is called."""
+    _listeners.append(listener)
+
+    def stop() -> None:
+        with contextlib.suppress(ValueError):
+            _listeners.remove(listener)
+
+    return stop
 
 
 def tell_event(
@@ -37,7 +55,7 @@ def tell_event(
     step_index: int | None = None,
     **details: Detail,
 ) -> TelemetryPacket:
-    """Log an event and count it with its packet, which is returned; keep it off the step path.
+    """Log an event, count it with its packet, and hand that to whoever listens; keep it off the step path.
 
     `step_index` is for what happens in a step, the global step of the trainer.
     """
@@ -55,6 +73,8 @@ def tell_event(
     packet = TelemetryPacket(packet_id=event.event_id, source_subsystem=source, level=level, events=[event])
     packet.timestamp.GetCurrentTime()
     record_packets([packet])
+    for listener in tuple(_listeners):
+        listener(packet)
     return packet
 
 

@@ -36,6 +36,7 @@ from esper_servers.tamiyo.policy_updates.assembly import updates_of
 from esper_servers.tamiyo.policy_updates.store import Entry, Lineage
 from esper_servers.tamiyo.records.decisions import DecisionLog
 from esper_servers.tamiyo.records.replay import Replay
+from esper_servers.tamiyo.records.step_dumps import StepDumps
 from esper_servers.tamiyo.run_state import Runs
 from esper_servers.tamiyo.service import RAW_METHODS, TamiyoServicer
 from esper_servers.urza.library import BlueprintLibrary
@@ -80,6 +81,7 @@ def make_pipeline(mesh, policy, directory):
     journal.close()
 
 
+@contextlib.contextmanager
 def make_tamiyo(pipeline):
     journal = pipeline._decisions._journal
     directory = journal._path.parent
@@ -87,19 +89,23 @@ def make_tamiyo(pipeline):
         pipeline, directory=directory / "policies", journal=journal._path, keyring=pipeline._keyring,
         prior=PriorConfig(), plans=PlanSwitch(pipeline.policy, directory, PlanConfig(compile=False)), aside=Aside(),
     )  # fmt: skip
-    return TamiyoServicer(
+    dumps = StepDumps.of(pipeline.recorder, journal, clock_ns=pipeline.clock_ns)
+    yield TamiyoServicer(
         pipeline=pipeline, blueprints=pipeline._blueprints, decisions=pipeline._decisions, mode=pipeline._mode,
         pauses=Pauses.of(journal, PauseConfig()), updates=updates,
         replay=lambda command_id: asyncio.to_thread(
             Replay(pipeline._decisions, lambda: pipeline.policy).differences, command_id
         ),
         reports=FieldReports.of(pipeline.observations, journal, ReportConfig(), clock_ns=pipeline.clock_ns),
+        dumps=dumps,
     )  # fmt: skip
+    dumps.stop_listening()
 
 
 @pytest.fixture
 def tamiyo(pipeline):
-    return make_tamiyo(pipeline)
+    with make_tamiyo(pipeline) as made:
+        yield made
 
 
 @contextlib.contextmanager
@@ -108,8 +114,7 @@ def make_servicers(mesh, policy, directory):
     authority = Authority.load(mesh.directory / "pki")
     library = BlueprintLibrary(directory / "urza")
     host = seed_host_process.make_host(mesh.identity("trainer"), mesh.keyring("trainer"), mesh.keyring("operator"))
-    with make_pipeline(mesh, policy, directory) as pipeline:
-        tamiyo = make_tamiyo(pipeline)
+    with make_pipeline(mesh, policy, directory) as pipeline, make_tamiyo(pipeline) as tamiyo:
         # A rollback needs a policy to return to.
         tamiyo._updates._lineage = Lineage((Entry("gnn_v1-heuristic-0"), Entry(policy.version)))
         yield {

@@ -20,6 +20,8 @@ from esper_client import UrzaClient
 from esper_rpc import errors
 from esper_rpc.audit import AuditLog
 from esper_rpc.journal import Journal
+from esper_rpc.proto.leyline.v1 import TelemetryLevel
+from esper_rpc.proto.tamiyo.v1 import EvaluateStepsRequest, Step
 from esper_rpc.proto.urza.v1 import (
     Blueprint,
     GetBlueprintRequest,
@@ -28,8 +30,13 @@ from esper_rpc.proto.urza.v1 import (
     UploadKernelRequest,
 )
 from esper_rpc.telemetry import shared_files
+from esper_rpc.telemetry.events import tell_event
+from esper_rpc.testing import FakeClock
 from esper_servers.cli.home import Home
 from esper_servers.cli.processes import cli_command, end
+from esper_servers.tamiyo.records.dump_journal import DumpJournal
+from esper_servers.tamiyo.records.flight_recorder import FlightRecorder
+from esper_servers.tamiyo.records.step_dumps import LEAST_SECONDS, StepDumps
 
 ROOM = resource.RLIM_INFINITY
 NO_ROOM = 2048
@@ -208,3 +215,27 @@ def test_an_audit_log_without_room_counts_what_it_loses_says_so_once_and_goes_on
     assert [json.loads(line)["method"] for line in path.read_text().splitlines()] == ["/before", "/after"]
     assert [entry["event"] for entry in told if entry["event"] != "admin_call"] == ["audit_write_failed"]
     assert "Traceback" not in capfd.readouterr().err
+
+
+async def test_a_dump_without_room_is_partial_and_the_next_has_the_rest(tmp_path):
+    clock, recorder, journal = FakeClock(), FlightRecorder(), Journal(tmp_path / "journal.sqlite")
+    dumps = StepDumps(recorder, DumpJournal(journal), clock=clock)
+    request = EvaluateStepsRequest(step=Step(run_id="x" * 8192)).SerializeToString()
+    for sequence in range(1, 321):
+        recorder.note("run", sequence, request, b"", "policy-1", 0, is_epoch=False)
+    tell_event("tamiyo", "loss_spike", TelemetryLevel.TELEMETRY_LEVEL_ERROR, reason="loss_spike")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * 1024, resource.RLIM_INFINITY))
+    try:
+        with capture_logs() as told:
+            await dumps.catch_up()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
+    assert {entry["event"] for entry in told} == {"journal_write_failed", "step_dump_failed"}
+    clock.advance(LEAST_SECONDS)
+    partial, rest = (await dumps.page(10, ""))[0]
+    assert 0 < partial.written < partial.steps == 320
+    assert rest.written == rest.steps == 320 - partial.written
+    found = [await dumps.steps(dump.dump_id, 1000, "") for dump in (partial, rest)]
+    assert [step.sequence for steps, _ in found for step in steps] == list(range(1, 321))
+    dumps.stop_listening()
+    journal.close()

@@ -14,6 +14,7 @@ from . import (
     decisions,
     demo,
     doctor,
+    dumps,
     keys,
     logs,
     pauses,
@@ -53,6 +54,7 @@ app.command(epilog="Example: esper contract-test 127.0.0.1:40123 --only 'Evaluat
 app.command(epilog="Example: esper sign --address 127.0.0.1:40123 --seed hidden1 --operation cull --apply")(sign.sign)
 for name, group in (
     ("bench", bench.app),
+    ("dumps", dumps.app),
     ("keys", keys.app),
     ("pki", pki.app),
     ("plan", plan.app),

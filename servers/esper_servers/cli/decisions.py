@@ -34,7 +34,10 @@ def explain(
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show why a command was given, or none: inputs, signals, risk, policy and where the time went."""
+    """Show why a command was given, or none: inputs, signals, risk, policy and where the time went.
+
+    Of a step that only a dump of the flight recorder holds: what came and what was answered.
+    """
     record = run(_explain(home_of(context, home), address, decision))
     if as_json:
         print_json(_document(record))
@@ -105,14 +108,14 @@ def _rounded(outputs: Mapping[str, NumberArray]) -> dict[str, Any]:
 
 def _tables(record: ExplainDecisionResponse) -> dict[str, dict[str, Any]]:
     """What is shown, by title; a table without rows is left out."""
-    evidence, verdict = record.evidence, record.evidence.verdict
+    evidence = record.evidence
     seeds = {state.seed_id: MessageToDict(state)["stage"] for state in record.packet.seed_states if state.stage}
     tables: dict[str, dict[str, Any]] = {
         "Decision": _summary(record),
         "Inputs": {**_sorted(record.packet.training_metrics), **seeds},
         "Signals": _sorted(evidence.signals),
         "Remembered before": _sorted(evidence.memory),
-        "Risk": _risk(verdict),
+        "Risk": _risk(evidence.verdict) if record.HasField("evidence") else {},
         "Policy": _rounded(evidence.outputs),
         "Ledger": {field.name: getattr(record.ledger, field.name) for field in record.ledger.DESCRIPTOR.fields},
     }
@@ -135,7 +138,9 @@ def _summary(record: ExplainDecisionResponse) -> dict[str, Any]:
         "policy": record.policy_version,
         "plan": record.evidence.plan,
         "policy digest": record.evidence.policy_digest.hex(),
-        "conservative mode": record.evidence.conservative,
+        "conservative mode": record.evidence.conservative if record.HasField("evidence") else "",
+        "dump": record.dump_id,
+        "evidence": "none was kept: this is what the trainer sent and got" if record.dump_id else "",
     }
     return {name: value for name, value in rows.items() if value != ""}
 

@@ -27,6 +27,7 @@ from .plan_switch import PlanConfig, PlanSwitch
 from .policy_updates.assembly import updates_of
 from .records.decisions import DecisionLog
 from .records.replay import Sources, replay_from
+from .records.step_dumps import StepDumps
 from .risk.config import RiskConfig
 from .service import TamiyoServicer
 
@@ -34,6 +35,7 @@ JOURNAL = "journal.sqlite"
 REPLAY_SECONDS = 60.0
 REPORT_SECONDS = 0.25
 PRUNE_SECONDS = 60.0
+DUMP_SECONDS = 0.25
 GAUGE_SECONDS = 1.0
 RENEWAL_SECONDS = 0.25
 SAVE_SECONDS = 30.0
@@ -104,6 +106,7 @@ class Controller:
             publisher=config.publisher,
             breaker=breakers[FIELD_REPORTS],
         )
+        self._dumps = StepDumps.of(self.pipeline.recorder, self._journal, clock_ns=self.pipeline.clock_ns)
         self.servicer = TamiyoServicer(
             pipeline=self.pipeline,
             blueprints=self.blueprints,
@@ -113,6 +116,7 @@ class Controller:
             updates=self._updates,
             replay=self._replay,
             reports=self._reports,
+            dumps=self._dumps,
         )
 
     def resume(self) -> Policy:
@@ -130,6 +134,7 @@ class Controller:
         server.every(REPORT_SECONDS, self._reports.catch_up)
         server.every(REPORT_SECONDS, self._reports.publish_due)
         server.every(PRUNE_SECONDS, self._reports.prune)
+        server.every(DUMP_SECONDS, self._dumps.catch_up)
 
     async def close(self) -> None:
         """Write down what is left, and end what runs beside."""
@@ -137,6 +142,7 @@ class Controller:
         self.pipeline.report()
         await self._reports.catch_up()
         await self._lasting.save()
+        await self._dumps.close()
         self._journal.close()
 
     async def _replay(self, key: str) -> list[str]:

@@ -43,6 +43,7 @@ from .inference import Inference
 from .policy_updates.shadow import Shadow
 from .records.decisions import DecisionLog
 from .records.evidence import Evidence
+from .records.flight_recorder import FlightRecorder
 from .records.memory import Memory
 from .reporting import STEPS_PER_SAMPLE, DecisionReports, Reported
 from .risk.config import RiskConfig
@@ -100,6 +101,8 @@ class StepPipeline:
         """Called when the breaker around inference opens."""
         self.observations = Observations()
         """For the field reports on what commands did."""
+        self.recorder = FlightRecorder()
+        """Of every step that was answered; what the journal does not keep of them is there for a while."""
         self._reports = DecisionReports(self._observe, quiet_steps=self._risk.cool_down_steps)
         self._unrecorded: deque[Evidence] = deque()
         """Of answers that have not left: the journal's thread would hold them up."""
@@ -147,19 +150,26 @@ class StepPipeline:
         run.begin_step()
         try:
             watch.lap("queue_us")
-            return await self._answer(step, run, digest, watch, budget)
+            return await self._answer(step, raw, run, digest, watch, budget)
         finally:
             run.end_step()
             self.queue.end_turn()
 
-    async def _answer(self, step: Step, run: RunState, digest: bytes, watch: Stopwatch, budget: float) -> bytes:
+    async def _answer(
+        self, step: Step, raw: bytes, run: RunState, digest: bytes, watch: Stopwatch, budget: float
+    ) -> bytes:
         if step.sequence <= run.last_sequence:
             return _answer_again(run, step.sequence, digest)
-        decision, evidence = await self._decide(step, run, digest, watch, budget)
+        policy = self.policy  # Another one may be taken up while this one works.
+        decision, evidence = await self._decide(step, run, digest, watch, budget, policy)
         decision.sequence = step.sequence
         decision.ledger.CopyFrom(watch.close())
         reply = EvaluateStepsResponse(decision=decision).SerializeToString()
         run.last_sequence, run.last_digest, run.last_reply = step.sequence, digest, reply
+        # Only the state at the end of an epoch is asked about without a budget.
+        self.recorder.note(
+            step.run_id, step.sequence, raw, reply, policy.version, self.clock_ns(), is_epoch=not step.budget_us
+        )
         if evidence is not None:
             self._unrecorded.append(evidence)
         return reply
@@ -207,12 +217,11 @@ class StepPipeline:
         tell_restraint(service_is_held=self._mode.enabled, held_runs=held, breakers=breakers)
 
     async def _decide(
-        self, step: Step, run: RunState, digest: bytes, watch: Stopwatch, budget: float
+        self, step: Step, run: RunState, digest: bytes, watch: Stopwatch, budget: float, policy: Policy
     ) -> tuple[StepDecision, Evidence | None]:
         if self._samples:
             self._take_samples(of=run)
         self._note(run, step)
-        policy = self.policy  # Another one may be taken up while this one works.
         memory, conservative = Memory.of(run), self._mode.enabled or run.mode.enabled
         verdict = self._judge(step.packet, run, conservative=conservative)
         watch.lap("risk_us")

@@ -24,10 +24,14 @@ from esper_rpc.proto.tamiyo.v1 import (
     GetPolicyResponse,
     GetStatusRequest,
     GetStatusResponse,
+    ListDumpedStepsRequest,
+    ListDumpedStepsResponse,
     ListFieldReportsRequest,
     ListFieldReportsResponse,
     ListPauseGrantsRequest,
     ListPauseGrantsResponse,
+    ListStepDumpsRequest,
+    ListStepDumpsResponse,
     OpenRunRequest,
     OpenRunResponse,
     PublishHistoryRequest,
@@ -55,6 +59,7 @@ from .pipeline import StepPipeline
 from .policy_updates.updates import PolicyUpdates
 from .records.decisions import DecisionLog
 from .records.evidence import key_of_step
+from .records.step_dumps import StepDumps
 from .run_state import build_graph
 
 PROTOCOL_VERSIONS = frozenset({1, 2})
@@ -81,6 +86,7 @@ class TamiyoServicer:
         updates: PolicyUpdates,
         replay: Callable[[str], Awaitable[list[str]]],
         reports: FieldReports,
+        dumps: StepDumps,
     ) -> None:
         """`replay` says what of a decision comes out otherwise than recorded."""
         self._pipeline = pipeline
@@ -91,6 +97,7 @@ class TamiyoServicer:
         self._updates = updates
         self._replay = replay
         self._reports = reports
+        self._dumps = dumps
         self._started = time.monotonic()
         self._reporting = Deferred(REPORTING_DELAY_SECONDS, pipeline.report)
         self._inboxes: set[Inbox[bytes]] = set()
@@ -267,6 +274,18 @@ class TamiyoServicer:
         self._pipeline.report()
         found = await self._replay(_key_of(request))
         return ReplayDecisionResponse(identical=not found, differences=found)
+
+    async def ListStepDumps(self, request: ListStepDumpsRequest, call: Call) -> ListStepDumpsResponse:
+        """Return a page of what was written down of the last steps; first write what is due."""
+        self._pipeline.report()
+        dumps, more = await self._dumps.page(request.page_size or DEFAULT_PAGE, request.page_token)
+        return ListStepDumpsResponse(dumps=dumps, next_page_token=more)
+
+    async def ListDumpedSteps(self, request: ListDumpedStepsRequest, call: Call) -> ListDumpedStepsResponse:
+        """Return a page of the steps of a dump."""
+        size = request.page_size or DEFAULT_PAGE
+        steps, more = await self._dumps.steps(request.dump_id, size, request.page_token)
+        return ListDumpedStepsResponse(steps=steps, next_page_token=more)
 
     def _check_run(self, run_id: str, call: Call) -> None:
         """Raise NotFound, or PermissionDenied for another's run."""

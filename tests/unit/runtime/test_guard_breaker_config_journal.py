@@ -15,7 +15,7 @@ from esper_rpc.config import load, read_section
 from esper_rpc.disk import require_writable
 from esper_rpc.errors import ConfigError
 from esper_rpc.guard import StepGuard
-from esper_rpc.journal import Forgotten, Journal, JournalConfig, Record
+from esper_rpc.journal import Forgotten, ForgottenBefore, Journal, JournalConfig, Record
 from esper_rpc.proto.leyline.v1 import CircuitState
 from esper_rpc.testing import FakeClock
 
@@ -238,6 +238,30 @@ def test_what_is_forgotten_is_what_was_written_before(tmp_path):
     assert [(r.key, r.body) for r in journal.read("k")] == [("a", b"2")]
     assert journal.find_all("k", ["a", "b"]) == {"a": Record("k", "a", b"2")}
     assert (journal.count("k"), journal.count("other")) == (1, 0)
+    journal.close()
+
+
+def test_what_stands_before_a_position_is_forgotten_of_its_kind_only(tmp_path):
+    journal = Journal(tmp_path / "journal.sqlite")
+    for key in "abca":
+        journal.append("k", key, b"")
+        journal.append("other", key, b"")
+    journal.flush()
+    before = journal.position("k", "c")
+    journal.append_made(lambda: [ForgottenBefore("k", before)])
+    journal.flush()
+    assert [record.key for record in journal.read("k")] == ["c", "a"]
+    assert [record.key for record in journal.read("other")] == ["a", "b", "c", "a"]
+    journal.close()
+
+
+def test_a_position_is_that_of_the_newest_record_of_a_key(tmp_path):
+    journal = Journal(tmp_path / "journal.sqlite")
+    for key in "aba":
+        journal.append("k", key, b"")
+    journal.flush()
+    assert [position for position, _ in journal.page("k", after=0, limit=9)][-1] == journal.position("k", "a")
+    assert journal.position("k", "c") is None
     journal.close()
 
 

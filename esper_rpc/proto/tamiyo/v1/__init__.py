@@ -9,6 +9,11 @@ from .evidence_pb2 import (
     RunStructure as RunStructure,
     SignalReading as SignalReading,
 )
+from .step_dump_pb2 import (
+    DumpedStep as DumpedStep,
+    RecordedStep as RecordedStep,
+    StepDump as StepDump,
+)
 from .step_pb2 import (
     NoAction as NoAction,
     Step as Step,
@@ -36,10 +41,14 @@ from .tamiyo_service_pb2 import (
     GetStatusResponse as GetStatusResponse,
     IngestPolicyUpdateRequest as IngestPolicyUpdateRequest,
     IngestPolicyUpdateResponse as IngestPolicyUpdateResponse,
+    ListDumpedStepsRequest as ListDumpedStepsRequest,
+    ListDumpedStepsResponse as ListDumpedStepsResponse,
     ListFieldReportsRequest as ListFieldReportsRequest,
     ListFieldReportsResponse as ListFieldReportsResponse,
     ListPauseGrantsRequest as ListPauseGrantsRequest,
     ListPauseGrantsResponse as ListPauseGrantsResponse,
+    ListStepDumpsRequest as ListStepDumpsRequest,
+    ListStepDumpsResponse as ListStepDumpsResponse,
     OpenRunRequest as OpenRunRequest,
     OpenRunResponse as OpenRunResponse,
     PauseGrant as PauseGrant,

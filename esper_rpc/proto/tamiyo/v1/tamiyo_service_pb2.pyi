@@ -12,6 +12,7 @@ from esper_rpc.proto.leyline.v1 import seed_pb2 as _seed_pb2
 from esper_rpc.proto.leyline.v1 import state_pb2 as _state_pb2
 from esper_rpc.proto.leyline.v1 import telemetry_pb2 as _telemetry_pb2
 from esper_rpc.proto.tamiyo.v1 import evidence_pb2 as _evidence_pb2
+from esper_rpc.proto.tamiyo.v1 import step_dump_pb2 as _step_dump_pb2
 from esper_rpc.proto.tamiyo.v1 import step_pb2 as _step_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -1112,10 +1113,13 @@ class ExplainDecisionResponse(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
     EVIDENCE_FIELD_NUMBER: _builtins.int
+    DUMP_ID_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """The reason that was given."""
     policy_version: _builtins.str
     """The version of the policy that decided."""
+    dump_id: _builtins.str
+    """The dump that the step was found in. Empty when it has a record of its own."""
     @_builtins.property
     def command(self) -> _command_pb2.AdaptationCommand:
         """The command as it was issued. Not set when there was none."""
@@ -1130,7 +1134,9 @@ class ExplainDecisionResponse(_message.Message):
 
     @_builtins.property
     def evidence(self) -> _evidence_pb2.DecisionEvidence:
-        """What else it was computed from. Not set in a record of an earlier version."""
+        """What else it was computed from. Not set in a record of an earlier version, nor for a step of which only a dump is
+        left.
+        """
 
     def __init__(
         self,
@@ -1141,10 +1147,11 @@ class ExplainDecisionResponse(_message.Message):
         policy_version: _builtins.str = ...,
         ledger: _step_pb2.StepLedger | None = ...,
         evidence: _evidence_pb2.DecisionEvidence | None = ...,
+        dump_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "evidence", b"evidence", "ledger", b"ledger", "packet", b"packet"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "evidence", b"evidence", "ledger", b"ledger", "packet", b"packet", "policy_version", b"policy_version", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "dump_id", b"dump_id", "evidence", b"evidence", "ledger", b"ledger", "packet", b"packet", "policy_version", b"policy_version", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ExplainDecisionResponse: _TypeAlias = ExplainDecisionResponse  # noqa: Y015
@@ -1200,3 +1207,103 @@ class ReplayDecisionResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ReplayDecisionResponse: _TypeAlias = ReplayDecisionResponse  # noqa: Y015
+
+@_typing.final
+class ListStepDumpsRequest(_message.Message):
+    """ListStepDumpsRequest asks for one page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most this many dumps; 0 means 100."""
+    page_token: _builtins.str
+    """From the response before."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ListStepDumpsRequest: _TypeAlias = ListStepDumpsRequest  # noqa: Y015
+
+@_typing.final
+class ListStepDumpsResponse(_message.Message):
+    """ListStepDumpsResponse is one page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DUMPS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def dumps(self) -> _containers.RepeatedCompositeFieldContainer[_step_dump_pb2.StepDump]:
+        """The dumps."""
+
+    def __init__(
+        self,
+        *,
+        dumps: _abc.Iterable[_step_dump_pb2.StepDump] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dumps", b"dumps", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ListStepDumpsResponse: _TypeAlias = ListStepDumpsResponse  # noqa: Y015
+
+@_typing.final
+class ListDumpedStepsRequest(_message.Message):
+    """ListDumpedStepsRequest asks for one page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DUMP_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    dump_id: _builtins.str
+    """The dump."""
+    page_size: _builtins.int
+    """At most this many steps; 0 means 100."""
+    page_token: _builtins.str
+    """From the response before."""
+    def __init__(
+        self,
+        *,
+        dump_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dump_id", b"dump_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ListDumpedStepsRequest: _TypeAlias = ListDumpedStepsRequest  # noqa: Y015
+
+@_typing.final
+class ListDumpedStepsResponse(_message.Message):
+    """ListDumpedStepsResponse is one page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[_step_dump_pb2.DumpedStep]:
+        """The steps."""
+
+    def __init__(
+        self,
+        *,
+        steps: _abc.Iterable[_step_dump_pb2.DumpedStep] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ListDumpedStepsResponse: _TypeAlias = ListDumpedStepsResponse  # noqa: Y015

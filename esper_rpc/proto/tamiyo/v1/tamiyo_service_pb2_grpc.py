@@ -120,6 +120,16 @@ class TamiyoServiceStub(object):
                 request_serializer=esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ReplayDecisionRequest.SerializeToString,
                 response_deserializer=esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ReplayDecisionResponse.FromString,
                 _registered_method=True)
+        self.ListStepDumps = channel.unary_unary(
+                '/esper.tamiyo.v1.TamiyoService/ListStepDumps',
+                request_serializer=esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ListStepDumpsRequest.SerializeToString,
+                response_deserializer=esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ListStepDumpsResponse.FromString,
+                _registered_method=True)
+        self.ListDumpedSteps = channel.unary_unary(
+                '/esper.tamiyo.v1.TamiyoService/ListDumpedSteps',
+                request_serializer=esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ListDumpedStepsRequest.SerializeToString,
+                response_deserializer=esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ListDumpedStepsResponse.FromString,
+                _registered_method=True)
 
 
 class TamiyoServiceServicer(object):
@@ -238,7 +248,8 @@ class TamiyoServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExplainDecision(self, request, context):
-        """Returns the record of one decision: every command has one, and of the other steps of a run every hundredth.
+        """Returns the record of one decision: every command has one, and of the other steps of a run every hundredth. Of a
+        step that has none and stands in a dump, it returns what came and what was answered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -246,6 +257,21 @@ class TamiyoServiceServicer(object):
 
     def ReplayDecision(self, request, context):
         """Computes one decision again from its record and compares.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListStepDumps(self, request, context):
+        """Lists what the flight recorder wrote down because of events of priority HIGH and CRITICAL, oldest first. The newest
+        16 dumps are kept. One that is due is written before the answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDumpedSteps(self, request, context):
+        """Lists the steps of one dump, oldest first. A dump that is not kept is NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -338,6 +364,16 @@ def add_TamiyoServiceServicer_to_server(servicer, server):
                     servicer.ReplayDecision,
                     request_deserializer=esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ReplayDecisionRequest.FromString,
                     response_serializer=esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ReplayDecisionResponse.SerializeToString,
+            ),
+            'ListStepDumps': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListStepDumps,
+                    request_deserializer=esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ListStepDumpsRequest.FromString,
+                    response_serializer=esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ListStepDumpsResponse.SerializeToString,
+            ),
+            'ListDumpedSteps': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDumpedSteps,
+                    request_deserializer=esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ListDumpedStepsRequest.FromString,
+                    response_serializer=esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ListDumpedStepsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -800,6 +836,60 @@ class TamiyoService(object):
             '/esper.tamiyo.v1.TamiyoService/ReplayDecision',
             esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ReplayDecisionRequest.SerializeToString,
             esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ReplayDecisionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListStepDumps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/esper.tamiyo.v1.TamiyoService/ListStepDumps',
+            esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ListStepDumpsRequest.SerializeToString,
+            esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ListStepDumpsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDumpedSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/esper.tamiyo.v1.TamiyoService/ListDumpedSteps',
+            esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ListDumpedStepsRequest.SerializeToString,
+            esper_dot_tamiyo_dot_v1_dot_tamiyo__service__pb2.ListDumpedStepsResponse.FromString,
             options,
             channel_credentials,
             insecure,

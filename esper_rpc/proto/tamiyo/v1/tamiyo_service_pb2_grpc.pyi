@@ -73,9 +73,17 @@ class TamiyoServiceStub:
     PublishHistory: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.PublishHistoryRequest, _tamiyo_service_pb2.PublishHistoryResponse]
     """Flushes telemetry and field reports to the message fabric."""
     ExplainDecision: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ExplainDecisionRequest, _tamiyo_service_pb2.ExplainDecisionResponse]
-    """Returns the record of one decision: every command has one, and of the other steps of a run every hundredth."""
+    """Returns the record of one decision: every command has one, and of the other steps of a run every hundredth. Of a
+    step that has none and stands in a dump, it returns what came and what was answered.
+    """
     ReplayDecision: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ReplayDecisionRequest, _tamiyo_service_pb2.ReplayDecisionResponse]
     """Computes one decision again from its record and compares."""
+    ListStepDumps: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ListStepDumpsRequest, _tamiyo_service_pb2.ListStepDumpsResponse]
+    """Lists what the flight recorder wrote down because of events of priority HIGH and CRITICAL, oldest first. The newest
+    16 dumps are kept. One that is due is written before the answer.
+    """
+    ListDumpedSteps: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ListDumpedStepsRequest, _tamiyo_service_pb2.ListDumpedStepsResponse]
+    """Lists the steps of one dump, oldest first. A dump that is not kept is NOT_FOUND."""
 
 @_typing.type_check_only
 class TamiyoServiceAsyncStub(TamiyoServiceStub):
@@ -122,9 +130,17 @@ class TamiyoServiceAsyncStub(TamiyoServiceStub):
     PublishHistory: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.PublishHistoryRequest, _tamiyo_service_pb2.PublishHistoryResponse]  # type: ignore[assignment]
     """Flushes telemetry and field reports to the message fabric."""
     ExplainDecision: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ExplainDecisionRequest, _tamiyo_service_pb2.ExplainDecisionResponse]  # type: ignore[assignment]
-    """Returns the record of one decision: every command has one, and of the other steps of a run every hundredth."""
+    """Returns the record of one decision: every command has one, and of the other steps of a run every hundredth. Of a
+    step that has none and stands in a dump, it returns what came and what was answered.
+    """
     ReplayDecision: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ReplayDecisionRequest, _tamiyo_service_pb2.ReplayDecisionResponse]  # type: ignore[assignment]
     """Computes one decision again from its record and compares."""
+    ListStepDumps: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ListStepDumpsRequest, _tamiyo_service_pb2.ListStepDumpsResponse]  # type: ignore[assignment]
+    """Lists what the flight recorder wrote down because of events of priority HIGH and CRITICAL, oldest first. The newest
+    16 dumps are kept. One that is due is written before the answer.
+    """
+    ListDumpedSteps: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ListDumpedStepsRequest, _tamiyo_service_pb2.ListDumpedStepsResponse]  # type: ignore[assignment]
+    """Lists the steps of one dump, oldest first. A dump that is not kept is NOT_FOUND."""
 
 class TamiyoServiceServicer(metaclass=_abc_1.ABCMeta):
     """TamiyoService decides what a training run does next."""
@@ -264,7 +280,9 @@ class TamiyoServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tamiyo_service_pb2.ExplainDecisionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tamiyo_service_pb2.ExplainDecisionResponse, _abc.Awaitable[_tamiyo_service_pb2.ExplainDecisionResponse]]:
-        """Returns the record of one decision: every command has one, and of the other steps of a run every hundredth."""
+        """Returns the record of one decision: every command has one, and of the other steps of a run every hundredth. Of a
+        step that has none and stands in a dump, it returns what came and what was answered.
+        """
 
     @_abc_1.abstractmethod
     def ReplayDecision(
@@ -273,5 +291,23 @@ class TamiyoServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tamiyo_service_pb2.ReplayDecisionResponse, _abc.Awaitable[_tamiyo_service_pb2.ReplayDecisionResponse]]:
         """Computes one decision again from its record and compares."""
+
+    @_abc_1.abstractmethod
+    def ListStepDumps(
+        self,
+        request: _tamiyo_service_pb2.ListStepDumpsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tamiyo_service_pb2.ListStepDumpsResponse, _abc.Awaitable[_tamiyo_service_pb2.ListStepDumpsResponse]]:
+        """Lists what the flight recorder wrote down because of events of priority HIGH and CRITICAL, oldest first. The newest
+        16 dumps are kept. One that is due is written before the answer.
+        """
+
+    @_abc_1.abstractmethod
+    def ListDumpedSteps(
+        self,
+        request: _tamiyo_service_pb2.ListDumpedStepsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tamiyo_service_pb2.ListDumpedStepsResponse, _abc.Awaitable[_tamiyo_service_pb2.ListDumpedStepsResponse]]:
+        """Lists the steps of one dump, oldest first. A dump that is not kept is NOT_FOUND."""
 
 def add_TamiyoServiceServicer_to_server(servicer: TamiyoServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

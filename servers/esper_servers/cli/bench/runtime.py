@@ -118,6 +118,7 @@ async def _serve(home: Home, work_seconds: float) -> None:
     from esper_servers.tamiyo.plan_switch import PlanConfig, PlanSwitch
     from esper_servers.tamiyo.policy_updates.assembly import updates_of
     from esper_servers.tamiyo.records.decisions import DecisionLog
+    from esper_servers.tamiyo.records.step_dumps import StepDumps
     from esper_servers.tamiyo.run_state import Runs
     from esper_servers.tamiyo.server import SERVICE
     from esper_servers.tamiyo.service import RAW_METHODS, TamiyoServicer
@@ -138,6 +139,7 @@ async def _serve(home: Home, work_seconds: float) -> None:
     servicer = TamiyoServicer(
         pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses, updates=updates,
         replay=_nothing_to_replay, reports=reports,
+        dumps=StepDumps.of(pipeline.recorder, journal, clock_ns=pipeline.clock_ns),
     )  # fmt: skip
     server = MeshServer(config=ServerConfig(), identity=home.identity("tamiyo"))
     server.add_service(SERVICE, servicer, raw_methods=RAW_METHODS)

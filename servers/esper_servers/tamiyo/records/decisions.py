@@ -4,9 +4,10 @@ from weakref import WeakKeyDictionary
 
 from esper_rpc.errors import FailedPrecondition, NotFound
 from esper_rpc.journal import Journal, JournalReader, Record
-from esper_rpc.proto.tamiyo.v1 import ExplainDecisionResponse, RunStructure
+from esper_rpc.proto.tamiyo.v1 import ExplainDecisionResponse, RecordedStep, RunStructure
 from esper_servers.policy.graph import RunGraph
 
+from . import recorded_step
 from .evidence import Evidence
 from .structure import digest_of, write_structure
 
@@ -21,11 +22,14 @@ class DecisionRecords:
         self._reader = reader
 
     def explain(self, key: str) -> ExplainDecisionResponse:
-        """Return the record of a command or, by `key_of_step`, of a step without one; raises NotFound."""
-        record = self._reader.find(KIND, key)
-        if record is None:
+        """Return the record of a command or, by `key_of_step`, of a step; raises NotFound.
+
+        Of a step that has none a dump of the last steps may still tell what came and what was answered.
+        """
+        found = self._recorded(key) or self._dumped(key)
+        if found is None:
             raise NotFound(f"There is no decision {key!r}.")
-        return ExplainDecisionResponse.FromString(record.body)
+        return found
 
     def structure(self, digest: bytes) -> RunStructure:
         """Return what a graph was built from; raises FailedPrecondition when the journal dropped it."""
@@ -35,6 +39,18 @@ class DecisionRecords:
                 "The journal no longer holds the structure of this decision's run.", reason="NOT_REPLAYABLE"
             )
         return RunStructure.FromString(record.body)
+
+    def _recorded(self, key: str) -> ExplainDecisionResponse | None:
+        record = self._reader.find(KIND, key)
+        return ExplainDecisionResponse.FromString(record.body) if record is not None else None
+
+    def _dumped(self, key: str) -> ExplainDecisionResponse | None:
+        record = self._reader.find(recorded_step.KIND, key)
+        if record is None:
+            return None
+        dumped = recorded_step.explanation_of(RecordedStep.FromString(record.body))
+        # The record of a command is found by the identifier of the command only.
+        return self._recorded(dumped.command.command_id) or dumped
 
 
 class DecisionLog(DecisionRecords):

@@ -55,6 +55,10 @@ class Replay:
         Takes milliseconds and waits for the disk: keep it off the step path.
         """
         recorded = self._decisions.explain(key)
+        if recorded.dump_id:
+            raise FailedPrecondition(
+                "Of this step only request and reply were kept, not what it was decided on.", reason="NOT_REPLAYABLE"
+            )
         if not recorded.HasField("evidence"):
             raise FailedPrecondition("An earlier version recorded this decision.", reason="NOT_REPLAYABLE")
         if recorded.reason in UNDECIDED:

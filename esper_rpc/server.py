@@ -52,6 +52,8 @@ class ServerConfig:
     drain_seconds: Annotated[float, config.Range(0, 300)] = 5.0
     stream_age_seconds: Annotated[float, config.Range(1, 86_400)] = 3600.0
     """After this a stream is asked to go elsewhere; sooner when a certificate ends."""
+    shares_port: bool = False
+    """Whether other processes of this user may listen at the same address, and get a share of the connections."""
     deny_list: Path | None = None
     """Names that are refused although their certificates are valid; read again when it changes."""
     audit_log: Path | None = None
@@ -112,7 +114,11 @@ class MeshServer:
             interceptors=server_interceptors(
                 self._identities, self._rows, Quotas(config.quota), self.limit, self.audit
             ),
-            options=[("grpc.so_reuseport", 0), *channel.KEEPALIVE_OPTIONS, *channel.MESSAGE_OPTIONS],
+            options=[
+                ("grpc.so_reuseport", int(config.shares_port)),
+                *channel.KEEPALIVE_OPTIONS,
+                *channel.MESSAGE_OPTIONS,
+            ],
         )
 
     def add_service(

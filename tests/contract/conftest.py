@@ -38,7 +38,8 @@ from esper_servers.tamiyo.records.decisions import DecisionLog
 from esper_servers.tamiyo.records.replay import Replay
 from esper_servers.tamiyo.records.step_dumps import StepDumps
 from esper_servers.tamiyo.run_state import Runs
-from esper_servers.tamiyo.service import RAW_METHODS, TamiyoServicer
+from esper_servers.tamiyo.service import TamiyoServicer
+from esper_servers.tamiyo.step_service import RAW_METHODS
 from esper_servers.urza.library import BlueprintLibrary
 from esper_servers.urza.service import UrzaServicer
 
@@ -91,7 +92,7 @@ def make_tamiyo(pipeline):
     )  # fmt: skip
     dumps = StepDumps.of(pipeline.recorder, journal, clock_ns=pipeline.clock_ns)
     yield TamiyoServicer(
-        pipeline=pipeline, blueprints=pipeline._blueprints, decisions=pipeline._decisions, mode=pipeline._mode,
+        pipeline=pipeline, blueprints=pipeline._blueprints, decisions=pipeline._decisions,
         pauses=Pauses.of(journal, PauseConfig()), updates=updates,
         replay=lambda command_id: asyncio.to_thread(
             Replay(pipeline._decisions, lambda: pipeline.policy).differences, command_id

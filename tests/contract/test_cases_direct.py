@@ -5,7 +5,7 @@ import pytest
 from esper_servers.contract.case import load_cases
 from esper_servers.contract.direct import DirectTransport
 from esper_servers.contract.runner import Runner
-from esper_servers.tamiyo.service import RAW_METHODS
+from esper_servers.tamiyo.step_service import RAW_METHODS
 
 
 @pytest.mark.parametrize("case", load_cases(), ids=lambda case: case.name)

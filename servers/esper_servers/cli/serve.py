@@ -71,12 +71,13 @@ def tamiyo(
     # Before torch is imported, which on a full disk fails with a riddle about temporary directories.
     require_writable(place.state_dir("tamiyo"))
     from esper_servers.policy.prior import PriorConfig
-    from esper_servers.tamiyo.controller import TamiyoServerConfig
     from esper_servers.tamiyo.field_reports.config import ReportConfig
     from esper_servers.tamiyo.pauses.quota import PauseConfig
     from esper_servers.tamiyo.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
     from esper_servers.tamiyo.server import serve
+    from esper_servers.tamiyo.server_config import TamiyoServerConfig
+    from esper_servers.tamiyo.step_processes.processes import StepProcessConfig
 
     log_json_lines()
     if supervised:
@@ -94,6 +95,8 @@ def tamiyo(
         plan=load(PlanConfig, "plan", path=place.settings_file, environ=environ),
         pause=load(PauseConfig, "pause", path=place.settings_file, environ=environ),
         reports=load(ReportConfig, "reports", path=place.settings_file, environ=environ),
+        step_processes=load(StepProcessConfig, "step_processes", path=place.settings_file, environ=environ),
+        environ=dict(environ),
     )
     run(serve(config))
     flush_spans()

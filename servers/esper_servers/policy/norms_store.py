@@ -3,7 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import orjson
 
@@ -30,7 +30,7 @@ class NormsStore:
         self._one_save_at_a_time = threading.Lock()
 
     @classmethod
-    def load(cls, directory: Path | None) -> NormsStore:
+    def load(cls, directory: Path | None) -> Self:
         """Read the file in a directory: priors where there is none, or one that cannot be used, which is set aside."""
         if directory is None:
             return cls()

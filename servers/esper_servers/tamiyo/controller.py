@@ -1,64 +1,31 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from esper_rpc.envelope import Keyring
-from esper_rpc.journal import Journal
-from esper_rpc.server import MeshServer, ServerConfig
+from esper_rpc.proto.tamiyo.v1 import OpenRunRequest
+from esper_rpc.server import MeshServer
 from esper_servers.policy.policy import Policy
-from esper_servers.policy.prior import PriorConfig
 
 from .aside import Aside
-from .blueprint_cache import BlueprintCache
-from .breakers import FIELD_REPORTS, STATE_FILES, URZA, Breakers
-from .breakers import JOURNAL as JOURNAL_BREAKER
+from .breakers import FIELD_REPORTS, STATE_FILES, Breakers
 from .conservative_mode import ConservativeMode
-from .field_reports.config import ReportConfig
-from .field_reports.publisher import ReportPublisher
-from .field_reports.report_journal import KEPT
 from .field_reports.reports import FieldReports
 from .lasting_state import LastingState
 from .pauses.pauses import Pauses
-from .pauses.quota import PauseConfig
-from .pipeline import StepPipeline
-from .plan_switch import PlanConfig, PlanSwitch
 from .policy_updates.assembly import updates_of
-from .records.decisions import DecisionLog
 from .records.replay import Sources, replay_from
-from .records.step_dumps import StepDumps
-from .risk.config import RiskConfig
+from .server_config import TamiyoServerConfig
 from .service import TamiyoServicer
+from .step_parts import StepParts
+from .step_processes.peers import Admin, StepPeers
+from .step_processes.processes import StepProcesses
+from .step_processes.run_directory import RunDirectory
 
-JOURNAL = "journal.sqlite"
 REPLAY_SECONDS = 60.0
 REPORT_SECONDS = 0.25
 PRUNE_SECONDS = 60.0
-DUMP_SECONDS = 0.25
 GAUGE_SECONDS = 1.0
-RENEWAL_SECONDS = 0.25
 SAVE_SECONDS = 30.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TamiyoServerConfig:
-    """What the process needs."""
-
-    identity_dir: Path
-    state_dir: Path
-    keyring: Keyring
-    server: ServerConfig = field(default_factory=ServerConfig)
-    weatherlight_address: str | None = None
-    """Who renews the certificate."""
-    urza_address: str | None = None
-    risk: RiskConfig = field(default_factory=RiskConfig)
-    prior: PriorConfig = field(default_factory=PriorConfig)
-    plan: PlanConfig = field(default_factory=PlanConfig)
-    pause: PauseConfig = field(default_factory=PauseConfig)
-    reports: ReportConfig = field(default_factory=ReportConfig)
-    publisher: ReportPublisher | None = None
-    """Who gets field reports; without one they wait to be listed and acknowledged."""
 
 
 class Controller:
@@ -67,90 +34,96 @@ class Controller:
     def __init__(self, config: TamiyoServerConfig) -> None:
         """Wire them; raises ConfigError for a state directory that cannot be used."""
         self._config = config
-        self._journal_file = config.state_dir / JOURNAL
         mode = ConservativeMode()
         breakers = Breakers(mode)
-        self._journal = Journal(self._journal_file, kept=KEPT, breaker=breakers[JOURNAL_BREAKER])
-        self._decisions = DecisionLog(self._journal)
         self._lasting = LastingState(config.state_dir, breaker=breakers[STATE_FILES])
+        self._parts = parts = StepParts(config, mode, breakers, self._lasting.runs)
+        self.pipeline, self.blueprints = parts.pipeline, parts.blueprints
         self._aside = Aside()
-        self._pauses = Pauses.of(self._journal, config.pause)
-        self.blueprints = BlueprintCache(breakers[URZA])
-        policy = Policy.initial(prior_config=config.prior)
-        self.plans = PlanSwitch(policy, config.state_dir / "plans", config.plan)
-        self.pipeline = StepPipeline(
-            policy=policy,
-            runs=self._lasting.runs,
-            blueprints=self.blueprints,
-            keyring=config.keyring,
-            decisions=self._decisions,
-            mode=mode,
-            breakers=breakers,
-            risk_config=config.risk,
-        )
+        self._pauses = Pauses.of(parts.journal, config.pause)
+        self._others = StepPeers()
         self._updates = updates_of(
             self.pipeline,
             directory=config.state_dir / "policies",
-            journal=self._journal_file,
+            journal=parts.journal_file,
             keyring=config.keyring,
             prior=config.prior,
-            plans=self.plans,
+            plans=parts.plans,
             aside=self._aside,
             registries=self._lasting.registries.policy_digests,
+            on_taken_up=self._others.take_up_policy,
         )
         self._reports = FieldReports.of(
             self.pipeline.observations,
-            self._journal,
+            parts.journal,
             config.reports,
             clock_ns=self.pipeline.clock_ns,
             publisher=config.publisher,
             breaker=breakers[FIELD_REPORTS],
         )
-        self._dumps = StepDumps.of(self.pipeline.recorder, self._journal, clock_ns=self.pipeline.clock_ns)
+        directory = RunDirectory(self._register)
         self.servicer = TamiyoServicer(
             pipeline=self.pipeline,
             blueprints=self.blueprints,
-            decisions=self._decisions,
-            mode=mode,
+            decisions=parts.decisions,
             pauses=self._pauses,
             updates=self._updates,
             replay=self._replay,
             reports=self._reports,
-            dumps=self._dumps,
+            dumps=parts.dumps,
+            directory=directory,
+            others=self._others,
         )
+        admin = Admin(
+            directory=directory,
+            servicer=self.servicer,
+            observations=self.pipeline.observations,
+            live_policy=lambda: self._updates.live_file,
+            on_inference_lost=self._updates.distrust,
+            on_run_ended=self._lasting.norms.end,
+        )
+        self.step_processes = StepProcesses(config.step_processes, self._others, admin)
 
     def resume(self) -> Policy:
         """Take up plan and policy of the last start, before the first step; returns the policy."""
-        self.plans.prepare()
+        self._parts.plans.prepare()
         self._updates.resume()
         return self.pipeline.policy
+
+    async def build_plan(self) -> None:
+        """Build the compiled plan if there is none, and have every process serve it."""
+        await self._parts.plans.build()
+        self._others.take_up_plan()
 
     def work_beside(self, server: MeshServer) -> None:
         """Have the server do what is to be done again and again."""
         server.every(GAUGE_SECONDS, self._pauses.tell_remaining)
         server.every(GAUGE_SECONDS, self.pipeline.tell_restraint)
-        server.every(RENEWAL_SECONDS, self.pipeline.renew_graphs)
         server.every(SAVE_SECONDS, self._lasting.save)
         server.every(REPORT_SECONDS, self._reports.catch_up)
         server.every(REPORT_SECONDS, self._reports.publish_due)
         server.every(PRUNE_SECONDS, self._reports.prune)
-        server.every(DUMP_SECONDS, self._dumps.catch_up)
+        self._parts.work_beside(server)
 
     async def close(self) -> None:
         """Write down what is left, and end what runs beside."""
+        await self.step_processes.end()
         self._aside.close()
         self.pipeline.report()
         await self._reports.catch_up()
         await self._lasting.save()
-        await self._dumps.close()
-        self._journal.close()
+        await self._parts.close()
 
     async def _replay(self, key: str) -> list[str]:
-        await asyncio.to_thread(self._decisions.flush)
+        await asyncio.to_thread(self._parts.decisions.flush)
         sources = Sources(
-            journal=self._journal_file,
+            journal=self._parts.journal_file,
             policy=self._updates.live_file,
             prior=self._config.prior,
-            package=self.plans.served,
+            package=self._parts.plans.served,
         )
         return await self._aside.run(REPLAY_SECONDS, replay_from, sources, key)
+
+    def _register(self, request: OpenRunRequest) -> None:
+        """Number the names of a run that is opened in whichever process."""
+        self._lasting.runs.register(request, self.blueprints.candidates(request.sites))

@@ -5,7 +5,7 @@ import hashlib
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from esper_rpc import rules
 from esper_rpc.envelope import Keyring
-from esper_rpc.errors import EsperError, FailedPrecondition, InvalidRequest
+from esper_rpc.errors import EsperError, FailedPrecondition, InvalidRequest, NotFound
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CircuitState, CommandType, SeedOperation, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import (
     EvaluateEpochRequest,
@@ -57,6 +57,7 @@ log = structlog.get_logger(__name__)
 
 EPOCH_BUDGET_SECONDS = 2.0
 Request = TypeVar("Request", EvaluateStepsRequest, EvaluateEpochRequest)
+FetchRun = Callable[[str, str], Awaitable[None]]
 GREETING_ANSWER = EvaluateStepsResponse(decision=StepDecision()).SerializeToString()
 
 
@@ -87,7 +88,7 @@ class StepPipeline:
         self._blueprints = blueprints
         self._keyring = keyring
         self._decisions = decisions
-        self._mode = mode
+        self.mode = mode
         self._risk = risk_config or RiskConfig()
         self._risk_events = RiskEvents(self._risk.cool_down_steps)
         self._clock = clock
@@ -99,6 +100,8 @@ class StepPipeline:
         """Another policy that follows some steps, without effect."""
         self.on_inference_lost: Callable[[], None] = lambda: None
         """Called when the breaker around inference opens."""
+        self.fetch_run: FetchRun = _stay
+        """Called with the name and owner of a run that is not here, to open it here if another process holds it."""
         self.observations = Observations()
         """For the field reports on what commands did."""
         self.recorder = FlightRecorder()
@@ -143,17 +146,27 @@ class StepPipeline:
         return await self._take_turn(step, raw, owner, watch, EPOCH_BUDGET_SECONDS)
 
     async def _take_turn(self, step: Step, raw: bytes, owner: str, watch: Stopwatch, budget: float) -> bytes:
-        run = self.runs.get(step.run_id, owner)
+        try:
+            run = self.runs.get(step.run_id, owner)
+        except NotFound:
+            run = await self._fetched(step.run_id, owner)
         digest = hashlib.sha256(raw).digest()
         watch.lap("validate_us")
         await self.queue.take_turn(watch.arrived, budget)
-        run.begin_step()
         try:
+            if run.has_left:  # While it waited.
+                run = await self._fetched(step.run_id, owner)
+            run.begin_step()
             watch.lap("queue_us")
             return await self._answer(step, raw, run, digest, watch, budget)
         finally:
             run.end_step()
             self.queue.end_turn()
+
+    async def _fetched(self, run_id: str, owner: str) -> RunState:
+        """A run that another process held until now; raises NotFound."""
+        await self.fetch_run(run_id, owner)
+        return self.runs.get(run_id, owner)
 
     async def _answer(
         self, step: Step, raw: bytes, run: RunState, digest: bytes, watch: Stopwatch, budget: float
@@ -210,11 +223,26 @@ class StepPipeline:
         if run.awaited.note((outcome.command_id for outcome in reported.step.outcomes), reported.command_id):
             run.mode.enter(OUTCOMES_MISSING)
 
+    @property
+    def conservative_reason(self) -> str:
+        """Why the service holds back, else why one of the runs is held back; empty when none is."""
+        held = (f"run {run.request.run_id}: {run.mode.reason}" for run in self.runs.all() if run.mode.enabled)
+        return self.mode.reason if self.mode.enabled else next(held, "")
+
+    def set_conservative_mode(self, *, enabled: bool, reason: str) -> None:
+        """Turn conservative mode on by hand, or off, also for the runs that are held back on their own."""
+        if enabled:
+            self.mode.enter(f"operator: {reason}", by_hand=True)
+            return
+        self.mode.leave()
+        for run in self.runs.all():
+            run.mode.leave()
+
     async def tell_restraint(self) -> None:
         """Show what holds the policy back; to be called again and again, since it changes without a step too."""
         held = sum(run.mode.enabled for run in self.runs.all())
         breakers = {name: breaker.state for name, breaker in self.breakers.all().items()}
-        tell_restraint(service_is_held=self._mode.enabled, held_runs=held, breakers=breakers)
+        tell_restraint(service_is_held=self.mode.enabled, held_runs=held, breakers=breakers)
 
     async def _decide(
         self, step: Step, run: RunState, digest: bytes, watch: Stopwatch, budget: float, policy: Policy
@@ -222,7 +250,7 @@ class StepPipeline:
         if self._samples:
             self._take_samples(of=run)
         self._note(run, step)
-        memory, conservative = Memory.of(run), self._mode.enabled or run.mode.enabled
+        memory, conservative = Memory.of(run), self.mode.enabled or run.mode.enabled
         verdict = self._judge(step.packet, run, conservative=conservative)
         watch.lap("risk_us")
         decided = await self._choose(step.packet, run, watch, budget, verdict, policy)
@@ -306,7 +334,7 @@ class StepPipeline:
             log.error("inference_failed", error=repr(error)[:200], priority="HIGH")
             return Decided(None, INFERENCE_FAILED)
         breaker.record_success()
-        self._mode.record_success()
+        self.mode.record_success()
         run.mode.record_success()
         watch.lap("inference_us")
         decided = choosing.select(output, run, seeds, verdict, self._risk)
@@ -340,6 +368,10 @@ class StepPipeline:
         self.observations.note_breaker()
         if after == CircuitState.CIRCUIT_STATE_OPEN:
             self.on_inference_lost()
+
+
+async def _stay(_run_id: str, _owner: str) -> None:
+    """Where there is one process only."""
 
 
 def _parse(raw: bytes, kind: type[Request]) -> Request:

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import orjson
@@ -58,7 +59,10 @@ class RunState:
     def __post_init__(self) -> None:
         self.planted = {seed.seed_id: seed.blueprint_id for seed in self.request.seeds}
         self.mode = ConservativeMode(run_id=self.request.run_id)
+        self.has_left = False
+        """Whether another process holds the run now, or nobody; then this is not what is known of it."""
         self._is_deciding = False
+        self._settled: asyncio.Future[None] | None = None
         self._successor: RunGraph | None = None
 
     def begin_step(self) -> None:
@@ -70,6 +74,15 @@ class RunState:
         self._is_deciding = False
         if self._successor is not None:
             self.graph, self._successor = self._successor, None
+        if self._settled is not None:
+            self._settled.set_result(None)
+            self._settled = None
+
+    async def until_settled(self) -> None:
+        """Wait until no step is being decided; for one that waits only, with nobody to begin another."""
+        if self._is_deciding:
+            self._settled = asyncio.get_running_loop().create_future()
+            await self._settled
 
     def take_graph(self, graph: RunGraph, catalogue_version: int) -> None:
         """Use another graph from the next step on: what the policy puts out is read with the graph that it saw."""
@@ -124,6 +137,8 @@ class Runs:
         self._norms = norms or NormsStore()
         self._registries = registries or Registries()
         self._runs: OrderedDict[str, RunState] = OrderedDict()
+        self.on_forgotten: Callable[[str], None] = lambda _run_id: None
+        """Called with each run that is closed, or had to make room."""
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -157,17 +172,28 @@ class Runs:
                 known.request, known.protocol_version = request, protocol_version
                 known.take_graph(graph, catalogue_version)
                 known.planted |= {seed.seed_id: seed.blueprint_id for seed in request.seeds if seed.blueprint_id}
-                self._register(request, blueprints)
+                self.register(request, blueprints)
                 return False
         graph.norms = self._norms.begin(policy_norms)
         if known is not None:
             self._norms.end(known.experience)
         self._runs[request.run_id] = RunState(request, owner, graph, catalogue_version, protocol_version)
         self._runs.move_to_end(request.run_id)
-        self._register(request, blueprints)
+        self.register(request, blueprints)
         while len(self._runs) > self._capacity:
-            self._norms.end(self._runs.popitem(last=False)[1].experience)
+            self._forget(next(iter(self._runs)))
         return known is None
+
+    def holds(self, run_id: str) -> bool:
+        """Whether a run is open here."""
+        return run_id in self._runs
+
+    def take(self, run_id: str) -> RunState | None:
+        """Let go of a run that goes on elsewhere; None when it is not here."""
+        run = self._runs.pop(run_id, None)
+        if run is not None:
+            run.has_left = True
+        return run
 
     def protocol_of(self, owner: str) -> int:
         """The oldest protocol among the runs of an identity: what one stream of it must be able to read."""
@@ -192,10 +218,15 @@ class Runs:
         if run_id not in self._runs:
             return False
         _check_owner(self._runs[run_id], owner)
-        self._norms.end(self._runs.pop(run_id).experience)
+        self._forget(run_id)
         return True
 
-    def _register(self, request: OpenRunRequest, blueprints: Sequence[BlueprintCandidate]) -> None:
+    def _forget(self, run_id: str) -> None:
+        self._norms.end(self._runs.pop(run_id).experience)
+        self.on_forgotten(run_id)
+
+    def register(self, request: OpenRunRequest, blueprints: Sequence[BlueprintCandidate]) -> None:
+        """Number the names of a run's seeds and blueprints."""
         for seed in request.seeds:
             self._registries.seed.index(seed.seed_id)
         for blueprint in blueprints:

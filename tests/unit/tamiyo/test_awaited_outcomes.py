@@ -82,7 +82,7 @@ def test_a_run_that_never_tells_is_held_back_and_only_for_a_while(controller):
     (entered,) = [entry for entry in told if entry["event"] == "conservative_entered"]
     assert (entered["reason"], entered["run_id"]) == ("outcomes_missing", "run")
     assert entries() == before + 1
-    assert not controller.pipeline._mode.enabled
+    assert not controller.pipeline.mode.enabled
     run.mode._entered_at -= COOL_DOWN_SECONDS
     for _ in range(EXIT_SUCCESSES):
         run.mode.record_success()

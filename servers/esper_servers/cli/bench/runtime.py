@@ -121,7 +121,8 @@ async def _serve(home: Home, work_seconds: float) -> None:
     from esper_servers.tamiyo.records.step_dumps import StepDumps
     from esper_servers.tamiyo.run_state import Runs
     from esper_servers.tamiyo.server import SERVICE
-    from esper_servers.tamiyo.service import RAW_METHODS, TamiyoServicer
+    from esper_servers.tamiyo.service import TamiyoServicer
+    from esper_servers.tamiyo.step_service import RAW_METHODS
 
     blueprints, mode = BlueprintCache(), ConservativeMode()
     journal = Journal(home.state_dir("bench") / "journal.sqlite")
@@ -137,7 +138,7 @@ async def _serve(home: Home, work_seconds: float) -> None:
     )  # fmt: skip
     reports = FieldReports.of(pipeline.observations, journal, ReportConfig(), clock_ns=pipeline.clock_ns)
     servicer = TamiyoServicer(
-        pipeline=pipeline, blueprints=blueprints, decisions=decisions, mode=mode, pauses=pauses, updates=updates,
+        pipeline=pipeline, blueprints=blueprints, decisions=decisions, pauses=pauses, updates=updates,
         replay=_nothing_to_replay, reports=reports,
         dumps=StepDumps.of(pipeline.recorder, journal, clock_ns=pipeline.clock_ns),
     )  # fmt: skip

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SystemStatePacket
@@ -63,6 +64,17 @@ class Observations:
             return
         self.watched.add(run_id)
         self._keep(_observe(reported, outcomes, self.breaker_moves))
+
+    def take_over(self, seen: Iterable[Observation | RunClosed]) -> None:
+        """Keep what another process has seen."""
+        for each in seen:
+            if isinstance(each, Observation):
+                self.watched.add(each.run_id)
+            self._keep(each)
+
+    def watch_only(self, run_ids: AbstractSet[str]) -> None:
+        """Watch no more runs than these, and those of which something waits to be taken."""
+        self.watched &= run_ids | {seen.run_id for seen in self._noted}
 
     def note_closed(self, run_id: str) -> None:
         """Keep that a run ended."""

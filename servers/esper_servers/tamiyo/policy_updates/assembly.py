@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from esper_rpc.envelope import Keyring
-from esper_servers.policy import checkpoint
 from esper_servers.policy.policy import Policy
 from esper_servers.policy.prior import PriorConfig
 from esper_servers.tamiyo.aside import Aside
 from esper_servers.tamiyo.breakers import POLICY_UPDATES
-from esper_servers.tamiyo.giving_way import giving_way
+from esper_servers.tamiyo.live_policy import LivePolicy
 from esper_servers.tamiyo.pipeline import StepPipeline
 from esper_servers.tamiyo.plan_switch import PlanSwitch
 
@@ -29,20 +28,17 @@ def updates_of(
     plans: PlanSwitch,
     aside: Aside,
     registries: Callable[[], Mapping[str, str]] = dict,
+    on_taken_up: Callable[[], None] = lambda: None,
 ) -> PolicyUpdates:
-    """Let the policy of a pipeline be updated; files of policies are kept in the directory."""
-    shipped = pipeline.policy
+    """Let the policy of a pipeline be updated; files of policies are kept in the directory.
 
-    def load(path: Path | None) -> Policy:
-        with giving_way():
-            policy = plans.fit(checkpoint.load(path, prior) if path else shipped)
-            for run in pipeline.runs.all():
-                policy.warm_up(run.graph.inputs)
-        return policy
+    `on_taken_up` is called when another policy has become the live one.
+    """
+    live, shipped = LivePolicy(pipeline, plans, prior), pipeline.policy
 
     def take_up(policy: Policy) -> None:
-        plans.follow(policy)
-        pipeline.take_up(policy)
+        live.take_up(policy)
+        on_taken_up()
 
     start = Lineage((Entry(shipped.version),), number_of(shipped.version))
     updates = PolicyUpdates(
@@ -52,7 +48,7 @@ def updates_of(
         ),
         aside=aside,
         shadow=Shadow(aside, prior),
-        load=load,
+        load=live.load,
         take_up=take_up,
         breaker=pipeline.breakers[POLICY_UPDATES],
     )

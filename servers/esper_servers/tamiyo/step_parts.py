@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from esper_rpc.journal import Journal
+from esper_rpc.server import MeshServer
+from esper_servers.policy.policy import Policy
+
+from .blueprint_cache import BlueprintCache
+from .breakers import JOURNAL as JOURNAL_BREAKER
+from .breakers import URZA, Breakers
+from .conservative_mode import ConservativeMode
+from .field_reports.report_journal import KEPT
+from .pipeline import StepPipeline
+from .plan_switch import PlanSwitch
+from .records.decisions import DecisionLog
+from .records.step_dumps import StepDumps
+from .run_state import Runs
+from .server_config import TamiyoServerConfig
+
+JOURNAL = "journal.sqlite"
+RENEWAL_SECONDS = 0.25
+DUMP_SECONDS = 0.25
+
+
+class StepParts:
+    """What every process needs that answers steps. The journal is one file, which all of them write."""
+
+    def __init__(self, config: TamiyoServerConfig, mode: ConservativeMode, breakers: Breakers, runs: Runs) -> None:
+        """Wire them; raises ConfigError for a state directory that cannot be used."""
+        self.journal_file = config.state_dir / JOURNAL
+        self.journal = Journal(self.journal_file, kept=KEPT, breaker=breakers[JOURNAL_BREAKER])
+        self.decisions = DecisionLog(self.journal)
+        self.blueprints = BlueprintCache(breakers[URZA])
+        policy = Policy.initial(prior_config=config.prior)
+        self.plans = PlanSwitch(policy, config.state_dir / "plans", config.plan)
+        self.pipeline = StepPipeline(
+            policy=policy,
+            runs=runs,
+            blueprints=self.blueprints,
+            keyring=config.keyring,
+            decisions=self.decisions,
+            mode=mode,
+            breakers=breakers,
+            risk_config=config.risk,
+        )
+        self.dumps = StepDumps.of(self.pipeline.recorder, self.journal, clock_ns=self.pipeline.clock_ns)
+
+    def work_beside(self, server: MeshServer) -> None:
+        """Have the server do what is to be done again and again."""
+        server.every(RENEWAL_SECONDS, self.pipeline.renew_graphs)
+        server.every(DUMP_SECONDS, self.dumps.catch_up)
+
+    async def close(self) -> None:
+        """Write down what is left."""
+        await self.dumps.close()
+        self.journal.close()

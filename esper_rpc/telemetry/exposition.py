@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from threading import Thread
@@ -55,6 +56,7 @@ class MetricsEndpoint:
 
     def registry(self) -> CollectorRegistry:
         """Collect everything that is counted at present."""
+        self._forget_ended()
         registry = CollectorRegistry()
         MultiProcessCollector(registry, path=str(self._directory))  # type: ignore[no-untyped-call]
         for name, pid in self._processes().items():
@@ -66,10 +68,27 @@ class MetricsEndpoint:
         mark_process_dead(pid, path=str(self._directory))  # type: ignore[no-untyped-call]
         shared_files.trim(self._directory, pid)
 
+    def _forget_ended(self) -> None:
+        """Not every process is one of those that are named here."""
+        for file in self._directory.glob("gauge_live*_*.db"):
+            pid = int(file.stem.rpartition("_")[2])
+            if not _is_running(pid):
+                self.forget(pid)
+
     def _clear(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for file in self._directory.glob("*.db"):
             file.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 class _Live(Collector):

@@ -52,6 +52,15 @@ def test_a_process_without_room_counts_for_itself_and_leaves_no_file(tmp_path, c
     assert str(tmp_path) in capfd.readouterr().err
 
 
+def test_the_gauges_of_a_process_that_ended_are_shown_no_more_and_its_counts_stay(tmp_path):
+    pid = count(tmp_path)
+    files = [f"gauge_livemostrecent_{each}.db" for each in (pid, os.getpid())]
+    (tmp_path / files[1]).write_bytes((tmp_path / files[0]).read_bytes())
+    registry = MetricsEndpoint(tmp_path, dict).registry()
+    assert [file.name for file in tmp_path.glob("gauge_live*")] == [files[1]]
+    assert registry.get_sample_value("esper_decisions_total", {"kind": "command", "reason": "nominal"}) == 1
+
+
 def test_an_ended_process_keeps_its_counts_and_gives_back_its_room(tmp_path):
     pids = [count(tmp_path) for _ in range(2)]
     for pid in pids:

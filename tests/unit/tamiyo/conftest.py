@@ -148,8 +148,8 @@ def start(tmp_path, keyring):
     """Start controllers with settings."""
     with contextlib.ExitStack() as stack:
 
-        def begin(policy, **settings):
-            made = Controller(tmp_path, keyring, policy, **settings)
+        def begin(policy, directory=tmp_path, **settings):
+            made = Controller(directory, keyring, policy, **settings)
             stack.callback(made.journal.close)
             return made
 

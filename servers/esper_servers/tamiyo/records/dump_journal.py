@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from esper_rpc import page_token
 from esper_rpc.errors import NotFound
@@ -14,10 +14,12 @@ from .flight_recorder import AnsweredStep
 DUMP, STEP, WRITTEN = "step_dump", recorded_step.KIND, "step_dump_written"
 MOST_DUMPS = 16
 READ_AT_ONCE = 256
+MOST_BETWEEN = 4096
+"""Steps of other dumps that may stand between two of one: some parts of each of the processes that there may be."""
 
 
 class DumpJournal:
-    """Dumps of steps in the journal, one after the other. Every method waits for the disk.
+    """Dumps of steps in the journal. Every method waits for the disk.
 
     The head of a dump stands before its steps, so that a journal that drops its oldest records drops the head first.
     """
@@ -57,11 +59,20 @@ class DumpJournal:
         head = self._journal.position(DUMP, dump_id)
         if head is None:
             raise NotFound(f"There is no dump {dump_id!r}.")
-        found = self._journal.page(STEP, after=max(head, after), limit=size + 1)
-        recorded = ((position, RecordedStep.FromString(record.body)) for position, record in found)
-        own = list(itertools.takewhile(lambda each: each[1].dump_id == dump_id, recorded))
+        own = list(itertools.islice(self._steps_of(dump_id, max(head, after)), size + 1))
         steps = [recorded_step.summary_of(step) for _, step in own[:size]]
         return steps, page_token.write(STEP, own[size - 1][0]) if len(own) > size else ""
+
+    def _steps_of(self, dump_id: str, after: int) -> Iterator[tuple[int, RecordedStep]]:
+        """Steps of a dump with their positions; those of dumps that other processes wrote meanwhile stand between."""
+        foreign = 0
+        while foreign < MOST_BETWEEN and (found := self._journal.page(STEP, after=after, limit=READ_AT_ONCE)):
+            for position, record in found:
+                step = RecordedStep.FromString(record.body)
+                foreign = 0 if step.dump_id == dump_id else foreign + 1
+                if not foreign:
+                    yield position, step
+            after = found[-1][0]
 
     def _written(self, dump_ids: Collection[str]) -> dict[str, int]:
         found = self._journal.find_all(WRITTEN, dump_ids)

@@ -4,86 +4,104 @@ import asyncio
 import contextlib
 import inspect
 import itertools
-import pickle
+import os
+import queue
 import socket
-from typing import Any, Self
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
 
 from google.rpc.status_pb2 import Status
 
 from esper_rpc.errors import Unavailable
 from esper_rpc.status import from_status, hide_unexpected, to_status
 
-_LENGTH_BYTES = 8
+SENDING_SECONDS = 1.0
+Frame = tuple[int, str | None, Any]
+"""The number of a call, 0 where nobody waits; what is to be done with which arguments, or None and what came of it."""
 
 
 class Link:
     """Calls between two processes of one program, over a socket pair that nobody else holds. Lives on one event loop.
 
-    A call runs the method of that name of the other side's `target`. Arguments and results are pickled, errors cross as
-    the status that they would have on the wire.
+    A call runs the method of that name of the other side's `target`. Arguments and results cross as multiprocessing has
+    them cross, which must never meet a peer; errors as the status that they would have on the wire.
     """
 
-    def __init__(self, target: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, target: object, end: socket.socket) -> None:
         self._target = target
-        self._reader = reader
-        self._writer = writer
+        self._end = end
+        self._connection = Connection(os.dup(end.fileno()))
+        self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count(1)
         self._awaited: dict[int, asyncio.Future[Any]] = {}
         self._answering: set[asyncio.Task[None]] = set()
-        self._receiving = asyncio.create_task(self._receive())
-
-    @classmethod
-    async def open(cls, end: socket.socket, target: object) -> Self:
-        """Take one end of a socket pair, and answer the other with this object's methods."""
-        reader, writer = await asyncio.open_connection(sock=end)
-        return cls(target, reader, writer)
+        self._sent, self._closed = asyncio.Event(), asyncio.Event()
+        self._outgoing: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        # Two, since both sides may have much to say at once.
+        for work in (self._receive, self._send):
+            threading.Thread(target=work, name="step-process-link", daemon=True).start()
 
     async def call(self, name: str, *arguments: Any) -> Any:
         """Have the other side do something; raises EsperError as that side did, Unavailable when it is gone."""
-        number = next(self._numbers)
-        answer = self._awaited[number] = asyncio.get_running_loop().create_future()
-        if self._receiving.done():
+        if self._closed.is_set():
             raise _gone()
+        number = next(self._numbers)
+        answer = self._awaited[number] = self._loop.create_future()
+        self._outgoing.put((number, name, arguments))
         try:
-            self._send((number, name, arguments))
             return await answer
         finally:
             del self._awaited[number]
 
     def tell(self, name: str, *arguments: Any) -> None:
         """Have the other side do something, whatever comes of it."""
-        if not self._receiving.done():
-            self._send((0, name, arguments))
+        self._outgoing.put((0, name, arguments))
 
     async def until_closed(self) -> None:
         """Wait until the other side is gone, or this one was closed."""
-        await asyncio.wait([self._receiving])
+        await self._closed.wait()
 
     async def close(self) -> None:
-        """Hang up; what is still awaited fails as Unavailable."""
-        self._receiving.cancel()
-        await self.until_closed()
-        self._writer.close()
+        """Hang up when all is sent, or soon; what is still awaited fails as Unavailable."""
+        self._outgoing.put(None)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._sent.wait(), SENDING_SECONDS)
         with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+            self._end.shutdown(socket.SHUT_RDWR)  # Wakes both threads.
+        await self._closed.wait()
+        self._end.close()
 
-    def _send(self, frame: tuple[Any, ...]) -> None:
-        body = pickle.dumps(frame, pickle.HIGHEST_PROTOCOL)
-        self._writer.write(len(body).to_bytes(_LENGTH_BYTES) + body)
+    def _send(self) -> None:
+        """On a thread of its own."""
+        with contextlib.suppress(OSError):
+            while (frame := self._outgoing.get()) is not None:
+                self._connection.send(frame)
+        self._on_loop(self._sent.set)
 
-    async def _receive(self) -> None:
+    def _receive(self) -> None:
+        """On a thread of its own."""
         try:
             while True:
-                length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES))
-                self._take(pickle.loads(await self._reader.readexactly(length)))  # noqa: S301  # Of this program.
-        except (asyncio.IncompleteReadError, OSError):
+                self._on_loop(self._take, self._connection.recv())
+        except (EOFError, OSError):
             pass
         finally:
-            for answer in self._awaited.values():
-                if not answer.done():
-                    answer.set_exception(_gone())
+            self._outgoing.put(None)
+            self._on_loop(self._hang_up)
 
-    def _take(self, frame: tuple[Any, ...]) -> None:
+    def _on_loop(self, work: Callable[..., object], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # A loop that has ended waits for nothing.
+            self._loop.call_soon_threadsafe(work, *arguments)
+
+    def _hang_up(self) -> None:
+        self._closed.set()
+        for answer in self._awaited.values():
+            if not answer.done():
+                answer.set_exception(_gone())
+
+    def _take(self, frame: Frame) -> None:
         number, name, content = frame
         if name is not None:
             task = asyncio.create_task(self._answer(number, name, content))
@@ -103,8 +121,8 @@ class Link:
             content = (await found if inspect.isawaitable(found) else found, None)
         except Exception as error:  # noqa: BLE001  # Whatever it is, it crosses as a status.
             content = (None, to_status(hide_unexpected(error)).SerializeToString())
-        if number and not self._receiving.done():
-            self._send((number, None, content))
+        if number:
+            self._outgoing.put((number, None, content))
 
 
 def _gone() -> Unavailable:

@@ -85,7 +85,7 @@ class StepProcesses:
             process = multiprocessing.get_context("spawn").Process(target=main, args=(theirs,), daemon=True)
             await asyncio.to_thread(process.start)
         peer = StepPeer(self._admin)
-        peer.link = await Link.open(ours, peer)
+        peer.link = Link(peer, ours)
         self._running[peer] = process
         serving, ended = asyncio.create_task(peer.is_ready.wait()), asyncio.create_task(peer.link.until_closed())
         try:

@@ -58,7 +58,7 @@ async def _serve(config: TamiyoServerConfig, end: socket.socket) -> None:
     identity = Identity.load(config.identity_dir)
     process = StepProcess(config)
     async with contextlib.AsyncExitStack() as stack:
-        link = await process.link_to(end)
+        link = process.link_to(end)
         stack.push_async_callback(link.close)
         stack.push_async_callback(process.close)
         if config.urza_address:
@@ -93,9 +93,9 @@ class StepProcess:
         self._drained = asyncio.Event()
         self.link: Link
 
-    async def link_to(self, end: socket.socket) -> Link:
+    def link_to(self, end: socket.socket) -> Link:
         """Answer the first process from now on."""
-        self.link = await Link.open(end, self)
+        self.link = Link(self, end)
         self._norms.tell = lambda experience: self.link.tell("run_ended", experience)
         self.parts.pipeline.on_inference_lost = lambda: self.link.tell("inference_lost")
         return self.link

@@ -19,13 +19,14 @@ from esper_rpc.proto.tamiyo.v1 import (
     NoAction,
     Step,
     StepDecision,
+    StepDump,
     StepLedger,
 )
 from esper_rpc.telemetry.events import tell_event
 from esper_rpc.testing import FakeClock
 from esper_servers.tamiyo.records.decisions import DecisionRecords
 from esper_servers.tamiyo.records.dump_journal import DUMP, MOST_DUMPS, STEP, WRITTEN, DumpJournal
-from esper_servers.tamiyo.records.flight_recorder import FlightRecorder
+from esper_servers.tamiyo.records.flight_recorder import AnsweredStep, FlightRecorder
 from esper_servers.tamiyo.records.step_dumps import LEAST_SECONDS, PART_BYTES, PART_STEPS, StepDumps
 from esper_servers.tamiyo.reporting import STEPS_PER_SAMPLE
 
@@ -209,6 +210,24 @@ def test_a_dump_is_read_page_by_page_and_ends_where_the_next_begins(rig):
     assert [[step.sequence for step in page] for page in rig.steps(second, 5)] == [[6, 7, 8, 9, 10]]
     page, token = asyncio.run(rig.dumps.page(1, ""))
     assert [*page, *asyncio.run(rig.dumps.page(1, token))[0]] == [first, second]
+
+
+def test_dumps_that_two_processes_write_at_once_are_told_apart(journal):
+    dumps = DumpJournal(journal)
+    heads = [StepDump(dump_id=name, steps=96) for name in ("one", "other")]
+    for part in range(3):
+        for head in heads:
+            steps = [
+                AnsweredStep(head.dump_id, sequence, b"", b"", "policy-1", 0, False)
+                for sequence in range(32 * part + 1, 32 * part + 33)
+            ]
+            assert dumps.add(head, steps, written=32 * part)
+    for head in heads:
+        found, token = [], ""
+        while not found or token:
+            page, token = dumps.steps(head.dump_id, 40, token)
+            found += page
+        assert [(step.run_id, step.sequence) for step in found] == [(head.dump_id, n) for n in range(1, 97)]
 
 
 def test_an_unknown_dump_and_a_token_of_another_list_are_refused(rig):

@@ -38,10 +38,10 @@ from esper_rpc.server import Call
 from esper_rpc.testing import TAMIYO, FakeTamiyo, serving
 from esper_servers.policy import sample
 from esper_servers.policy.vocabularies import SCHEDULES
-from esper_servers.tamiyo import service
 from esper_servers.tamiyo.commands import COVERAGE_KEYS
 from esper_servers.tamiyo.conservative_mode import COOL_DOWN_SECONDS, EXIT_SUCCESSES
 from esper_servers.tamiyo.run_state import build_graph
+from esper_servers.tamiyo.step_processes import held_runs
 from esper_servers.urza.seeding import installed_blueprints
 
 SERVICE = "esper.tamiyo.v1.TamiyoService"
@@ -321,7 +321,7 @@ def test_a_policy_that_raises_gives_no_action_then_opens_the_breaker(run):
     reasons = [decide(run, step(i)).no_action.reason for i in range(1, 8)]
     assert reasons[:5] == ["inference_failed"] * 5
     assert reasons[6] in ("conservative_mode", "inference_breaker_open")
-    assert run._mode.enabled
+    assert run.mode.enabled
 
 
 def test_a_policy_that_returns_nan_gives_no_action(run):
@@ -355,7 +355,7 @@ async def test_the_graph_of_a_run_is_laid_out_while_the_steps_of_others_go_on(ta
         threads.append(threading.get_ident())
         return build_graph(*arguments)
 
-    monkeypatch.setattr(service, "build_graph", build)
+    monkeypatch.setattr(held_runs, "build_graph", build)
     await tamiyo.OpenRun(open_run(), Call("OpenRun", SpiffeId("trainer", "local")))
     assert len(threads) == 1
     assert threading.get_ident() not in threads

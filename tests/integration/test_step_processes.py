@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -233,6 +234,41 @@ async def test_a_step_process_that_is_killed_is_started_again_and_runs_are_opene
     async with Clients(mesh) as clients:
         for client in clients:
             assert (await client.open_run(opening(f"{run_id}-0"))).policy_version
+
+
+async def test_a_step_process_that_hangs_is_replaced_and_keeps_nobody_waiting_meanwhile(mesh, run_id):
+    (hung,) = further(mesh)
+    async with Clients(mesh) as clients, operator(mesh) as asked:
+        for number, client in enumerate(clients):
+            await client.open_run(opening(f"{run_id}-{number}"))
+        hung.suspend()
+        # The operator's own connection may be to the process that hangs.
+        with contextlib.suppress(errors.DeadlineExceeded, errors.Unavailable):
+            await asked.get_status(GetStatusRequest(), timeout=10)
+        async with asyncio.timeout(60):
+            while not (found := further(mesh)) or found == [hung]:
+                await asyncio.sleep(0.1)
+    assert first(mesh).is_running()
+    assert not hung.is_running()
+
+
+async def test_a_process_that_is_started_later_is_held_back_by_hand_too(mesh, run_id):
+    async with operator(mesh) as asked:
+        await asked.set_conservative_mode(SetConservativeModeRequest(enabled=True, reason="drill"))
+    (killed,) = further(mesh)
+    killed.kill()
+    await asyncio.to_thread(killed.wait, 20)
+    async with asyncio.timeout(60):
+        while not further(mesh):
+            await asyncio.sleep(0.1)
+    async with Clients(mesh) as clients, operator(mesh) as asked:
+        try:
+            for number, client in enumerate(clients):
+                run = f"{run_id}-{number}"
+                await client.open_run(opening(run))
+                assert (await client.evaluate_step(asking(run, 1))).decision.WhichOneof("decision") == "no_action"
+        finally:
+            await asked.set_conservative_mode(SetConservativeModeRequest(enabled=False, reason="over"))
 
 
 async def is_answered(client, run):

@@ -76,13 +76,14 @@ class Controller:
         )
         admin = Admin(
             directory=directory,
+            peers=self._others,
             servicer=self.servicer,
             observations=self.pipeline.observations,
             live_policy=lambda: self._updates.live_file,
             on_inference_lost=self._updates.distrust,
             on_run_ended=self._lasting.norms.end,
         )
-        self.step_processes = StepProcesses(config.step_processes, self._others, admin)
+        self.step_processes = StepProcesses(config.step_processes, admin)
 
     def resume(self) -> Policy:
         """Take up plan and policy of the last start, before the first step; returns the policy."""

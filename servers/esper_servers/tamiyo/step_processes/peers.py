@@ -8,7 +8,7 @@ from typing import Any
 
 import structlog
 
-from esper_rpc.errors import EsperError
+from esper_rpc.errors import EsperError, Unavailable
 from esper_rpc.identity.spiffe import SpiffeId
 from esper_rpc.proto.tamiyo.v1 import GetStatusResponse, OpenRunRequest, SetConservativeModeRequest
 from esper_rpc.server import Call
@@ -21,8 +21,8 @@ from .run_directory import RunDirectory
 
 log = structlog.get_logger(__name__)
 
-PATIENCE_SECONDS = 2.0
-"""How long one process may keep an operator waiting before it is left out."""
+PATIENCE_SECONDS = 1.0
+"""How long one process may keep another or an operator waiting before it is left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +30,7 @@ class Admin:
     """What the admin process does for the others."""
 
     directory: RunDirectory
+    peers: StepPeers
     servicer: object
     observations: Observations
     live_policy: Callable[[], Path | None]
@@ -46,9 +47,25 @@ class StepPeer:
         self.is_ready = asyncio.Event()
 
     async def hand_over(self, run_id: str) -> CarriedRun | None:
-        """Have a run let go of there."""
-        carried: CarriedRun | None = await self.link.call("hand_over", run_id)
+        """Have a run let go of there; raises Unavailable when that does not happen soon."""
+        try:
+            carried: CarriedRun | None = await asyncio.wait_for(self.link.call("hand_over", run_id), PATIENCE_SECONDS)
+        except TimeoutError:
+            raise Unavailable("The process that held this run does not answer.", reason="PROCESS_SILENT") from None
         return carried
+
+    async def answers(self, seconds: float) -> bool:
+        """Whether it says anything within a time."""
+        try:
+            await asyncio.wait_for(self.link.call("ping"), seconds)
+        except (Unavailable, TimeoutError):
+            return False
+        return True
+
+    def join(self) -> SetConservativeModeRequest:
+        """It is about to serve, and hears of every change from now on; returns what an operator set before."""
+        self._admin.peers.add(self)
+        return self._admin.peers.set_by_hand
 
     def ready(self) -> None:
         """It serves."""
@@ -94,16 +111,18 @@ class StepPeers:
 
     def __init__(self) -> None:
         self._peers: list[StepPeer] = []
+        self.set_by_hand = SetConservativeModeRequest()
+        """What an operator said last of conservative mode."""
 
     def __len__(self) -> int:
         return len(self._peers)
 
     def add(self, peer: StepPeer) -> None:
-        """Count on a process."""
+        """Tell a process from now on what changes."""
         self._peers.append(peer)
 
     def remove(self, peer: StepPeer) -> None:
-        """Count on it no more."""
+        """Tell it nothing more."""
         if peer in self._peers:
             self._peers.remove(peer)
 
@@ -117,6 +136,7 @@ class StepPeers:
 
     def set_conservative_mode(self, request: SetConservativeModeRequest) -> None:
         """Turn conservative mode on or off everywhere."""
+        self.set_by_hand = request
         self._tell_all("set_conservative_mode", request)
 
     def take_up_policy(self) -> None:

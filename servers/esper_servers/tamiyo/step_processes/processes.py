@@ -15,12 +15,15 @@ from esper_rpc.config import Range, validate
 from esper_rpc.errors import EsperError, Unavailable
 
 from .link import Link
-from .peers import Admin, StepPeer, StepPeers
+from .peers import Admin, StepPeer
 
 log = structlog.get_logger(__name__)
 
 START_SECONDS = 60.0
 END_SECONDS = 7.0
+JOIN_SECONDS = 1.0
+PING_SECONDS = 1.0
+HUNG_SECONDS = 5.0
 BACKOFF_SECONDS = (0.1, 10.0)
 Main = Callable[[socket.socket], None]
 
@@ -38,9 +41,9 @@ class StepProcessConfig:
 class StepProcesses:
     """Runs the step processes beside this one, and starts each again that ends. They end with this one."""
 
-    def __init__(self, config: StepProcessConfig, peers: StepPeers, admin: Admin) -> None:
+    def __init__(self, config: StepProcessConfig, admin: Admin) -> None:
         self._further = config.count - 1
-        self._peers = peers
+        self._peers = admin.peers
         self._admin = admin
         self._keeping: list[asyncio.Task[None]] = []
         self._running: dict[StepPeer, BaseProcess] = {}
@@ -65,7 +68,7 @@ class StepProcesses:
     async def _keep(self, main: Main, peer: StepPeer) -> None:
         pause, longest = BACKOFF_SECONDS
         while True:
-            await peer.link.until_closed()
+            await self._until_lost(peer)
             await self._let_go(peer)
             while True:
                 await asyncio.sleep(pause)
@@ -77,6 +80,18 @@ class StepProcesses:
                 else:
                     pause = BACKOFF_SECONDS[0]
                     break
+
+    async def _until_lost(self, peer: StepPeer) -> None:
+        """Wait until a process has ended, or has to be ended because it does nothing any more."""
+        closed = asyncio.create_task(peer.link.until_closed())
+        try:
+            while not closed.done():
+                await asyncio.wait([closed], timeout=PING_SECONDS)
+                if not await peer.answers(HUNG_SECONDS) and not closed.done():
+                    log.error("step_process_hung", pid=self._running[peer].pid, priority="HIGH")
+                    return
+        finally:
+            closed.cancel()
 
     async def _begin(self, main: Main) -> StepPeer:
         ours, theirs = socket.socketpair()
@@ -95,7 +110,6 @@ class StepProcesses:
         if not peer.is_ready.is_set():
             await self._let_go(peer)
             raise Unavailable("A step process ended, or did not serve in time; the log tells why.")
-        self._peers.add(peer)
         log.info("step_process_serves", pid=process.pid)
         return peer
 
@@ -104,7 +118,7 @@ class StepProcesses:
         self._peers.remove(peer)
         self._admin.directory.release_all(peer)
         await peer.link.close()
-        await asyncio.to_thread(process.join, 1.0)
+        await asyncio.to_thread(process.join, JOIN_SECONDS)
         if process.is_alive():
             process.kill()
             await asyncio.to_thread(process.join)

@@ -7,6 +7,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -89,6 +90,7 @@ class StepProcess:
         self.parts = StepParts(config, mode, Breakers(mode), Runs(norms=self._norms))
         self._live = LivePolicy(self.parts.pipeline, self.parts.plans, config.prior)
         self.runs = HeldRuns(self.parts.pipeline, self.parts.blueprints, lambda _holder: _RemotePlaces(self))
+        self._live_file: Path | None = None
         self._one_policy_at_a_time = asyncio.Lock()
         self._drained = asyncio.Event()
         self.link: Link
@@ -101,7 +103,10 @@ class StepProcess:
         return self.link
 
     async def resume(self) -> None:
-        """Take up plan and policy as the first process has them, before the first step."""
+        """Take up mode, plan and policy as the first process has them, before the first step."""
+        by_hand: SetConservativeModeRequest = await self.link.call("join")
+        if by_hand.enabled:
+            self.set_conservative_mode(by_hand)
         self.parts.plans.prepare()
         await self.take_up_policy()
         prepare(self.parts.pipeline.policy)
@@ -109,6 +114,9 @@ class StepProcess:
     async def hand_over(self, run_id: str) -> CarriedRun | None:
         """Let go of a run."""
         return await self.runs.hand_over(run_id)
+
+    def ping(self) -> None:
+        """Show that the loop turns."""
 
     def status(self) -> GetStatusResponse:
         """Return a snapshot."""
@@ -127,19 +135,19 @@ class StepProcess:
     async def take_up_policy(self) -> None:
         """Serve the policy that is live now; one that cannot be loaded is asked for again, for it may be another."""
         async with self._one_policy_at_a_time:
-            while True:
-                path = await self.link.call("live_policy")
+            while (path := await self.link.call("live_policy")) != self._live_file:
                 try:
                     self._live.take_up(await asyncio.to_thread(self._live.load, path))
                 except Exception as error:  # noqa: BLE001  # Whatever it is, steps go on with the policy before.
                     log.error("policy_not_taken_up", error=repr(error)[:200], priority="HIGH")
                     await asyncio.sleep(RETRY_SECONDS)
                 else:
-                    return
+                    self._live_file = path
 
     async def take_up_plan(self) -> None:
         """Serve the package that the first process has built."""
-        await asyncio.to_thread(self.parts.plans.prepare)
+        if self.parts.plans.served is None:
+            await asyncio.to_thread(self.parts.plans.prepare)
 
     def drain(self) -> None:
         """Finish, and end."""

@@ -77,6 +77,7 @@ def tamiyo(
     from esper_servers.tamiyo.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
     from esper_servers.tamiyo.server import serve
+    from esper_servers.tamiyo.step_queue import BatchConfig
 
     log_json_lines()
     if supervised:
@@ -92,6 +93,7 @@ def tamiyo(
         risk=load(RiskConfig, "risk", path=place.settings_file, environ=environ),
         prior=load(PriorConfig, "prior", path=place.settings_file, environ=environ),
         plan=load(PlanConfig, "plan", path=place.settings_file, environ=environ),
+        batch=load(BatchConfig, "batch", path=place.settings_file, environ=environ),
         pause=load(PauseConfig, "pause", path=place.settings_file, environ=environ),
         reports=load(ReportConfig, "reports", path=place.settings_file, environ=environ),
     )

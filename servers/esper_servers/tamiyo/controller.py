@@ -30,6 +30,7 @@ from .records.replay import Sources, replay_from
 from .records.step_dumps import StepDumps
 from .risk.config import RiskConfig
 from .service import TamiyoServicer
+from .step_queue import BatchConfig
 
 JOURNAL = "journal.sqlite"
 REPLAY_SECONDS = 60.0
@@ -55,6 +56,7 @@ class TamiyoServerConfig:
     risk: RiskConfig = field(default_factory=RiskConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
     pause: PauseConfig = field(default_factory=PauseConfig)
     reports: ReportConfig = field(default_factory=ReportConfig)
     publisher: ReportPublisher | None = None
@@ -87,6 +89,7 @@ class Controller:
             mode=mode,
             breakers=breakers,
             risk_config=config.risk,
+            batch=config.batch,
         )
         self._updates = updates_of(
             self.pipeline,

@@ -52,6 +52,11 @@ DECISION_PART = Histogram(
     ["part"],
     buckets=LATENCY_BUCKETS,
 )
+BATCH_SIZE = Histogram(
+    "esper_decision_batch_size",
+    "How many steps the policy computed in the same pass as the one decided, itself included.",
+    buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64),
+)
 DECISIONS = Counter("esper_decisions", "Answers to steps.", ["kind", "reason"])
 PAUSE_REQUESTS = Counter("esper_pause_requests", "Requests for a pause, by what was granted of them.", ["result"])
 
@@ -92,9 +97,11 @@ _DECISION_PARTS = {name: DECISION_PART.labels(name.removesuffix("_us")) for name
 _STEP_PARTS = {name: STEP_PART.labels(name) for name in ("build", "exchange", "server", "verify", "apply", "total")}
 
 
-def observe_decision(ledger: StepLedger, kind: str, reason: str) -> None:
-    """Record one decision of the controller."""
+def observe_decision(ledger: StepLedger, kind: str, reason: str, batch_size: int = 0) -> None:
+    """Record one decision of the controller; 0 is the size of the batch where the policy was not asked."""
     DECISIONS.labels(kind, reason).inc()
+    if batch_size:
+        BATCH_SIZE.observe(batch_size)
     for name, histogram in _DECISION_PARTS.items():
         histogram.observe(getattr(ledger, name) / 1e6)
 

@@ -142,11 +142,13 @@ def settings_sections() -> dict[str, type]:
     from esper_servers.tamiyo.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
     from esper_servers.tamiyo.step_processes.processes import StepProcessConfig
+    from esper_servers.tamiyo.step_queue import BatchConfig
 
     return {
         "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "risk": RiskConfig,
-        "prior": PriorConfig, "plan": PlanConfig, "pause": PauseConfig, "reports": ReportConfig, "quota": QuotaConfig,
-        "concurrency": ConcurrencyConfig, "pki": PkiConfig, "step_processes": StepProcessConfig,
+        "prior": PriorConfig, "plan": PlanConfig, "batch": BatchConfig, "pause": PauseConfig,
+        "reports": ReportConfig, "quota": QuotaConfig, "concurrency": ConcurrencyConfig, "pki": PkiConfig,
+        "step_processes": StepProcessConfig,
     }  # fmt: skip
 
 

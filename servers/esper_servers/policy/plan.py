@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from . import schema
 from .graph import GraphInputs, offsets_of
 from .network import Heads, PolicyNetwork
+from .union import UnionPlan
 
 
 class FusedPlan:
@@ -20,8 +22,9 @@ class FusedPlan:
         self._network = network
         self._structures: WeakKeyDictionary[GraphInputs, _Structure] = WeakKeyDictionary()
         with torch.no_grad():
-            self._sage = [_SageLayer(layer) for layer in network.sage]
-            self._gat = [_GatLayer(layer, network.config.heads) for layer in network.gat]
+            self._sage = [SageLayer(layer) for layer in network.sage]
+            self._gat = [GatLayer(layer, network.config.heads) for layer in network.gat]
+            self._union = UnionPlan(network, self._sage, self._gat)
 
     def __call__(self, inputs: GraphInputs) -> Heads:
         """Compute the heads of one graph, whose structure is kept for the next time."""
@@ -29,6 +32,16 @@ class FusedPlan:
         if structure is None:
             structure = self._structures[inputs] = _Structure(inputs, _counts(inputs))
         return self._compute(inputs, structure)
+
+    def can_share(self, inputs: GraphInputs) -> bool:
+        """Whether a graph gains by a pass with others: a large one is bound by its own arithmetic. Not at its first."""
+        structure = self._structures.get(inputs)
+        return structure is not None and structure.mean_matrix is not None
+
+    def compute_many(self, graphs: Sequence[GraphInputs]) -> list[Heads]:
+        """Compute the heads of different graphs in one pass; each must be one that `can_share`."""
+        matrices = (self._structures[inputs].mean_matrix for inputs in graphs)
+        return self._union(graphs, [matrix for matrix in matrices if matrix is not None])
 
     def compute_once(self, inputs: GraphInputs) -> Heads:
         """Compute the heads of a graph that will not come again; safe beside the thread of the steps."""
@@ -97,7 +110,7 @@ class _Structure:
 DENSE_LIMIT = 200_000
 
 
-class _SageLayer:
+class SageLayer:
     """Sum over relations of W_l mean(neighbours) + b + W_r self, with W_r summed per target type beforehand."""
 
     def __init__(self, layer: Any) -> None:
@@ -124,7 +137,7 @@ class _SageLayer:
         return out.index_add_(0, structure.target, gathered)
 
 
-class _GatLayer:
+class GatLayer:
     """Attention per relation, summed over relations; heads are averaged (Velickovic et al. 2018, arXiv 1710.10903)."""
 
     def __init__(self, layer: Any, heads: int) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import structlog
@@ -36,12 +37,22 @@ class PolicyOutput:
     risk: NDArray[np.float32]
     plan: str = EAGER
     """Which plan computed it: also under a compiled one it may be `eager`, for large graphs."""
+    batch_size: int = 1
+    """How many graphs were computed in the same pass."""
 
     @property
     def is_finite(self) -> bool:
         """Whether every number can be used."""
         parts = (self.kind, self.operation, self.blueprint, self.schedule, self.risk)
         return all(bool(np.isfinite(part).all()) for part in parts) and bool(np.isfinite(self.value))
+
+
+class Asked(NamedTuple):
+    """What a policy is asked about: a graph, its seeds in the order of its seed nodes, and signals of the run."""
+
+    inputs: GraphInputs
+    seeds: Sequence[SeedState]
+    signals: RunSignals
 
 
 class Policy:
@@ -90,6 +101,21 @@ class Policy:
         with torch.inference_mode():
             heads, plan = self._heads(inputs, beside=beside)
         return _with_bonus(heads, prior.bonus(seeds, signals, self.prior), plan)
+
+    def evaluate_many(self, asked: Sequence[Asked]) -> list[PolicyOutput]:
+        """Evaluate different graphs, in one pass if all of them `can_share`, else one after the other."""
+        if not all(self.can_share(each.inputs) for each in asked):
+            return [self.evaluate(*each) for each in asked]
+        with torch.inference_mode():
+            found = self._eager.compute_many([each.inputs for each in asked])
+        return [
+            _with_bonus(heads, prior.bonus(each.seeds, each.signals, self.prior), EAGER, batch_size=len(asked))
+            for heads, each in zip(found, asked, strict=True)
+        ]
+
+    def can_share(self, inputs: GraphInputs) -> bool:
+        """Whether this graph gains by a pass with others; a compiled plan does not: dispatch is little of its time."""
+        return self._compiled is None and self._eager.can_share(inputs)
 
     def can_run_beside(self, inputs: GraphInputs) -> bool:
         """Whether other threads can use the interpreter while this graph is evaluated."""
@@ -151,7 +177,7 @@ def _by(compiled: CompiledPlan, inputs: GraphInputs, *, beside: bool = False) ->
     return compiled(inputs, beside=beside), COMPILED if compiled.covers(inputs) else EAGER
 
 
-def _with_bonus(heads: Heads, added: Bonus, plan: str) -> PolicyOutput:
+def _with_bonus(heads: Heads, added: Bonus, plan: str, *, batch_size: int = 1) -> PolicyOutput:
     return PolicyOutput(
         np.tanh(heads.kind.numpy()) + added.kind,
         np.tanh(heads.operation.numpy()) + added.operation,
@@ -160,6 +186,7 @@ def _with_bonus(heads: Heads, added: Bonus, plan: str) -> PolicyOutput:
         float(heads.value),
         heads.risk.numpy(),
         plan,
+        batch_size,
     )
 
 

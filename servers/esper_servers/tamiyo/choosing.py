@@ -30,6 +30,11 @@ class Decided:
     masks: Masks | None = None
     output: PolicyOutput | None = None
 
+    @property
+    def batch_size(self) -> int:
+        """How many steps the policy was asked about at once, 0 where it was not asked."""
+        return self.output.batch_size if self.output else 0
+
 
 def judge(run: RunState, packet: SystemStatePacket, *, conservative: bool, config: RiskConfig) -> Verdict:
     """Take the packet of a step in and hear the risk engine."""

@@ -28,7 +28,7 @@ from esper_rpc.proto.tamiyo.v1 import (
 from esper_rpc.status import hide_unexpected, to_status
 from esper_rpc.steady_clock import SteadyClock
 from esper_rpc.telemetry.metrics import tell_restraint
-from esper_servers.policy.policy import Policy
+from esper_servers.policy.policy import EAGER, Asked, Policy
 
 from . import choosing
 from .awaited_outcomes import OUTCOMES_MISSING
@@ -39,7 +39,7 @@ from .commands import build_command, sign_command
 from .conservative_mode import ConservativeMode
 from .field_reports.observations import Observations
 from .giving_way import giving_way
-from .inference import Inference
+from .inference import Evaluations, Inference
 from .policy_updates.shadow import Shadow
 from .records.decisions import DecisionLog
 from .records.evidence import Evidence
@@ -50,7 +50,7 @@ from .risk.config import RiskConfig
 from .risk.engine import Verdict
 from .risk.events import RiskEvents
 from .run_state import Runs, RunState, build_graph
-from .step_queue import StepQueue
+from .step_queue import BatchConfig, StepQueue
 from .stopwatch import Stopwatch
 
 log = structlog.get_logger(__name__)
@@ -75,12 +75,13 @@ class StepPipeline:
         mode: ConservativeMode,
         breakers: Breakers | None = None,
         risk_config: RiskConfig | None = None,
+        batch: BatchConfig | None = None,
         clock: Callable[[], float] = time.perf_counter,
         clock_ns: Callable[[], int] | None = None,
     ) -> None:
         self.policy = policy
         self.runs = runs
-        self.queue = StepQueue(clock=clock)
+        self.queue = StepQueue(batch=batch, clock=clock)
         self._inference = Inference(self.queue)
         self.breakers = breakers or Breakers(mode)
         self.breakers.watch(INFERENCE, self._on_breaker)
@@ -133,7 +134,9 @@ class StepPipeline:
         watch = Stopwatch(arrived)
         request = _parse(raw, EvaluateStepsRequest)
         budget = min(request.step.budget_us / 1e6, time_remaining)
-        self.queue.check_room(arrived, budget)  # Under load most are refused, and need no check.
+        may_share = self.policy.plan == EAGER
+        # Under load most are refused, and need no check.
+        self.queue.check_room(arrived, budget, request.step.run_id if may_share else None)
         rules.check(request)
         return await self._take_turn(request.step, raw, owner, watch, budget)
 
@@ -152,16 +155,17 @@ class StepPipeline:
             run = await self._fetched(step.run_id, owner)
         digest = hashlib.sha256(raw).digest()
         watch.lap("validate_us")
-        await self.queue.take_turn(watch.arrived, budget)
+        sharer = run.request.run_id if self.policy.can_share(run.graph.inputs) else None
+        company = await self.queue.take_turn(watch.arrived, budget, sharer)
         try:
             if run.has_left:  # While it waited.
                 run = await self._fetched(step.run_id, owner)
             run.begin_step()
             watch.lap("queue_us")
-            return await self._answer(step, raw, run, digest, watch, budget)
+            return await self._answer(step, raw, run, digest, watch, budget, company)
         finally:
             run.end_step()
-            self.queue.end_turn()
+            self.queue.end_turn(company)
 
     async def _fetched(self, run_id: str, owner: str) -> RunState:
         """A run that another process held until now; raises NotFound."""
@@ -169,12 +173,19 @@ class StepPipeline:
         return self.runs.get(run_id, owner)
 
     async def _answer(
-        self, step: Step, raw: bytes, run: RunState, digest: bytes, watch: Stopwatch, budget: float
+        self,
+        step: Step,
+        raw: bytes,
+        run: RunState,
+        digest: bytes,
+        watch: Stopwatch,
+        budget: float,
+        company: Evaluations | None,
     ) -> bytes:
         if step.sequence <= run.last_sequence:
             return _answer_again(run, step.sequence, digest)
         policy = self.policy  # Another one may be taken up while this one works.
-        decision, evidence = await self._decide(step, run, digest, watch, budget, policy)
+        decision, evidence = await self._decide(step, run, digest, watch, budget, policy, company)
         decision.sequence = step.sequence
         decision.ledger.CopyFrom(watch.close())
         reply = EvaluateStepsResponse(decision=decision).SerializeToString()
@@ -245,7 +256,14 @@ class StepPipeline:
         tell_restraint(service_is_held=self.mode.enabled, held_runs=held, breakers=breakers)
 
     async def _decide(
-        self, step: Step, run: RunState, digest: bytes, watch: Stopwatch, budget: float, policy: Policy
+        self,
+        step: Step,
+        run: RunState,
+        digest: bytes,
+        watch: Stopwatch,
+        budget: float,
+        policy: Policy,
+        company: Evaluations | None,
     ) -> tuple[StepDecision, Evidence | None]:
         if self._samples:
             self._take_samples(of=run)
@@ -253,11 +271,11 @@ class StepPipeline:
         memory, conservative = Memory.of(run), self.mode.enabled or run.mode.enabled
         verdict = self._judge(step.packet, run, conservative=conservative)
         watch.lap("risk_us")
-        decided = await self._choose(step.packet, run, watch, budget, verdict, policy)
+        decided = await self._choose(step.packet, run, watch, budget, verdict, policy, company)
         if self.shadow is not None and self.shadow.is_free:
             self.shadow.note(run, decided, run.ordered_seeds(step.packet))
         if decided.choice is None:
-            self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason, run, verdict))
+            self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason, run, verdict, "", decided.batch_size))
             if step.sequence % STEPS_PER_SAMPLE == 0:
                 gather = partial(
                     Evidence.of, None, step.packet, watch.ledger, decided, verdict, run=run, memory=memory,
@@ -283,7 +301,9 @@ class StepPipeline:
         )  # fmt: skip
         watch.lap("signing_us")
         kind = self._issued(run, command)
-        self._count(Reported(step, watch.ledger, kind, decided.reason, run, verdict, command.command_id))
+        self._count(
+            Reported(step, watch.ledger, kind, decided.reason, run, verdict, command.command_id, decided.batch_size)
+        )
         return StepDecision(command=envelope), evidence
 
     def _take_samples(self, of: RunState | None = None) -> None:
@@ -314,6 +334,7 @@ class StepPipeline:
         budget: float,
         verdict: Verdict,
         policy: Policy,
+        company: Evaluations | None,
     ) -> Decided:
         inputs = run.graph.fill(packet)
         watch.lap("features_us")
@@ -326,11 +347,13 @@ class StepPipeline:
         if not breaker.allow():
             return Decided(None, BREAKER_OPEN)
         try:
-            output = await self._inference.run(policy, inputs, seeds, run.signals())
+            asked = Asked(inputs, seeds, run.signals())
+            output = await self._inference.run(policy, asked, watch, company)
             if not output.is_finite:
                 raise ArithmeticError("the policy's output is not finite")
         except Exception as error:  # noqa: BLE001  # Whatever a policy does, the step gets a safe answer.
-            breaker.record_failure()
+            if company is None or company.is_first_to_blame(breaker):
+                breaker.record_failure()
             log.error("inference_failed", error=repr(error)[:200], priority="HIGH")
             return Decided(None, INFERENCE_FAILED)
         breaker.record_success()

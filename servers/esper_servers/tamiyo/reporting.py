@@ -42,6 +42,8 @@ class Reported:
     run: RunState
     verdict: Verdict
     command_id: str = ""
+    batch_size: int = 0
+    """0 where the policy was not asked."""
 
 
 class DecisionReports:
@@ -89,7 +91,7 @@ class DecisionReports:
 
 
 def _record(reported: Reported) -> None:
-    observe_decision(reported.ledger, reported.kind, reported.reason)
+    observe_decision(reported.ledger, reported.kind, reported.reason, reported.batch_size)
     _observe_risk(reported.verdict)
     _tell_losses(reported.step.packet, reported.run)
     if reported.step.traceparent:

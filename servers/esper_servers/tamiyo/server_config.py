@@ -14,6 +14,7 @@ from .pauses.quota import PauseConfig
 from .plan_switch import PlanConfig
 from .risk.config import RiskConfig
 from .step_processes.processes import StepProcessConfig
+from .step_queue import BatchConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,7 @@ class TamiyoServerConfig:
     risk: RiskConfig = field(default_factory=RiskConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
     pause: PauseConfig = field(default_factory=PauseConfig)
     reports: ReportConfig = field(default_factory=ReportConfig)
     publisher: ReportPublisher | None = None

@@ -41,6 +41,7 @@ class StepParts:
             mode=mode,
             breakers=breakers,
             risk_config=config.risk,
+            batch=config.batch,
         )
         self.dumps = StepDumps.of(self.pipeline.recorder, self.journal, clock_ns=self.pipeline.clock_ns)
 

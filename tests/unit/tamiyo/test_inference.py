@@ -31,6 +31,9 @@ class Native:
         self.threads = []
         self.fails = False
 
+    def can_share(self, _inputs):
+        return False
+
     def can_run_beside(self, _inputs):
         return True
 

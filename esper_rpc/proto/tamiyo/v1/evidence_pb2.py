@@ -27,7 +27,7 @@ from esper_rpc.proto.leyline.v1 import safety_pb2 as esper_dot_leyline_dot_v1_do
 from esper_rpc.proto.leyline.v1 import seed_pb2 as esper_dot_leyline_dot_v1_dot_seed__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65sper/tamiyo/v1/evidence.proto\x12\x0f\x65sper.tamiyo.v1\x1a esper/leyline/v1/blueprint.proto\x1a\x1d\x65sper/leyline/v1/safety.proto\x1a\x1b\x65sper/leyline/v1/seed.proto\";\n\x0bNumberArray\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0e\n\x06values\x18\x03 \x01(\x0c\">\n\rSignalReading\x12\x0e\n\x06\x64\x65mand\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x86\x02\n\x0bRiskVerdict\x12\x15\n\rallowed_kinds\x18\x01 \x03(\t\x12\x13\n\x0b\x66orced_kind\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65mand\x18\x04 \x01(\t\x12\r\n\x05score\x18\x05 \x01(\x01\x12<\n\x08readings\x18\x06 \x03(\x0b\x32*.esper.tamiyo.v1.RiskVerdict.ReadingsEntry\x12\r\n\x05holds\x18\x07 \x01(\x08\x1aO\n\rReadingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.esper.tamiyo.v1.SignalReading:\x02\x38\x01\"\xa5\x08\n\x10\x44\x65\x63isionEvidence\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x18\n\x10structure_digest\x18\x02 \x01(\x0c\x12\x15\n\rpolicy_digest\x18\x03 \x01(\x0c\x12\x0c\n\x04plan\x18\x04 \x01(\t\x12\x0f\n\x07runtime\x18\x05 \x01(\t\x12\x14\n\x0c\x63onservative\x18\x06 \x01(\x08\x12\x41\n\x08settings\x18\x07 \x03(\x0b\x32/.esper.tamiyo.v1.DecisionEvidence.SettingsEntry\x12=\n\x06memory\x18\x08 \x03(\x0b\x32-.esper.tamiyo.v1.DecisionEvidence.MemoryEntry\x12?\n\x07signals\x18\t \x03(\x0b\x32..esper.tamiyo.v1.DecisionEvidence.SignalsEntry\x12-\n\x07verdict\x18\n \x01(\x0b\x32\x1c.esper.tamiyo.v1.RiskVerdict\x12\x41\n\x08\x66\x65\x61tures\x18\x0b \x03(\x0b\x32/.esper.tamiyo.v1.DecisionEvidence.FeaturesEntry\x12;\n\x05masks\x18\x0c \x03(\x0b\x32,.esper.tamiyo.v1.DecisionEvidence.MasksEntry\x12?\n\x07outputs\x18\r \x03(\x0b\x32..esper.tamiyo.v1.DecisionEvidence.OutputsEntry\x12?\n\x07planted\x18\x0e \x03(\x0b\x32..esper.tamiyo.v1.DecisionEvidence.PlantedEntry\x1a/\n\rSettingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a-\n\x0bMemoryEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a.\n\x0cSignalsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1aM\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.esper.tamiyo.v1.NumberArray:\x02\x38\x01\x1aJ\n\nMasksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.esper.tamiyo.v1.NumberArray:\x02\x38\x01\x1aL\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.esper.tamiyo.v1.NumberArray:\x02\x38\x01\x1a.\n\x0cPlantedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x97\x02\n\x0eGraphBlueprint\x12\x39\n\ndescriptor\x18\x01 \x01(\x0b\x32%.esper.leyline.v1.BlueprintDescriptor\x12\x13\n\x0b\x65xtras_json\x18\x02 \x01(\x0c\x12\x15\n\rextras_digest\x18\x03 \x01(\x0c\x12\x0c\n\x04\x66its\x18\x04 \x03(\t\x12\x31\n\x0bhazard_band\x18\x05 \x01(\x0e\x32\x1c.esper.leyline.v1.HazardBand\x12\x37\n\x0ehandling_class\x18\x06 \x01(\x0e\x32\x1f.esper.leyline.v1.HandlingClass\x12\x16\n\tbsds_risk\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_bsds_risk\"b\n\tGraphSeed\x12\x0f\n\x07seed_id\x18\x01 \x01(\t\x12\x0f\n\x07site_id\x18\x02 \x01(\t\x12\x33\n\x05stage\x18\x03 \x01(\x0e\x32$.esper.leyline.v1.SeedLifecycleStage\"\xa9\x01\n\x0cRunStructure\x12\x15\n\rhost_topology\x18\x01 \x01(\x0c\x12\x10\n\x08site_ids\x18\x02 \x03(\t\x12)\n\x05seeds\x18\x03 \x03(\x0b\x32\x1a.esper.tamiyo.v1.GraphSeed\x12\x10\n\x08\x66\x65\x61tures\x18\x04 \x03(\t\x12\x33\n\nblueprints\x18\x05 \x03(\x0b\x32\x1f.esper.tamiyo.v1.GraphBlueprintb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65sper/tamiyo/v1/evidence.proto\x12\x0f\x65sper.tamiyo.v1\x1a esper/leyline/v1/blueprint.proto\x1a\x1d\x65sper/leyline/v1/safety.proto\x1a\x1b\x65sper/leyline/v1/seed.proto\";\n\x0bNumberArray\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0e\n\x06values\x18\x03 \x01(\x0c\">\n\rSignalReading\x12\x0e\n\x06\x64\x65mand\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x86\x02\n\x0bRiskVerdict\x12\x15\n\rallowed_kinds\x18\x01 \x03(\t\x12\x13\n\x0b\x66orced_kind\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65mand\x18\x04 \x01(\t\x12\r\n\x05score\x18\x05 \x01(\x01\x12<\n\x08readings\x18\x06 \x03(\x0b\x32*.esper.tamiyo.v1.RiskVerdict.ReadingsEntry\x12\r\n\x05holds\x18\x07 \x01(\x08\x1aO\n\rReadingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.esper.tamiyo.v1.SignalReading:\x02\x38\x01\"\xb9\x08\n\x10\x44\x65\x63isionEvidence\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x18\n\x10structure_digest\x18\x02 \x01(\x0c\x12\x15\n\rpolicy_digest\x18\x03 \x01(\x0c\x12\x0c\n\x04plan\x18\x04 \x01(\t\x12\x0f\n\x07runtime\x18\x05 \x01(\t\x12\x14\n\x0c\x63onservative\x18\x06 \x01(\x08\x12\x41\n\x08settings\x18\x07 \x03(\x0b\x32/.esper.tamiyo.v1.DecisionEvidence.SettingsEntry\x12=\n\x06memory\x18\x08 \x03(\x0b\x32-.esper.tamiyo.v1.DecisionEvidence.MemoryEntry\x12?\n\x07signals\x18\t \x03(\x0b\x32..esper.tamiyo.v1.DecisionEvidence.SignalsEntry\x12-\n\x07verdict\x18\n \x01(\x0b\x32\x1c.esper.tamiyo.v1.RiskVerdict\x12\x41\n\x08\x66\x65\x61tures\x18\x0b \x03(\x0b\x32/.esper.tamiyo.v1.DecisionEvidence.FeaturesEntry\x12;\n\x05masks\x18\x0c \x03(\x0b\x32,.esper.tamiyo.v1.DecisionEvidence.MasksEntry\x12?\n\x07outputs\x18\r \x03(\x0b\x32..esper.tamiyo.v1.DecisionEvidence.OutputsEntry\x12?\n\x07planted\x18\x0e \x03(\x0b\x32..esper.tamiyo.v1.DecisionEvidence.PlantedEntry\x12\x12\n\nbatch_size\x18\x0f \x01(\r\x1a/\n\rSettingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a-\n\x0bMemoryEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a.\n\x0cSignalsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1aM\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.esper.tamiyo.v1.NumberArray:\x02\x38\x01\x1aJ\n\nMasksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.esper.tamiyo.v1.NumberArray:\x02\x38\x01\x1aL\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.esper.tamiyo.v1.NumberArray:\x02\x38\x01\x1a.\n\x0cPlantedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x97\x02\n\x0eGraphBlueprint\x12\x39\n\ndescriptor\x18\x01 \x01(\x0b\x32%.esper.leyline.v1.BlueprintDescriptor\x12\x13\n\x0b\x65xtras_json\x18\x02 \x01(\x0c\x12\x15\n\rextras_digest\x18\x03 \x01(\x0c\x12\x0c\n\x04\x66its\x18\x04 \x03(\t\x12\x31\n\x0bhazard_band\x18\x05 \x01(\x0e\x32\x1c.esper.leyline.v1.HazardBand\x12\x37\n\x0ehandling_class\x18\x06 \x01(\x0e\x32\x1f.esper.leyline.v1.HandlingClass\x12\x16\n\tbsds_risk\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_bsds_risk\"b\n\tGraphSeed\x12\x0f\n\x07seed_id\x18\x01 \x01(\t\x12\x0f\n\x07site_id\x18\x02 \x01(\t\x12\x33\n\x05stage\x18\x03 \x01(\x0e\x32$.esper.leyline.v1.SeedLifecycleStage\"\xa9\x01\n\x0cRunStructure\x12\x15\n\rhost_topology\x18\x01 \x01(\x0c\x12\x10\n\x08site_ids\x18\x02 \x03(\t\x12)\n\x05seeds\x18\x03 \x03(\x0b\x32\x1a.esper.tamiyo.v1.GraphSeed\x12\x10\n\x08\x66\x65\x61tures\x18\x04 \x03(\t\x12\x33\n\nblueprints\x18\x05 \x03(\x0b\x32\x1f.esper.tamiyo.v1.GraphBlueprintb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -59,25 +59,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RISKVERDICT_READINGSENTRY']._serialized_start=454
   _globals['_RISKVERDICT_READINGSENTRY']._serialized_end=533
   _globals['_DECISIONEVIDENCE']._serialized_start=536
-  _globals['_DECISIONEVIDENCE']._serialized_end=1597
-  _globals['_DECISIONEVIDENCE_SETTINGSENTRY']._serialized_start=1174
-  _globals['_DECISIONEVIDENCE_SETTINGSENTRY']._serialized_end=1221
-  _globals['_DECISIONEVIDENCE_MEMORYENTRY']._serialized_start=1223
-  _globals['_DECISIONEVIDENCE_MEMORYENTRY']._serialized_end=1268
-  _globals['_DECISIONEVIDENCE_SIGNALSENTRY']._serialized_start=1270
-  _globals['_DECISIONEVIDENCE_SIGNALSENTRY']._serialized_end=1316
-  _globals['_DECISIONEVIDENCE_FEATURESENTRY']._serialized_start=1318
-  _globals['_DECISIONEVIDENCE_FEATURESENTRY']._serialized_end=1395
-  _globals['_DECISIONEVIDENCE_MASKSENTRY']._serialized_start=1397
-  _globals['_DECISIONEVIDENCE_MASKSENTRY']._serialized_end=1471
-  _globals['_DECISIONEVIDENCE_OUTPUTSENTRY']._serialized_start=1473
-  _globals['_DECISIONEVIDENCE_OUTPUTSENTRY']._serialized_end=1549
-  _globals['_DECISIONEVIDENCE_PLANTEDENTRY']._serialized_start=1551
-  _globals['_DECISIONEVIDENCE_PLANTEDENTRY']._serialized_end=1597
-  _globals['_GRAPHBLUEPRINT']._serialized_start=1600
-  _globals['_GRAPHBLUEPRINT']._serialized_end=1879
-  _globals['_GRAPHSEED']._serialized_start=1881
-  _globals['_GRAPHSEED']._serialized_end=1979
-  _globals['_RUNSTRUCTURE']._serialized_start=1982
-  _globals['_RUNSTRUCTURE']._serialized_end=2151
+  _globals['_DECISIONEVIDENCE']._serialized_end=1617
+  _globals['_DECISIONEVIDENCE_SETTINGSENTRY']._serialized_start=1194
+  _globals['_DECISIONEVIDENCE_SETTINGSENTRY']._serialized_end=1241
+  _globals['_DECISIONEVIDENCE_MEMORYENTRY']._serialized_start=1243
+  _globals['_DECISIONEVIDENCE_MEMORYENTRY']._serialized_end=1288
+  _globals['_DECISIONEVIDENCE_SIGNALSENTRY']._serialized_start=1290
+  _globals['_DECISIONEVIDENCE_SIGNALSENTRY']._serialized_end=1336
+  _globals['_DECISIONEVIDENCE_FEATURESENTRY']._serialized_start=1338
+  _globals['_DECISIONEVIDENCE_FEATURESENTRY']._serialized_end=1415
+  _globals['_DECISIONEVIDENCE_MASKSENTRY']._serialized_start=1417
+  _globals['_DECISIONEVIDENCE_MASKSENTRY']._serialized_end=1491
+  _globals['_DECISIONEVIDENCE_OUTPUTSENTRY']._serialized_start=1493
+  _globals['_DECISIONEVIDENCE_OUTPUTSENTRY']._serialized_end=1569
+  _globals['_DECISIONEVIDENCE_PLANTEDENTRY']._serialized_start=1571
+  _globals['_DECISIONEVIDENCE_PLANTEDENTRY']._serialized_end=1617
+  _globals['_GRAPHBLUEPRINT']._serialized_start=1620
+  _globals['_GRAPHBLUEPRINT']._serialized_end=1899
+  _globals['_GRAPHSEED']._serialized_start=1901
+  _globals['_GRAPHSEED']._serialized_end=1999
+  _globals['_RUNSTRUCTURE']._serialized_start=2002
+  _globals['_RUNSTRUCTURE']._serialized_end=2171
 # @@protoc_insertion_point(module_scope)

@@ -294,6 +294,7 @@ class DecisionEvidence(_message.Message):
     MASKS_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
     PLANTED_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     structure_digest: _builtins.bytes
@@ -306,6 +307,10 @@ class DecisionEvidence(_message.Message):
     """What it ran on, for example `torch 2.13.0`."""
     conservative: _builtins.bool
     """Whether conservative mode was on before this step, for the run or for all of them."""
+    batch_size: _builtins.int
+    """How many steps of different runs the outputs were computed for in one pass, this one included. Alone they come out
+    equal to 1e-5, and not bit for bit. 0 stands for 1.
+    """
     @_builtins.property
     def settings(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Thresholds of the risk engine and of the heuristic prior, for example `risk.loss_spike`."""
@@ -355,10 +360,11 @@ class DecisionEvidence(_message.Message):
         masks: _abc.Mapping[_builtins.str, Global___NumberArray] | None = ...,
         outputs: _abc.Mapping[_builtins.str, Global___NumberArray] | None = ...,
         planted: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        batch_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["verdict", b"verdict"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conservative", b"conservative", "features", b"features", "masks", b"masks", "memory", b"memory", "outputs", b"outputs", "plan", b"plan", "planted", b"planted", "policy_digest", b"policy_digest", "run_id", b"run_id", "runtime", b"runtime", "settings", b"settings", "signals", b"signals", "structure_digest", b"structure_digest", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "conservative", b"conservative", "features", b"features", "masks", b"masks", "memory", b"memory", "outputs", b"outputs", "plan", b"plan", "planted", b"planted", "policy_digest", b"policy_digest", "run_id", b"run_id", "runtime", b"runtime", "settings", b"settings", "signals", b"signals", "structure_digest", b"structure_digest", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___DecisionEvidence: _TypeAlias = DecisionEvidence  # noqa: Y015

@@ -25,17 +25,27 @@ def fleet(
     context: typer.Context,
     seconds: Annotated[float, typer.Option(min=1, help="How long each fleet asks.")] = 5.0,
     plan: PlanOption = COMPILED,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Most steps in a batch, 1 for none. Default: as in service.")
+    ] = None,
+    step_processes: Annotated[int, typer.Option(min=1, max=64, help="Processes of Tamiyo that answer.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Ask for 1, 4, 16 and 64 runs at once: 20 steps a second each within 5 ms, and flat out within 50 ms.
 
     The caller is one process, so that beyond some hundred steps a second its own time counts too.
     """
+    from esper_servers.tamiyo.step_queue import BatchConfig
+
+    config = BatchConfig() if batch is None else BatchConfig(most=batch)
     with scratch_home() as home:
         seed(home)
-        with Supervisor(home, serving_plan(plan, home, environ_of(context))) as supervisor:
+        environ = serving_plan(plan, home, environ_of(context))
+        environ |= {"ESPER_BATCH_MOST": str(config.most), "ESPER_STEP_PROCESSES_COUNT": str(step_processes)}
+        with Supervisor(home, environ) as supervisor:
             document = run(_measure(home, supervisor.addresses["tamiyo"], seconds))
-    show("fleet", document | {"plan": plan, "machine": machine()}, as_json=as_json)
+    settings = {"plan": plan, "batch": config.most, "step_processes": step_processes}
+    show("fleet", document | settings | {"machine": machine()}, as_json=as_json)
 
 
 async def _measure(home: Home, address: str, seconds: float) -> dict[str, Any]:

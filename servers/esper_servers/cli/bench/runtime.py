@@ -157,7 +157,7 @@ async def _nothing_to_replay(_command_id: str) -> list[str]:
 class _ConstantPolicy:
     """Always in favour of doing nothing."""
 
-    version, digest = "constant", b""
+    version, digest, plan = "constant", b"", "compiled"
     norms: Mapping[str, tuple[float, float]] = {}
 
     def __init__(self, work_seconds: float) -> None:
@@ -174,6 +174,10 @@ class _ConstantPolicy:
         self.prior = PriorConfig()
         self._hash = hashlib.sha256
         self._work = bytes(self._bytes_in(work_seconds))
+
+    def can_share(self, *_: object) -> bool:
+        """As a compiled plan does not."""
+        return False
 
     def can_run_beside(self, *_: object) -> bool:
         """Like a compiled plan: hashing leaves the interpreter to others."""

@@ -33,6 +33,7 @@ from .arrays import Array, write_arrays
 from .memory import Memory
 
 _SIGNALS = tuple(field.name for field in dataclasses.fields(RunSignals))
+_NO_ARRAYS = frozenset({"plan", "batch_size"})
 RUNTIME = f"torch {torch.__version__}"
 
 
@@ -94,6 +95,7 @@ class Evidence:
             features=write_arrays(self.features),
             masks=write_arrays(_fields(self.decided.masks)),
             outputs=write_arrays(_fields(self.decided.output)),
+            batch_size=self.decided.batch_size,
             planted={seed_id: blueprint_id for seed_id, blueprint_id in self.planted.items() if blueprint_id},
         )
         return ExplainDecisionResponse(
@@ -135,5 +137,5 @@ def _fields(value: Masks | PolicyOutput | None) -> dict[str, Any]:
     """The arrays of a dataclass by name; a number becomes an array too."""
     if value is None:
         return {}
-    fields = (field.name for field in dataclasses.fields(value) if field.name != "plan")
+    fields = (field.name for field in dataclasses.fields(value) if field.name not in _NO_ARRAYS)
     return {name: np.asarray(getattr(value, name)) for name in fields}

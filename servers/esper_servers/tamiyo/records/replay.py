@@ -37,9 +37,10 @@ Config = TypeVar("Config", RiskConfig, PriorConfig)
 
 DRAWN = frozenset({"command.command_id", "command.issued_at"})
 """What is drawn for each command and not decided."""
-OUTPUTS = "evidence.outputs"
-RUNTIME = "evidence.runtime:"
-"""It may explain a difference and is none by itself."""
+OUTPUTS, BATCH_SIZE = "evidence.outputs", "evidence.batch_size"
+BATCH_TOLERANCE = 1e-5
+_CIRCUMSTANCES = ("evidence.runtime:", f"{BATCH_SIZE}:")
+"""They may explain a difference and are none by themselves."""
 
 
 class Replay:
@@ -69,7 +70,8 @@ class Replay:
         structure = self._decisions.structure(recorded.evidence.structure_digest)
         now = decide_again(recorded, structure, self._policy())
         found = list(differences(recorded, now, skip=_skipped(recorded.evidence, now.evidence)))
-        return found if any(not line.startswith(RUNTIME) for line in found) else []
+        is_same = all(line.startswith(_CIRCUMSTANCES) for line in found)
+        return [] if is_same and recorded.evidence.outputs == now.evidence.outputs else found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +139,7 @@ def _again(
 def _recorded(evidence: DecisionEvidence) -> PolicyOutput:
     arrays = {name: read_array(array) for name, array in evidence.outputs.items()}
     value = float(arrays.pop("value"))
-    return PolicyOutput(value=value, plan=evidence.plan, **arrays)
+    return PolicyOutput(value=value, plan=evidence.plan, batch_size=max(1, evidence.batch_size), **arrays)
 
 
 def _command(
@@ -151,16 +153,22 @@ def _command(
 
 
 def _skipped(recorded: DecisionEvidence, now: DecisionEvidence) -> AbstractSet[str]:
-    """What need not be the same: two plans compute the same only nearly, and their difference is told as such."""
-    if not recorded.plan or not now.plan or recorded.plan == now.plan:
-        return DRAWN
-    return DRAWN | {OUTPUTS} if _are_near(recorded.outputs, now.outputs) else DRAWN
+    """What need not be the same: two plans compute the same only nearly, and their difference is told as such.
+
+    So do a batch and a single evaluation.
+    """
+    same_batch = max(recorded.batch_size, 1) == max(now.batch_size, 1)
+    skipped = DRAWN | {BATCH_SIZE} if same_batch else DRAWN
+    if not recorded.plan or not now.plan or (recorded.plan == now.plan and same_batch):
+        return skipped
+    tolerance = BATCH_TOLERANCE if recorded.plan == now.plan else TOLERANCE
+    return skipped | {OUTPUTS} if _are_near(recorded.outputs, now.outputs, tolerance) else skipped
 
 
-def _are_near(ours: Mapping[str, NumberArray], theirs: Mapping[str, NumberArray]) -> bool:
+def _are_near(ours: Mapping[str, NumberArray], theirs: Mapping[str, NumberArray], tolerance: float) -> bool:
     pairs = [(read_array(ours[name]), read_array(theirs[name])) for name in ours if name in theirs]
     return len(pairs) == len(ours) == len(theirs) and all(
-        a.shape == b.shape and np.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE) for a, b in pairs
+        a.shape == b.shape and np.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in pairs
     )
 
 

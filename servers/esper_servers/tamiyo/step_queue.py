@@ -24,6 +24,8 @@ LEAST_INTAKE_SECONDS = 0.005
 LONG_TURN_SECONDS = 0.003
 TIGHTNESS_FORGOTTEN = 1.01
 """How fast shared turns may grow again, with each step, after one whose budget was tight."""
+SLACK = 0.5
+"""By what share a turn may take longer than predicted before those who share it are late, all of them at once."""
 RESERVE = 0.2
 """The share of a budget that passes outside: before a step is seen here, and on the way back."""
 
@@ -214,8 +216,8 @@ class StepQueue:
         most = 1 if line[0].sharer is None else len(line)
         for size in range(2, most + 1):
             sharer = line[size - 1].sharer
-            is_long = start + self._cost.of(size) > line[0].due or self._interval.of(size) > self._longest
-            if is_long or sharer in sharers:
+            is_late = start + (1 + SLACK) * self._cost.of(size) > line[0].due
+            if is_late or self._interval.of(size) > self._longest or sharer in sharers:
                 return size - 1
             sharers.add(sharer)
         return most

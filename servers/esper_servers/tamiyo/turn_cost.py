@@ -10,6 +10,8 @@ class TurnCost:
     long as only single turns were measured, several are taken to cost as much as one after the other; never more.
     """
 
+    __slots__ = ("first", "further")
+
     def __init__(self, seconds: float) -> None:
         self.first = self.further = seconds
 
@@ -19,13 +21,14 @@ class TurnCost:
 
     def learn(self, size: int, seconds: float, smoothing: float = SMOOTHING) -> None:
         """Take in how long a turn took that so many shared: what is predicted for as many moves there by a share."""
-        change = smoothing * (seconds - self.of(size))
-        if size == 1:
+        if size > 1:
+            self._lean(size - 1, smoothing * (seconds - self.of(size)))
+            return
+        change = smoothing * (seconds - self.first)
+        if self.first:
             # A machine that is slower is so for all of them.
-            self.further *= 1 + change / self.first if self.first else 1.0
-            self.first += change
-        else:
-            self._lean(size - 1, change)
+            self.further += change * self.further / self.first
+        self.first += change
 
     def _lean(self, others: int, change: float) -> None:
         """Split a change by how much of the prediction each part makes up: the least that accounts for it."""

@@ -142,8 +142,8 @@ async def test_who_has_no_time_for_company_goes_first_and_alone():
 
 async def test_no_more_share_a_turn_than_the_first_of_them_has_time_for():
     served = Served()
-    budget = (6.5 * COST) / (1 - RESERVE)
-    await serve(served, ("a", budget), ("b", 1.0), ("c", 1.0), ("d", 1.0), ("e", 1.0), held=4 * COST)
+    budget = (8.5 * COST) / (1 - RESERVE)
+    await serve(served, ("a", budget), ("b", 1.0), ("c", 1.0), ("d", 1.0), ("e", 1.0), held=4.4 * COST)
     assert served.names == [["a", "b"], ["c", "d", "e"]]
 
 

@@ -155,6 +155,18 @@ class Failing:
         return self.method(asked, *rest, **keywords)
 
 
+class Counting:
+    """Takes the place of a policy's evaluation of many, and keeps how many they were."""
+
+    def __init__(self, policy):
+        self.sizes, self._evaluate_many = [], policy.evaluate_many
+        policy.evaluate_many = self
+
+    def __call__(self, asked):
+        self.sizes.append(len(asked))
+        return self._evaluate_many(asked)
+
+
 def graph_of(controller, run_id):
     return controller.pipeline.runs.find(run_id).graph
 
@@ -192,6 +204,18 @@ async def test_a_member_that_is_not_finite_is_the_only_one_without_an_action(con
     assert [batch_size(controller, found[n]) for n in (0, 1, 3)] == [4] * 3
 
 
+async def test_what_a_batch_spoils_is_computed_alone(controller, policy, monkeypatch):
+    compute_many = policy._eager.compute_many
+
+    def spoil(graphs):
+        first, *others = compute_many(graphs)
+        return [first._replace(value=first.value * np.nan), *others]
+
+    monkeypatch.setattr(policy._eager, "compute_many", spoil)
+    found = await ask_together(controller, *all_runs(controller))
+    assert [batch_size(controller, decision) for decision in found] == [1, 4, 4, 4]
+
+
 async def test_a_batch_that_fails_for_all_is_one_failure_for_the_breaker(controller, policy, monkeypatch):
     every = [graph_of(controller, run_id) for run_id in RUNS]
     monkeypatch.setattr(policy, "evaluate", Failing(policy.evaluate, *every))
@@ -205,6 +229,7 @@ async def test_a_batch_that_fails_for_all_is_one_failure_for_the_breaker(control
 async def test_members_with_different_policies_are_decided_each_by_its_own(controller, policy):
     successor = Policy.initial(seed=1)
     successor.version = "successor"
+    asked_together, asked_successor = Counting(policy), Counting(successor)
     tasks = await begin_together(controller, *all_runs(controller))
     queue = controller.pipeline.queue
     while len(queue):
@@ -213,6 +238,7 @@ async def test_members_with_different_policies_are_decided_each_by_its_own(contr
     controller.pipeline.runs.find("third").begin_step = lambda: (controller.pipeline.take_up(successor), find())
     found = await asyncio.wait_for(asyncio.gather(*tasks), SOON)
     payloads = [AdaptationCommand.FromString(decision.command.payload) for decision in found]
+    assert (asked_together.sizes, asked_successor.sizes) == ([2], [2])
     versions = [payload.annotations["policy_version"] for payload in payloads]
     assert versions == [policy.version] * 2 + ["successor"] * 2
 

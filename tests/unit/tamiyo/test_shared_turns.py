@@ -16,7 +16,7 @@ COST = FIRST_COST_SECONDS
 
 
 class Recorded(StepQueue):
-    """Notes who is given each turn, and when."""
+    """Notes who is given each turn, and when it should end by what turns have cost so far."""
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
@@ -27,7 +27,7 @@ class Recorded(StepQueue):
         super()._give_next()
         given = [step for step in before if step not in self._waiting and self._is_given(step.turn)]
         if given:
-            self.given.append((self._clock(), given))
+            self.given.append((self._clock() + self._cost.of(len(given)), given))
 
     @staticmethod
     def _is_given(turn):
@@ -307,10 +307,10 @@ def test_who_waited_is_answered_in_time_or_not_at_all_no_run_is_in_a_turn_twice_
             if goes is not None:
                 leaving.append(asyncio.create_task(leave(tasks[-1], goes)))
         await asyncio.wait_for(asyncio.gather(*tasks, *leaving, return_exceptions=True), 5)
-        for now, members in served.queue.given:
+        for expected_end, members in served.queue.given:
             runs = [step.sharer for step in members]
             assert len(runs) == len(set(runs)) <= most
-            assert now + served.cost(len(members)) <= min(step.due for step in members) + 1e-9
+            assert expected_end <= min(step.due for step in members) + 1e-9
         await settled()
         assert len(served.queue) == 0
         await served.ask("idle")

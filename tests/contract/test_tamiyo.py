@@ -306,10 +306,13 @@ def test_a_blueprint_is_remembered_from_the_command_that_planted_it(run):
 
 
 class Broken:
-    version, digest = "broken", b""
+    version, digest, plan = "broken", b"", "eager"
 
     def __init__(self, behaviour):
         self.evaluate = behaviour
+
+    def can_share(self, _inputs):
+        return True
 
 
 def raises(*_):

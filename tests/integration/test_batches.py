@@ -19,7 +19,7 @@ from esper_servers.cli.processes import Supervisor
 from esper_servers.policy import sample
 
 GERMINATED = SeedLifecycleStage.SEED_LIFECYCLE_STAGE_GERMINATED
-TRAINERS, RUNS, ROUNDS = 4, 16, 4
+TRAINERS, RUNS, MOST_ROUNDS = 4, 16, 50
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ async def opened(client, run_id):
 
 
 async def ask(home):
-    """Let all runs ask at once, again and again; returns the requests, their answers and the records of the last."""
+    """Let all runs ask at once until some waited for each other; returns requests with their answers, and records."""
     async with contextlib.AsyncExitStack() as stack:
         names = [SpiffeId("trainer", f"t{number}") for number in range(TRAINERS)]
         clients = [
@@ -56,12 +56,14 @@ async def ask(home):
         for run_id, client in runs.items():
             await opened(client, run_id)
         found = []
-        for sequence in range(1, ROUNDS + 1):
+        for sequence in range(1, MOST_ROUNDS + 1):
             requests = [request_of(run_id, sequence) for run_id in runs]
             answers = await asyncio.gather(
                 *(client.evaluate_step(request) for client, request in zip(runs.values(), requests, strict=True))
             )
             found += zip(requests, answers, strict=True)
+            if any(answer.decision.ledger.batch_wait_us for answer in answers):
+                break
         operator = await stack.enter_async_context(TamiyoClient(home.address("tamiyo"), identity=home.identity()))
         commands = [answer.decision.command.nonce for _, answer in found]
         records = [await operator.explain_decision(ExplainDecisionRequest(command_id=name)) for name in commands]

@@ -66,6 +66,7 @@ def _row(answers: Answers, seconds: float) -> dict[str, Any]:
     return {
         "decisions_per_s": round(len(answers.decided) / seconds, 1),
         "decided": percentiles(answers.decided),
+        "server": percentiles(answers.server),
         "miss_rate": round(1 - answers.in_time / max(1, answers.total), 4),
         "refused_share": round(len(answers.refused) / max(1, answers.total), 4),
     }

@@ -33,6 +33,8 @@ class Answers:
 
     budget_ms: float
     decided: list[float] = field(default_factory=list)
+    server: list[float] = field(default_factory=list)
+    """Of the decided, what Tamiyo says that it took from the arrival on."""
     refused: list[float] = field(default_factory=list)
     expired: int = 0
     lost: int = 0
@@ -47,6 +49,7 @@ class Answers:
             self.expired += 1
         else:
             self.decided.append(latency_ms)
+            self.server.append(answer.decision.ledger.total_us / 1000)
 
     @property
     def in_time(self) -> int:

@@ -8,7 +8,7 @@ import os
 import queue
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -104,9 +104,7 @@ class Link:
     def _take(self, frame: Frame) -> None:
         number, name, content = frame
         if name is not None:
-            task = asyncio.create_task(self._answer(number, name, content))
-            self._answering.add(task)
-            task.add_done_callback(self._answering.discard)
+            self._do(number, name, content)
         elif (answer := self._awaited.get(number)) is not None and not answer.done():
             result, error = content
             if error is None:
@@ -114,13 +112,30 @@ class Link:
             else:
                 answer.set_exception(from_status(Status.FromString(error)))
 
-    async def _answer(self, number: int, name: str, arguments: tuple[Any, ...]) -> None:
-        content: tuple[Any, bytes | None]
+    def _do(self, number: int, name: str, arguments: tuple[Any, ...]) -> None:
+        """At once, so that what came first is done first; only what waits for something goes on beside."""
         try:
             found = getattr(self._target, name)(*arguments)
-            content = (await found if inspect.isawaitable(found) else found, None)
         except Exception as error:  # noqa: BLE001  # Whatever it is, it crosses as a status.
-            content = (None, to_status(hide_unexpected(error)).SerializeToString())
+            self._reply_error(number, error)
+            return
+        if not inspect.isawaitable(found):
+            self._reply(number, (found, None))
+            return
+        task = asyncio.ensure_future(self._await(number, found))
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+
+    async def _await(self, number: int, found: Awaitable[Any]) -> None:
+        try:
+            self._reply(number, (await found, None))
+        except Exception as error:  # noqa: BLE001  # As above.
+            self._reply_error(number, error)
+
+    def _reply_error(self, number: int, error: Exception) -> None:
+        self._reply(number, (None, to_status(hide_unexpected(error)).SerializeToString()))
+
+    def _reply(self, number: int, content: tuple[Any, bytes | None]) -> None:
         if number:
             self._outgoing.put((number, None, content))
 

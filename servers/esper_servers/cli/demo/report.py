@@ -168,13 +168,14 @@ def _last_stages(seeds: Sequence[Sequence[Any]]) -> dict[str, dict[str, Any]]:
 
 def _count_outcomes(outcomes: Sequence[Sequence[Any]]) -> dict[str, int]:
     settled = (row for row in outcomes if row[3] != "QUEUED")
-    counts = Counter(" ".join(filter(None, (_asked(row[2]), row[3].lower(), row[4]))) for row in settled)
+    counts = Counter(" ".join(filter(None, (_asked(*row[2:4]), row[3].lower(), row[4]))) for row in settled)
     return dict(sorted(counts.items()))
 
 
-def _asked(operation: str) -> str:
-    # An outcome names the operation of seed commands only.
-    return "pause or optimizer" if operation == "UNSPECIFIED" else operation.lower()
+def _asked(operation: str, result: str) -> str:
+    # An outcome names the operation of seed commands only, and what came late was never opened.
+    unnamed = "command" if result == "LATE" else "pause or optimizer"
+    return unnamed if operation == "UNSPECIFIED" else operation.lower()
 
 
 def _overhead(mesh: Result, plain: Result) -> dict[str, float]:

@@ -9,6 +9,8 @@ import orjson
 import torch
 from torch import nn
 
+from esper_servers.policy.vocabularies import SCHEDULES
+
 from .catalogue import BlueprintFactory
 
 SCHEMA_VERSION = "v1"
@@ -30,7 +32,7 @@ def compute_extras(factory: BlueprintFactory) -> bytes:
          "default": float(config.get(name, (b.min_value + b.max_value) / 2))}
         for name, b in sorted(bounds.items())
     ]  # fmt: skip
-    topology["capabilities"] = {"allowed_blending_methods": ["CONVEX"]}
+    topology["capabilities"] = {"allowed_blending_methods": list(SCHEDULES)}
     return orjson.dumps(topology, option=orjson.OPT_SORT_KEYS)
 
 

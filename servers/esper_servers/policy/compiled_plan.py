@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import schema
+from .edge_scores import EdgeScores
 from .graph import LEAST_ROWS, GraphInputs
 from .native_package import NativePackage
 from .network import Heads
@@ -23,10 +24,11 @@ Package = Callable[[list[Tensor]], Sequence[Tensor]]
 class CompiledPlan:
     """Runs the package, and the eager plan for graphs that are too large for it."""
 
-    def __init__(self, package: Package, eager: Callable[[GraphInputs], Heads]) -> None:
+    def __init__(self, package: Package, eager: Callable[[GraphInputs], Heads], edge_scores: EdgeScores) -> None:
         self.package = package
         self._beside = package.compute_beside if isinstance(package, NativePackage) else package
         self._eager = eager
+        self._edge_scores = edge_scores
         self._laid_out: WeakKeyDictionary[GraphInputs, list[Tensor]] = WeakKeyDictionary()
 
     def __call__(self, inputs: GraphInputs, *, beside: bool = False) -> Heads:
@@ -43,24 +45,27 @@ class CompiledPlan:
         return bool(self._tensors(inputs))
 
     def _tensors(self, inputs: GraphInputs) -> list[Tensor]:
-        if inputs not in self._laid_out:
-            self._laid_out[inputs] = plan_inputs(inputs) if cells(inputs) <= CELL_LIMIT else []
-        return self._laid_out[inputs]
+        tensors = self._laid_out.get(inputs)
+        if tensors is None:
+            is_covered = cells(inputs) <= CELL_LIMIT
+            tensors = self._laid_out[inputs] = plan_inputs(inputs, self._edge_scores) if is_covered else []
+        return tensors
 
 
-def plan_inputs(inputs: GraphInputs) -> list[Tensor]:
+def plan_inputs(inputs: GraphInputs, edge_scores: EdgeScores) -> list[Tensor]:
     """Lay a graph out in the order of DensePlan; features stay in the memory that a step fills.
 
     Features (N, D) by `schema.NODE_TYPES`; per relation of `schema.ORDERED_RELATIONS` how many edges there are from a
-    source to a target (T, S), and the same with rows that sum to 1 or 0; the weight of each layer in the context
-    (1, N).
+    source to a target (T, S), and the same with rows that sum to 1 or 0; per GAT layer and relation of
+    `schema.EDGE_ATTRIBUTES` what is told of its edges (H, T, S); the weight of each layer in the context (1, N).
     """
     edges = [_edge_matrix(inputs, relation) for relation in schema.ORDERED_RELATIONS]
     means = [edge / edge.sum(dim=1, keepdim=True).clamp_min(1) for edge in edges]
     layers = inputs.features["layer"].shape[0]
     context = torch.zeros(1, _rows(inputs, "layer"))
     context[0, :layers] = 1 / layers
-    return [*inputs.padded, *edges, *means, context]
+    told = [_score_matrix(inputs, r, score) for layer in edge_scores(inputs) for r, score in layer.items()]
+    return [*inputs.padded, *edges, *means, *told, context]
 
 
 def cells(inputs: GraphInputs) -> int:
@@ -77,3 +82,10 @@ def _edge_matrix(inputs: GraphInputs, relation: tuple[str, str, str]) -> Tensor:
     edges = inputs.edges[relation]
     matrix = torch.zeros(_rows(inputs, relation[2]), _rows(inputs, relation[0]))
     return matrix.index_put_((edges[1], edges[0]), torch.ones(edges.shape[1]), accumulate=True)
+
+
+def _score_matrix(inputs: GraphInputs, relation: tuple[str, str, str], score_EH: Tensor) -> Tensor:
+    edges = inputs.edges[relation]
+    matrix = torch.zeros(score_EH.shape[1], _rows(inputs, relation[2]), _rows(inputs, relation[0]))
+    matrix[:, edges[1], edges[0]] = score_EH.T
+    return matrix

@@ -6,15 +6,16 @@ as many cells as there are edges, and every product is a GEMM.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import schema
+from .edge_scores import score_weight
 from .network import PolicyNetwork
-from .plan import score_weight
 
 # Shapes: N nodes of a type, T targets and S sources of a relation, H heads, D width.
 LEAST_SCORE = -1e30
@@ -45,13 +46,13 @@ class DensePlan(nn.Module):
 
     def forward(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """Compute the heads of what `plan_inputs` laid out."""
-        features_ND, edges_TS, means_TS, (context_1N,) = _parts(tensors)
+        features_ND, edges_TS, means_TS, first_HTS, second_HTS, (context_1N,) = _parts(tensors)
         encoded = (torch.relu(encoder(x)) for encoder, x in zip(self.encoders, features_ND, strict=True))
         h = dict(zip(schema.NODE_TYPES, encoded, strict=True))
         for layer in self.sage:
             h = {kind: torch.relu(out) + h[kind] for kind, out in layer(h, means_TS).items()}
-        h = {kind: nn.functional.gelu(out) for kind, out in self.gat[0](h, edges_TS).items()}
-        return self._read_out(self.gat[1](h, edges_TS), context_1N)
+        h = {kind: nn.functional.gelu(out) for kind, out in self.gat[0](h, edges_TS, first_HTS).items()}
+        return self._read_out(self.gat[1](h, edges_TS, second_HTS), context_1N)
 
     def _read_out(self, h: dict[str, Tensor], context_1N: Tensor) -> tuple[Tensor, ...]:
         overall = h["global"][0]
@@ -68,14 +69,10 @@ class DensePlan(nn.Module):
         )  # fmt: skip
 
 
-def _parts(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    types, relations = len(schema.NODE_TYPES), len(schema.RELATIONS)
-    return (
-        tensors[:types],
-        tensors[types : types + relations],
-        tensors[types + relations : types + 2 * relations],
-        tensors[types + 2 * relations :],
-    )
+def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    relations, told = len(schema.RELATIONS), len(schema.EDGE_ATTRIBUTES)
+    rest = iter(tensors)
+    return (list(islice(rest, n)) for n in (len(schema.NODE_TYPES), relations, relations, told, told, 1))
 
 
 class _DenseSage(nn.Module):
@@ -122,11 +119,14 @@ class _DenseGat(nn.Module):
             bias = torch.stack([c.bias for c in incoming]).sum(dim=0)
             self.register_buffer(f"bias_{kind}", bias.detach())
 
-    def forward(self, h: dict[str, Tensor], edges_TS: Sequence[Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self, h: dict[str, Tensor], edges_TS: Sequence[Tensor], scores_HTS: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        told = dict(zip(schema.EDGE_ATTRIBUTES, scores_HTS, strict=True))
         projected, source_score, target_score = self._project(h)
         out = {kind: self.get_buffer(f"bias_{kind}").expand(x.shape[0], -1) for kind, x in h.items()}
         for relation, edge_TS in zip(schema.ORDERED_RELATIONS, edges_TS, strict=True):
-            attention_HTS = self._attend(source_score[relation], target_score[relation], edge_TS)
+            attention_HTS = self._attend(source_score[relation], target_score[relation], edge_TS, told.get(relation))
             values_HSD = projected[relation].view(-1, self.heads, self.width).transpose(0, 1)
             out[relation[2]] = out[relation[2]] + torch.bmm(attention_HTS, values_HSD).sum(dim=0)
         return out
@@ -145,8 +145,9 @@ class _DenseGat(nn.Module):
             target_score |= dict(zip(incoming, parts[2 * len(outgoing) :], strict=False))
         return projected, source_score, target_score
 
-    def _attend(self, source_SH: Tensor, target_TH: Tensor, edge_TS: Tensor) -> Tensor:
-        score = nn.functional.leaky_relu(target_TH.T.unsqueeze(2) + source_SH.T.unsqueeze(1), NEGATIVE_SLOPE)
+    def _attend(self, source_SH: Tensor, target_TH: Tensor, edge_TS: Tensor, told_HTS: Tensor | None) -> Tensor:
+        score = target_TH.T.unsqueeze(2) + source_SH.T.unsqueeze(1)
+        score = nn.functional.leaky_relu(score if told_HTS is None else score + told_HTS, NEGATIVE_SLOPE)
         score = torch.where(edge_TS > 0, score, -torch.inf)
         # A target without a source has no greatest score; its row comes out as 0.
         peak = score.amax(dim=2, keepdim=True).clamp_min(LEAST_SCORE)

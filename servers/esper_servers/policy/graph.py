@@ -21,25 +21,23 @@ from esper_rpc.proto.leyline.v1 import (
 )
 from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
 
-from . import schema
+from . import features, schema
 from .coverage import Coverage, Known, coverage_of, known_of
-from .edges import build_edges
+from .edges import Scene, build_edges, methods_of
+from .features import Floats
+from .growth import Growth, documents, place
+from .links import Nodes
 from .norms import Norms
-from .registries import Registries, Registry
+from .vocabularies import SCHEDULES
 
-Floats = NDArray[np.float32]
 LEAST_ROWS = 2
 """What is compiled for any number of nodes takes 0 and 1 as special."""
 MAX_SEEDS = 256
 # Some relations join every node of one type with every node of another, and every run shares one process: 256 nodes of
 # each type take 1.7 s a step, 1024 half a minute. What a topology says beyond these counts is left out.
 MAX_LAYERS, MAX_ACTIVATIONS, MAX_PARAMETERS = 256, 64, 64
-# Only the vocabularies that are the same everywhere: what a record holds must give the same graph again.
-_VOCABULARIES = Registries()
 _FILLED_BY_STEP = ("layer", "seed", "global")
 _LAYER_LOSS = 2 * schema.FEATURES["layer"].index("loss")
-FEATURE_LIMIT = 1e6
-"""Beyond it a value says nothing more, and the network's sums could leave float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +74,8 @@ class GraphInputs:
 
     features: dict[str, Tensor]
     edges: dict[tuple[str, str, str], Tensor]
+    attributes: dict[tuple[str, str, str], Tensor]
+    """What is told of each edge (E, 2A), for the relations of `schema.EDGE_ATTRIBUTES`."""
     edge_index: Tensor
     """All edges in one pair of rows: source node within all nodes of all relations' messages, target node overall."""
     padded: list[Tensor]
@@ -92,16 +92,26 @@ class RunGraph:
         seeds: Sequence[RunSeed],
         blueprints: Sequence[BlueprintCandidate],
         norms: Norms | None = None,
+        attached: Mapping[str, str] | None = None,
     ) -> None:
+        """Lay out nodes and edges; `attached` are the blueprints that grow in seeds, by seed."""
         self.norms = norms or Norms()
-        self.seed_ids = [seed.seed_id for seed in seeds[:MAX_SEEDS]]
+        seeds = seeds[:MAX_SEEDS]
+        self.seed_ids = [seed.seed_id for seed in seeds]
         self.site_of = {seed.seed_id: seed.site_id for seed in seeds}
         self.blueprints = list(blueprints)
         self.blueprint_of = {blueprint.blueprint_id: blueprint for blueprint in self.blueprints}
+        self.attached = dict(attached or {})
         self._seed_index = {seed_id: i for i, seed_id in enumerate(self.seed_ids)}
-        self._layers = _dicts(topology.get("layers"))[:MAX_LAYERS]
-        self._activations = _dicts(topology.get("activations"))[:MAX_ACTIVATIONS]
-        self._parameters = _dicts(topology.get("parameters"))[:MAX_PARAMETERS] or _blueprint_parameters(blueprints)
+        host_layers = documents(topology.get("layers"))[:MAX_LAYERS]
+        host = Nodes([str(layer.get("layer_id", "")) for layer in host_layers], max(1, len(host_layers)))
+        growths = place(seeds, self.blueprints, self.attached, host, most_layers=MAX_LAYERS)
+        grown = [layer for growth in growths for layer in growth.structure.layers]
+        self._layers = (host_layers or [{}]) + grown
+        self._depths = _depths(len(host_layers), growths)
+        grown_activations = [activation for growth in growths for activation in growth.structure.activations]
+        self._activations = (documents(topology.get("activations")) + grown_activations)[:MAX_ACTIVATIONS]
+        self._parameters = documents(topology.get("parameters"))[:MAX_PARAMETERS] or _blueprint_parameters(blueprints)
         sizes = self._sizes()
         rooms = {kind: self._empty(kind, sizes[kind]) for kind in schema.NODE_TYPES}
         self._arrays = {kind: room[: sizes[kind]] for kind, room in rooms.items()}
@@ -112,13 +122,16 @@ class RunGraph:
         self._coverage: Coverage
         self.plantable = self._find_plantable()
         """(S, B): which blueprint may grow in which seed."""
-        layer_ids = [str(layer.get("layer_id", "")) for layer in self._layers]
-        self.edges, self._edge_coverage = build_edges(
-            topology, layer_ids, sites, seeds[:MAX_SEEDS], self.blueprints, self.counts
+        scene = Scene(
+            topology, sites, seeds, self.blueprints, growths, host, self._layers, self._activations, self.counts
         )
+        self.edges, attributes, self._edge_coverage = build_edges(scene)
+        self.blendable = _blendable(scene)
+        """(S, 4): by which of `SCHEDULES` a seed may be blended."""
         self._inputs = GraphInputs(
             features=self._tensors,
             edges=self.edges,
+            attributes=attributes,
             edge_index=_flatten(self.edges, self.counts),
             padded=[torch.from_numpy(rooms[kind]) for kind in schema.NODE_TYPES],
         )
@@ -192,7 +205,7 @@ class RunGraph:
 
     def _sizes(self) -> dict[str, int]:
         return {
-            "layer": max(1, len(self._layers)), "seed": len(self.seed_ids), "activation": len(self._activations),
+            "layer": len(self._layers), "seed": len(self.seed_ids), "activation": len(self._activations),
             "parameter": len(self._parameters), "blueprint": len(self.blueprints), "global": 1,
         }  # fmt: skip
 
@@ -202,22 +215,16 @@ class RunGraph:
         return np.zeros((rows, schema.width_of(kind)), dtype=np.float32)
 
     def _fill_static(self) -> None:
-        last = max(1, len(self._layers) - 1)
-        for i, layer in enumerate(self._layers):
-            values = [
-                _place(_VOCABULARIES.layer_type, layer.get("type")), i / last, _log(layer.get("parameter_count")),
-                _log(layer.get("weight_norm")), layer.get("gradient_norm"), layer.get("dropout_rate"),
-                _log(layer.get("latency_ms")),
-            ]  # fmt: skip
-            _write(self._arrays["layer"][i], values)
-        for i, activation in enumerate(self._activations):
-            names = schema.FEATURES["activation"][1:]
-            kind = _place(_VOCABULARIES.activation_type, activation.get("type"))
-            _write(self._arrays["activation"][i], [kind, *map(activation.get, names)])
-        for i, parameter in enumerate(self._parameters):
-            _write(self._arrays["parameter"][i], [_squash(parameter.get(n)) for n in schema.FEATURES["parameter"]])
-        for i, candidate in enumerate(self.blueprints):
-            _write(self._arrays["blueprint"][i], _blueprint_values(candidate))
+        arrays = self._arrays
+        for row, layer, depth in zip(arrays["layer"], self._layers, self._depths, strict=True):
+            features.write_layer(row, layer, depth)
+        for row, activation in zip(arrays["activation"], self._activations, strict=True):
+            features.write_activation(row, activation)
+        for row, parameter in zip(arrays["parameter"], self._parameters, strict=True):
+            features.write_parameter(row, parameter)
+        for row, each in zip(arrays["blueprint"], self.blueprints, strict=True):
+            counts = [layer.get("parameter_count") for layer in documents(each.extras.get("layers"))]
+            features.write_blueprint(row, each.descriptor, each.risk, counts)
 
     def _fill_global(self, packet: SystemStatePacket, loss: float) -> None:
         row, metrics, norms = self._arrays["global"][0], packet.training_metrics, self.norms
@@ -225,10 +232,10 @@ class RunGraph:
         values += [norms.update(n, metrics.get(n, math.nan)) for n in schema.FEATURES["global"][1:4]]
         values += [metrics.get("loss_delta"), metrics.get("loss_volatility")]
         values += [
-            _squash(packet.validation_loss) if packet.HasField("validation_loss") else None,
+            features.squashed(packet.validation_loss) if packet.HasField("validation_loss") else None,
             packet.validation_accuracy if packet.HasField("validation_accuracy") else None,
         ]
-        _write(row, values)
+        features.write(row, values)
 
     def _fill_seeds(self, states: Iterable[SeedState]) -> None:
         array = self._arrays["seed"]
@@ -236,7 +243,7 @@ class RunGraph:
         for state in states:
             index = self._seed_index.get(state.seed_id)
             if index is not None:
-                _write_seed(array[index], state)
+                features.write_seed(array[index], state)
 
 
 def _flatten(edges: Mapping[tuple[str, str, str], Tensor], counts: Mapping[str, int]) -> Tensor:
@@ -258,65 +265,22 @@ def offsets_of(counts: Mapping[str, int]) -> dict[str, int]:
     return offsets
 
 
-def _dicts(value: Any) -> list[dict[str, Any]]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+def _depths(host: int, growths: Sequence[Growth]) -> list[float | None]:
+    """Where each layer stands in the host, from 0 to 1; what grows stands where its site does. Unknown without one."""
+    last = max(1, host - 1)
+    depths: list[float | None] = [number / last for number in range(host)] or [None]
+    for growth in growths:
+        depths += [None if growth.site_layer is None else growth.site_layer / last] * len(growth.layers)
+    return depths
+
+
+def _blendable(scene: Scene) -> NDArray[np.bool_]:
+    """By what is allowed; where nobody names a method that a policy can choose, by all."""
+    methods = methods_of(scene)
+    named = [[name in methods.get(number, ()) for name in SCHEDULES] for number in range(len(scene.seeds))]
+    told = np.array(named, dtype=bool).reshape(len(scene.seeds), len(SCHEDULES))
+    return np.asarray(told | ~told.any(axis=1, keepdims=True))
 
 
 def _blueprint_parameters(blueprints: Sequence[BlueprintCandidate]) -> list[dict[str, Any]]:
-    return [p for candidate in blueprints for p in _dicts(candidate.extras.get("parameters"))][:MAX_PARAMETERS]
-
-
-def _blueprint_values(candidate: BlueprintCandidate) -> list[float | None]:
-    d = candidate.descriptor
-    told = (layer.get("parameter_count") for layer in _dicts(candidate.extras.get("layers")))
-    counts = [count for count in told if isinstance(count, int | float)]
-    count = sum(counts) if counts else None
-    return [candidate.risk, d.tier / 3, d.stage / 10, float(d.quarantine_only), _log(count)]
-
-
-_UNKNOWN = (0.0, 0.0)
-
-
-def _write(row: Floats, values: Sequence[Any]) -> None:
-    pairs: list[float] = []
-    for value in values:
-        if value is None or not isinstance(value, (int, float)):
-            pairs += _UNKNOWN
-        elif -FEATURE_LIMIT <= value <= FEATURE_LIMIT:
-            pairs += (value, 1.0)
-        else:
-            pairs += (math.copysign(FEATURE_LIMIT, value), 1.0) if math.isfinite(value) else _UNKNOWN
-    row[: len(pairs)] = pairs
-
-
-def _write_seed(row: Floats, state: SeedState) -> None:
-    metrics = state.metrics
-    offset = 2 * len(schema.FEATURES["seed"])
-    stage = state.stage if 0 <= state.stage < schema.STAGES else 0
-    values = [
-        stage / 11 if stage else None, metrics.get("alpha"),
-        _log(state.gradient_norm) if state.HasField("gradient_norm") else None,
-        _log(state.learning_rate * 1000) if state.HasField("learning_rate") else None,
-        state.layer_depth / 100 if state.HasField("layer_depth") else None,
-        _log(state.age_epochs) if state.HasField("age_epochs") else None,
-        state.risk_score if state.HasField("risk_score") else None,
-        metrics.get("risk_tolerance"), metrics.get("blend_allowed"), _log(metrics.get("steps_in_stage")),
-        _squash(metrics.get("loss_since_graft")), _log(metrics.get("alpha_steps")),
-    ]  # fmt: skip
-    _write(row, values)
-    row[offset + stage] = 1.0
-
-
-def _place(registry: Registry, name: Any) -> float | None:
-    """Where a name stands in a vocabulary, up to 1; unknown outside it."""
-    number = registry.find(name) if isinstance(name, str) else None
-    return None if number is None else number / len(registry)
-
-
-def _log(value: Any) -> float | None:
-    usable = isinstance(value, (int, float)) and math.isfinite(value)
-    return math.copysign(math.log1p(abs(value)), value) / 4 if usable else None
-
-
-def _squash(value: Any) -> float | None:
-    return math.tanh(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return [p for each in blueprints for p in documents(each.extras.get("parameters"))][:MAX_PARAMETERS]

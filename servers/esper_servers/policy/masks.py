@@ -45,20 +45,26 @@ class Masks:
     operation: NDArray[np.bool_]
     blueprint: NDArray[np.bool_]
     """(S, B): which blueprint may grow in which seed."""
+    schedule: NDArray[np.bool_]
+    """(S, 4): how each seed may be blended; at least one way."""
 
 
 def legal(
     seeds: Sequence[SeedState],
     plantable: NDArray[np.bool_],
+    blendable: NDArray[np.bool_],
     features: frozenset[str],
 ) -> Masks:
-    """Mask what the stage forbids, what the run does not offer, and seeds where no blueprint is `plantable` (S, B)."""
+    """Mask what the stage forbids, what the run does not offer, and seeds where no blueprint is `plantable` (S, B).
+
+    `blendable` (S, 4) tells how each seed may be blended.
+    """
     operation = np.zeros((len(seeds), schema.OPERATION_COUNT), dtype=bool)
     for i, seed in enumerate(seeds):
         for number in LEGAL_OPERATIONS.get(seed.stage, ()):
             operation[i, number] = number != GERMINATE or plantable[i].any()
     offered = [True, "seed" in features and bool(operation.any()), "optimizer" in features, "pause" in features]
-    return Masks(kind=np.array(offered), operation=operation, blueprint=plantable)
+    return Masks(kind=np.array(offered), operation=operation, blueprint=plantable, schedule=blendable)
 
 
 def choose(
@@ -77,4 +83,4 @@ def choose(
     chosen = -1
     if number == GERMINATE:
         chosen = int(np.where(masks.blueprint[seed], blueprint, -np.inf).argmax())
-    return Choice(best, seed, number, chosen, int(schedule.argmax()))
+    return Choice(best, seed, number, chosen, int(np.where(masks.schedule[seed], schedule, -np.inf).argmax()))

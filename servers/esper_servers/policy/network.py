@@ -49,7 +49,7 @@ class PolicyNetwork(nn.Module):
         self.encoders = nn.ModuleDict({kind: nn.Linear(schema.width_of(kind), sage) for kind in schema.NODE_TYPES})
         self.sage = nn.ModuleList(HeteroConv({r: _sage(sage) for r in schema.RELATIONS}) for _ in range(2))
         widths = (sage, gat)
-        self.gat = nn.ModuleList(HeteroConv({r: _gat(w, gat, heads) for r in schema.RELATIONS}) for w in widths)
+        self.gat = nn.ModuleList(HeteroConv({r: _gat(r, w, gat, heads) for r in schema.RELATIONS}) for w in widths)
         self.kind_head = nn.Linear(2 * gat, schema.KIND_COUNT)
         self.operation_head = nn.Linear(2 * gat, schema.OPERATION_COUNT)
         self.blueprint_head = nn.Linear(2 * gat, 1)
@@ -63,7 +63,7 @@ class PolicyNetwork(nn.Module):
         for layer in self.sage:
             h = {kind: torch.relu(out) + h[kind] for kind, out in layer(h, inputs.edges).items()}
         for round_, layer in enumerate(self.gat):
-            out = layer(h, inputs.edges)
+            out = layer(h, inputs.edges, edge_attr_dict=inputs.attributes)
             h = {kind: nn.functional.gelu(x) for kind, x in out.items()} if round_ == 0 else out
         return self.read_out(h)
 
@@ -87,5 +87,8 @@ def _sage(width: int) -> SAGEConv:
     return SAGEConv((width, width), width, aggr="mean")
 
 
-def _gat(in_width: int, out_width: int, heads: int) -> GATConv:
-    return GATConv((in_width, in_width), out_width, heads=heads, concat=False, add_self_loops=False)
+def _gat(relation: tuple[str, str, str], in_width: int, out_width: int, heads: int) -> GATConv:
+    return GATConv(
+        (in_width, in_width), out_width, heads=heads, concat=False, add_self_loops=False,
+        edge_dim=schema.attribute_width_of(relation),
+    )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import schema
+from .edge_scores import EdgeScores, score_weight
 from .graph import GraphInputs, offsets_of
 from .network import Heads, PolicyNetwork
 from .union import UnionPlan
@@ -20,42 +21,50 @@ class FusedPlan:
 
     def __init__(self, network: PolicyNetwork) -> None:
         self._network = network
-        self._structures: WeakKeyDictionary[GraphInputs, _Structure] = WeakKeyDictionary()
+        self._layouts: WeakKeyDictionary[GraphInputs, Layout] = WeakKeyDictionary()
         with torch.no_grad():
             self._sage = [SageLayer(layer) for layer in network.sage]
             self._gat = [GatLayer(layer, network.config.heads) for layer in network.gat]
+            self.edge_scores = EdgeScores(network)
             self._union = UnionPlan(network, self._sage, self._gat)
 
     def __call__(self, inputs: GraphInputs) -> Heads:
-        """Compute the heads of one graph, whose structure is kept for the next time."""
-        structure = self._structures.get(inputs)
-        if structure is None:
-            structure = self._structures[inputs] = _Structure(inputs, _counts(inputs))
-        return self._compute(inputs, structure)
+        """Compute the heads of one graph, which is laid out once."""
+        return self._compute(inputs, self.lay_out(inputs))
+
+    def lay_out(self, inputs: GraphInputs) -> Layout:
+        """Find out once for each graph what its edges come to."""
+        layout = self._layouts.get(inputs)
+        if layout is None:
+            layout = self._layouts[inputs] = self._new_layout(inputs)
+        return layout
 
     def can_share(self, inputs: GraphInputs) -> bool:
         """Whether a graph gains by a pass with others: a large one is bound by its own arithmetic. Not at its first."""
-        structure = self._structures.get(inputs)
-        return structure is not None and structure.mean_matrix is not None
+        layout = self._layouts.get(inputs)
+        return layout is not None and layout.mean_matrix is not None
 
     def compute_many(self, graphs: Sequence[GraphInputs]) -> list[Heads]:
         """Compute the heads of different graphs in one pass; each must be one that `can_share`."""
-        matrices = (self._structures[inputs].mean_matrix for inputs in graphs)
-        return self._union(graphs, [matrix for matrix in matrices if matrix is not None])
+        return self._union(graphs, [self._layouts[inputs] for inputs in graphs])
 
     def compute_once(self, inputs: GraphInputs) -> Heads:
         """Compute the heads of a graph that will not come again; safe beside the thread of the steps."""
-        return self._compute(inputs, _Structure(inputs, _counts(inputs)))
+        return self._compute(inputs, self._new_layout(inputs))
 
-    def _compute(self, inputs: GraphInputs, structure: _Structure) -> Heads:
+    def _new_layout(self, inputs: GraphInputs) -> Layout:
+        return Layout(inputs, _counts(inputs), self.edge_scores(inputs))
+
+    def _compute(self, inputs: GraphInputs, layout: Layout) -> Heads:
         counts = _counts(inputs)
         sizes = [counts[kind] for kind in schema.NODE_TYPES]
         encoders = self._network.encoders
         h = torch.relu(torch.cat([encoders[kind](inputs.features[kind]) for kind in schema.NODE_TYPES]))
         for sage in self._sage:
-            h = torch.relu(sage(h, sizes, structure)) + h
-        h = nn.functional.gelu(self._gat[0](h, sizes, structure))
-        h = self._gat[1](h, sizes, structure)
+            h = torch.relu(sage(h, sizes, layout)) + h
+        first, second = layout.edge_scores
+        h = nn.functional.gelu(self._gat[0](h, sizes, layout, first))
+        h = self._gat[1](h, sizes, layout, second)
         return self._network.read_out(dict(zip(schema.NODE_TYPES, torch.split(h, sizes), strict=True)))
 
 
@@ -63,10 +72,12 @@ def _counts(inputs: GraphInputs) -> dict[str, int]:
     return {kind: x.shape[0] for kind, x in inputs.features.items()}
 
 
-class _Structure:
+class Layout:
     """What the layers need of the edges, computed once per graph."""
 
-    def __init__(self, inputs: GraphInputs, counts: dict[str, int]) -> None:
+    def __init__(
+        self, inputs: GraphInputs, counts: dict[str, int], scores: Sequence[Mapping[Relation, Tensor]]
+    ) -> None:
         self.source, self.target = inputs.edge_index
         offsets, relations = offsets_of(counts), schema.ORDERED_RELATIONS
         self.nodes = sum(counts.values())
@@ -83,6 +94,8 @@ class _Structure:
         self.messages = sum(counts[source] for source, _, _ in relations)
         self.mean_matrix = self.scatter(self.mean_weight.T)[0] if self.is_small else None
         self.target_message = self._target_messages(inputs, counts)
+        self.edge_scores = [_of_all_edges(inputs, each) for each in scores]
+        """(E, H) for each GAT layer: what is told of the edges."""
 
     @property
     def is_small(self) -> bool:
@@ -108,6 +121,14 @@ class _Structure:
 
 
 DENSE_LIMIT = 200_000
+Relation = tuple[str, str, str]
+
+
+def _of_all_edges(inputs: GraphInputs, scores: Mapping[Relation, Tensor]) -> Tensor:
+    heads = next(iter(scores.values())).shape[1]
+    nothing = {r: torch.zeros(inputs.edges[r].shape[1], heads) for r in schema.RELATIONS if r not in scores}
+    told = {**nothing, **scores}
+    return torch.cat([told[relation] for relation in schema.ORDERED_RELATIONS])
 
 
 class SageLayer:
@@ -124,17 +145,17 @@ class SageLayer:
             self.biases.append(sum(bias))
         self.width = convs[schema.RELATIONS[0]].lin_l.weight.shape[0]
 
-    def __call__(self, h: Tensor, sizes: list[int], structure: _Structure) -> Tensor:
+    def __call__(self, h: Tensor, sizes: list[int], layout: Layout) -> Tensor:
         own, messages = [], []
         for x, weight, bias in zip(torch.split(h, sizes), self.weights, self.biases, strict=True):
             y = x @ weight
             own.append(y[:, : self.width] + bias)
             messages.append(_by_relation(y[:, self.width :], self.width))
         out = torch.cat(own)
-        if structure.mean_matrix is not None:
-            return out.addmm_(structure.mean_matrix, torch.cat(messages))
-        gathered = torch.cat(messages)[structure.source] * structure.mean_weight
-        return out.index_add_(0, structure.target, gathered)
+        if layout.mean_matrix is not None:
+            return out.addmm_(layout.mean_matrix, torch.cat(messages))
+        gathered = torch.cat(messages)[layout.source] * layout.mean_weight
+        return out.index_add_(0, layout.target, gathered)
 
 
 class GatLayer:
@@ -160,7 +181,7 @@ class GatLayer:
         """The projection and, below it, the rows that give the source's attention score straight from the input."""
         return torch.cat([conv.lin_src.weight, score_weight(conv.lin_src.weight, conv.att_src)])
 
-    def __call__(self, h: Tensor, sizes: list[int], structure: _Structure) -> Tensor:
+    def __call__(self, h: Tensor, sizes: list[int], layout: Layout, edge_score: Tensor) -> Tensor:
         block = self.heads * self.width + self.heads
         messages, scores = [], []
         for x, weight, target in zip(torch.split(h, sizes), self.weights, self.target_scores, strict=True):
@@ -168,23 +189,17 @@ class GatLayer:
             scores.append(_by_relation(x @ target, self.heads))
         table = torch.cat(messages)
         projected, source_score = torch.split(table, [self.heads * self.width, self.heads], dim=1)
-        target_score = torch.cat(scores)[structure.target_message]
-        score = nn.functional.leaky_relu(source_score[structure.source] + target_score, 0.2)
-        attention = _segment_softmax(score, structure) / self.heads
+        target_score = torch.cat(scores)[layout.target_message]
+        score = nn.functional.leaky_relu(source_score[layout.source] + target_score + edge_score, 0.2)
+        attention = _segment_softmax(score, layout) / self.heads
         bias = torch.cat([b.expand(n, -1) for b, n in zip(self.biases, sizes, strict=True)])
-        if structure.is_small:
-            matrix = structure.scatter(attention.T)
+        if layout.is_small:
+            matrix = layout.scatter(attention.T)
             by_head = projected.view(-1, self.heads, self.width).transpose(0, 1)
             return bias + torch.bmm(matrix, by_head).sum(dim=0)
-        projected = projected[structure.source]
+        projected = projected[layout.source]
         weighted = (projected.view(-1, self.heads, self.width) * attention.unsqueeze(2)).sum(dim=1)
-        return bias.index_add(0, structure.target, weighted)
-
-
-def score_weight(weight: Tensor, attention: Tensor) -> Tensor:
-    """Fold the attention vector into the projection: (heads, in)."""
-    heads, width = attention.shape[1:]
-    return (weight.view(heads, width, -1) * attention.view(heads, width, 1)).sum(dim=1)
+        return bias.index_add(0, layout.target, weighted)
 
 
 def _by_relation(y: Tensor, width: int) -> Tensor:
@@ -193,10 +208,10 @@ def _by_relation(y: Tensor, width: int) -> Tensor:
     return y.view(n, -1, width).transpose(0, 1).reshape(-1, width) if n else y.new_zeros((0, width))
 
 
-def _segment_softmax(score: Tensor, structure: _Structure) -> Tensor:
-    index = structure.segment.unsqueeze(1).expand_as(score)
-    peak = score.new_full((structure.segments, score.shape[1]), -torch.inf)
+def _segment_softmax(score: Tensor, layout: Layout) -> Tensor:
+    index = layout.segment.unsqueeze(1).expand_as(score)
+    peak = score.new_full((layout.segments, score.shape[1]), -torch.inf)
     peak.scatter_reduce_(0, index, score, "amax", include_self=True)
-    exponent = (score - peak[structure.segment]).exp()
-    total = torch.zeros_like(peak).index_add_(0, structure.segment, exponent)
-    return exponent / (total[structure.segment] + 1e-16)
+    exponent = (score - peak[layout.segment]).exp()
+    total = torch.zeros_like(peak).index_add_(0, layout.segment, exponent)
+    return exponent / (total[layout.segment] + 1e-16)

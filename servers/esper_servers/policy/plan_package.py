@@ -23,11 +23,12 @@ from esper_rpc.proto.leyline.v1 import BlueprintDescriptor
 from . import sample, schema
 from .compiled_plan import plan_inputs
 from .dense_plan import DensePlan
+from .edge_scores import EdgeScores
 from .graph import BlueprintCandidate, GraphInputs, RunGraph
 from .native_package import NativePackage
 from .network import PolicyNetwork
 
-FORM = 2
+FORM = 3
 """Of DensePlan: a package of another form is not looked at."""
 MOST_NODES = 1024
 NICENESS = 19
@@ -50,8 +51,9 @@ def build(output: Path) -> None:
 
     torch.set_num_threads(1)  # As it is served: the code holds no parallel loops then.
     with torch.no_grad():
-        example, shapes = (plan_inputs(_example()),), (_dynamic_shapes(),)
-        program = torch.export.export(DensePlan(PolicyNetwork()).eval(), example, dynamic_shapes=shapes, strict=False)
+        network = PolicyNetwork().eval()
+        example, shapes = (plan_inputs(_example(), EdgeScores(network)),), (_dynamic_shapes(),)
+        program = torch.export.export(DensePlan(network), example, dynamic_shapes=shapes, strict=False)
     # AOTInductor wants this ending.
     scratch = output.with_suffix(f".{os.getpid()}.pt2")
     aoti_compile_and_package(program, package_path=str(scratch))
@@ -81,7 +83,8 @@ def _dynamic_shapes() -> list[dict[int, Any]]:
         {i: nodes[kind] for i, kind in enumerate((target, source)) if kind in nodes}
         for source, _, target in schema.ORDERED_RELATIONS
     ]
-    return [*features, *matrices, *matrices, {1: nodes["layer"]}]
+    told = [{1: nodes[target], 2: nodes[source]} for source, _, target in schema.EDGE_ATTRIBUTES] * 2
+    return [*features, *matrices, *matrices, *told, {1: nodes["layer"]}]
 
 
 def _cpu_flags() -> str:

@@ -133,12 +133,18 @@ class Policy:
     def compute(self, inputs: GraphInputs, package: Package | None = None) -> Heads:
         """Compute the heads alone, by the eager plan or by a package that is not served yet."""
         with torch.inference_mode():
-            return self._eager(inputs) if package is None else CompiledPlan(package, self._eager)(inputs)
+            return self._eager(inputs) if package is None else self._by_package(package)(inputs)
 
     def warm_up(self, inputs: GraphInputs) -> None:
         """Lay a graph out before the first step on it; on any thread, until this policy is served."""
         with torch.inference_mode():
             self._heads(inputs)
+
+    def lay_out(self, inputs: GraphInputs) -> None:
+        """Prepare for a graph without computing anything; on any thread."""
+        compiled = self._compiled
+        if compiled is None or not compiled.covers(inputs):
+            self._eager.lay_out(inputs)
 
     @property
     def plan(self) -> str:
@@ -147,7 +153,10 @@ class Policy:
 
     def serve_compiled(self, package: Package) -> None:
         """Serve a package from the next step on."""
-        self._compiled = CompiledPlan(package, self._eager)
+        self._compiled = self._by_package(package)
+
+    def _by_package(self, package: Package) -> CompiledPlan:
+        return CompiledPlan(package, self._eager, self._eager.edge_scores)
 
     def serve_eager(self) -> None:
         """Serve the eager plan from the next step on."""
@@ -170,7 +179,7 @@ class Policy:
         if plan == EAGER or compiled is None:
             return self._eager.compute_once(inputs), EAGER
         # What the served plans keep of each graph belongs to the thread of the steps.
-        return _by(CompiledPlan(compiled.package, self._eager.compute_once), inputs)
+        return _by(CompiledPlan(compiled.package, self._eager.compute_once, self._eager.edge_scores), inputs)
 
 
 def _by(compiled: CompiledPlan, inputs: GraphInputs, *, beside: bool = False) -> tuple[Heads, str]:

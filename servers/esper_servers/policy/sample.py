@@ -30,7 +30,9 @@ def sample_topology() -> dict[str, Any]:
         "parameters": [
             {"name": f"p{i}", "min": 0.0, "max": 1.0, "span": 1.0, "default": 0.5} for i in range(PARAMETERS)
         ],
-        "adjacency": {"layer": [[i, i + 1] for i in range(LAYERS - 1)]},
+        "adjacency": {"layer": [[i, i + 1, 0.5 + i / LAYERS] for i in range(LAYERS - 1)]},
+        "monitored_layers": [[i, 5 * i + 2, 1.0] for i in range(SEEDS)],
+        "capabilities": {"by_seed_index": {"0": ["linear"], "1": ["cosine", "sigmoid"]}},
     }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .vocabularies import SCHEDULES
+
 NODE_TYPES: tuple[str, ...] = ("layer", "seed", "activation", "parameter", "blueprint", "global")
 
 # Every feature has a mask channel beside it: (value, 1) when it is known, (0, 0) when it is not.
@@ -39,13 +41,21 @@ RELATIONS: tuple[tuple[str, str, str], ...] = (
     ("layer", "summarises", "global"),
 )
 
+# What is told of an edge, a value and a mask each, as of nodes. It weighs in the attention of the GAT layers.
+EDGE_ATTRIBUTES: dict[tuple[str, str, str], tuple[str, ...]] = {
+    ("layer", "connects", "layer"): ("strength", "latency"),
+    ("layer", "feedback", "layer"): ("strength", "latency"),
+    ("seed", "monitors", "layer"): ("weight",),
+    ("seed", "allowed", "parameter"): SCHEDULES,
+}
+
 ORDERED_RELATIONS: tuple[tuple[str, str, str], ...] = tuple(
     relation for kind in NODE_TYPES for relation in RELATIONS if relation[0] == kind
 )
 """Grouped by source type: the order in which the plans lay out messages."""
 
 STAGES = 12
-SCHEDULE_COUNT = 4
+SCHEDULE_COUNT = len(SCHEDULES)
 OPERATION_COUNT = 10
 RISK_COUNT = 5
 # Kinds of action, by index of the head.
@@ -57,3 +67,9 @@ KIND_NAMES = ("none", "seed", "optimizer", "pause")
 def width_of(node_type: str) -> int:
     """Input width: a value and a mask per feature, and the one-hot stage of a seed."""
     return 2 * len(FEATURES[node_type]) + (STAGES if node_type == "seed" else 0)
+
+
+def attribute_width_of(relation: tuple[str, str, str]) -> int | None:
+    """Width of what is told of an edge, None where nothing ever is."""
+    names = EDGE_ATTRIBUTES.get(relation)
+    return 2 * len(names) if names else None

@@ -16,7 +16,7 @@ from .graph import GraphInputs
 from .network import Heads, PolicyNetwork
 
 if TYPE_CHECKING:
-    from .plan import GatLayer, SageLayer
+    from .plan import GatLayer, Layout, SageLayer
 
 Integers = NDArray[np.int64]
 
@@ -44,14 +44,15 @@ class UnionPlan:
         self._heads = gat[0].heads
         self._parts: WeakKeyDictionary[GraphInputs, _Part] = WeakKeyDictionary()
 
-    def __call__(self, graphs: Sequence[GraphInputs], mean_matrices: Sequence[Tensor]) -> list[Heads]:
-        """Compute the heads of different graphs, each with the weights of its messages as a matrix."""
-        union = _Union([self._part(inputs) for inputs in graphs], mean_matrices, self._heads)
+    def __call__(self, graphs: Sequence[GraphInputs], layouts: Sequence[Layout]) -> list[Heads]:
+        """Compute the heads of different graphs, each of which has a matrix of the weights of its messages."""
+        union = _Union([self._part(inputs) for inputs in graphs], layouts)
         h = torch.cat([self._encode(kind, graphs) for kind in schema.NODE_TYPES])
         for sage in self._sage:
             h = torch.relu(sage(h, union)) + h
-        h = nn.functional.gelu(self._gat[0](h, union))
-        return self._read_out(torch.split(self._gat[1](h, union), union.sizes), union)
+        first, second = union.edge_scores
+        h = nn.functional.gelu(self._gat[0](h, union, first))
+        return self._read_out(torch.split(self._gat[1](h, union, second), union.sizes), union)
 
     def _part(self, inputs: GraphInputs) -> _Part:
         part = self._parts.get(inputs)
@@ -104,8 +105,9 @@ class _Part:
 class _Union:
     """Where everything of several graphs stands in tables of rows by type, then graph, then node. B graphs, T types."""
 
-    def __init__(self, parts: Sequence[_Part], mean_matrices: Sequence[Tensor], heads: int) -> None:
-        self.mean_matrices = mean_matrices
+    def __init__(self, parts: Sequence[_Part], layouts: Sequence[Layout]) -> None:
+        self.mean_matrices = [each.mean_matrix for each in layouts if each.mean_matrix is not None]
+        self.edge_scores = [torch.cat(scores) for scores in zip(*(each.edge_scores for each in layouts), strict=True)]
         self.counts_BT = np.stack([part.counts_T for part in parts])
         self.sizes: list[int] = self.counts_BT.sum(axis=0).tolist()
         before = self.counts_BT.cumsum(axis=0) - self.counts_BT
@@ -179,14 +181,14 @@ class _GatRound:
         self._layer = layer
         self._biases = torch.stack(layer.biases)
 
-    def __call__(self, h: Tensor, union: _Union) -> Tensor:
+    def __call__(self, h: Tensor, union: _Union, edge_score: Tensor) -> Tensor:
         layer, values = self._layer, self._layer.heads * self._layer.width
         tables, scores = [], []
         for x, weight, target in zip(torch.split(h, union.sizes), layer.weights, layer.target_scores, strict=True):
             tables.append((x @ weight).view(-1, values + layer.heads))
             scores.append((x @ target).view(-1, layer.heads))
         table = torch.cat(tables)
-        attention = self._attention(table[:, values:], torch.cat(scores), union)
+        attention = self._attention(table[:, values:], torch.cat(scores), union, edge_score)
         matrices = attention.new_zeros(union.cells_of[-1].stop).index_add_(0, union.cell, attention.view(-1))
         projected = table[:, :values].index_select(0, union.gat_message)
         out = self._biases.index_select(0, union.type_of_node)
@@ -195,9 +197,9 @@ class _GatRound:
             block.addmm_(matrices[cells].view(len(block), -1), projected[sent].view(-1, layer.width))
         return out.index_select(0, union.by_type)
 
-    def _attention(self, sources: Tensor, targets: Tensor, union: _Union) -> Tensor:
+    def _attention(self, sources: Tensor, targets: Tensor, union: _Union, told: Tensor) -> Tensor:
         """(E, H), summing to 1 over heads and the edges of a relation into a node."""
-        score = sources.index_select(0, union.edge_source) + targets.index_select(0, union.edge_target)
+        score = sources.index_select(0, union.edge_source) + targets.index_select(0, union.edge_target) + told
         return segment_softmax(nn.functional.leaky_relu(score, 0.2), union.edge_target, union.segments) / score.shape[1]
 
 

@@ -59,7 +59,7 @@ def select(
 
 
 def _legal(run: RunState, seeds: Sequence[SeedState]) -> Masks:
-    legal = masks.legal(seeds, run.graph.plantable, run.features)
+    legal = masks.legal(seeds, run.graph.plantable, run.graph.blendable, run.features)
     legal.kind[schema.KIND_PAUSE] = False  # The policy pauses only through a gate until it is trained to.
     return legal
 

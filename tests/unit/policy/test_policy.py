@@ -17,6 +17,7 @@ from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
 from esper_servers.policy import compiled_plan, masks, plan, sample, schema
 from esper_servers.policy.compiled_plan import CompiledPlan
 from esper_servers.policy.dense_plan import DensePlan
+from esper_servers.policy.edge_scores import EdgeScores
 from esper_servers.policy.graph import BlueprintCandidate, RunGraph
 from esper_servers.policy.network import PolicyNetwork
 from esper_servers.policy.plan import FusedPlan
@@ -28,10 +29,11 @@ SIGNALS = RunSignals(
 )
 
 
-def candidate(name, sites, *, tier=BlueprintTier.BLUEPRINT_TIER_SAFE):
+def candidate(name, sites, *, tier=BlueprintTier.BLUEPRINT_TIER_SAFE, extras=None):
     return BlueprintCandidate(
-        blueprint_id=name, descriptor=BlueprintDescriptor(blueprint_id=name, tier=tier), fits=frozenset(sites)
-    )
+        blueprint_id=name, descriptor=BlueprintDescriptor(blueprint_id=name, tier=tier), fits=frozenset(sites),
+        extras=extras or {},
+    )  # fmt: skip
 
 
 def sample_graph():
@@ -41,14 +43,20 @@ def sample_graph():
 
 
 def random_graph(layers, activations, parameters, seeds, blueprints):
+    """With edges of which nothing, something and everything is told, and a blueprint in every second seed."""
     topology = {
-        "layers": [{"layer_id": f"l{i}", "type": "Linear"} for i in range(layers)],
+        "layers": [{"layer_id": f"l{i}", "type": "Linear", "latency_ms": i} for i in range(layers)],
         "activations": [{"activation_id": f"a{i}", "type": "ReLU"} for i in range(activations)],
         "parameters": [{"name": f"p{i}", "min": 0.0, "max": 1.0} for i in range(parameters)],
+        "adjacency": {"layer": [[i, i + 1, 0.3 * i] if i % 2 else [i, i + 1] for i in range(layers - 1)]},
+        "monitored_layers": [[i, 0, i - 1.0] for i in range(seeds)],
+        "capabilities": {"by_seed_index": {str(i): [schema.SCHEDULES[i % 4]] for i in range(seeds)}},
     }
     sites = [RunSite(site_id=f"l{i}") for i in range(seeds)]
     run_seeds = [RunSeed(seed_id=f"s{i}", site_id=f"l{i}") for i in range(seeds)]
-    return RunGraph(topology, sites, run_seeds, [candidate(f"b{i}", ["l0"]) for i in range(blueprints)])
+    inner = {"layers": [{"type": "Linear"}] * 2, "adjacency": {"layer": [[0, 1, 0.7]]}}
+    candidates = [candidate(f"b{i}", ["l0"], extras=inner) for i in range(blueprints)]
+    return RunGraph(topology, sites, run_seeds, candidates, attached={f"s{i}": "b0" for i in range(0, seeds, 2)})
 
 
 def packet(stage=Stage.SEED_LIFECYCLE_STAGE_DORMANT, **metrics):
@@ -92,21 +100,24 @@ def test_what_is_compiled_equals_the_reference(layers, activations, parameters, 
     network = PolicyNetwork().eval()
     inputs = graph.fill(SystemStatePacket(training_metrics={"loss": 0.3}))
     with torch.no_grad():
-        reference, found = network(inputs), CompiledPlan(DensePlan(network), eager=None)(inputs)
+        reference, found = network(inputs), CompiledPlan(DensePlan(network), None, EdgeScores(network))(inputs)
     for expected, value in zip(reference, found, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_edges_that_occur_twice_count_twice_in_every_plan():
-    topology = {"layers": [{"layer_id": "a"}, {"layer_id": "b"}, {"layer_id": "c"}],
-                "adjacency": {"layer": [[0, 1], [0, 1], [2, 1]]}}  # fmt: skip
-    inputs = RunGraph(topology, [], [], []).fill(packet())
+def test_what_is_told_of_edges_matters_in_every_plan():
+    def value(compute, strength):
+        topology = sample.sample_topology() | {"adjacency": {"layer": [[0, 1, strength], [2, 1, 0.5]]}}
+        return float(compute(graph_of(topology).fill(packet())).value)
+
     torch.manual_seed(0)
     network = PolicyNetwork().eval()
+    plans = (network, FusedPlan(network), CompiledPlan(DensePlan(network), None, EdgeScores(network)))
     with torch.no_grad():
-        reference = network(inputs)
-        for heads in (FusedPlan(network)(inputs), CompiledPlan(DensePlan(network), eager=None)(inputs)):
-            torch.testing.assert_close(heads.value, reference.value, rtol=1e-5, atol=1e-5)
+        weak, strong = ([value(plan, strength) for plan in plans] for strength in (0.1, 5.0))
+    assert weak == pytest.approx([weak[0]] * 3, abs=1e-5)
+    assert strong == pytest.approx([strong[0]] * 3, abs=1e-5)
+    assert abs(weak[0] - strong[0]) > 1e-4
 
 
 def test_a_compiled_plan_sees_what_a_step_fills():
@@ -122,7 +133,7 @@ def test_a_compiled_plan_sees_what_a_step_fills():
 def test_a_graph_that_is_too_large_for_matrices_is_left_to_the_eager_plan(monkeypatch):
     monkeypatch.setattr(compiled_plan, "CELL_LIMIT", 10)
     asked = []
-    CompiledPlan(None, eager=asked.append)(sample_graph().inputs)
+    CompiledPlan(None, asked.append, None)(sample_graph().inputs)
     assert len(asked) == 1
 
 
@@ -189,7 +200,7 @@ def chosen(policy, stage, signals=SIGNALS, features=frozenset({"seed", "optimize
     graph = sample_graph()
     state = packet(stage)
     output = policy.evaluate(graph.fill(state), list(state.seed_states), signals)
-    legal = masks.legal(list(state.seed_states), graph.plantable, features)
+    legal = masks.legal(list(state.seed_states), graph.plantable, graph.blendable, features)
     return masks.choose(output.kind, output.operation, output.blueprint, output.schedule, legal)
 
 
@@ -207,6 +218,20 @@ def test_different_states_lead_to_different_actions():
     assert (nothing.kind, restless.kind) == (schema.KIND_NONE, schema.KIND_OPTIMIZER)
 
 
+def test_a_seed_is_blended_only_as_it_may_be():
+    graph = sample_graph()
+    state = packet(Stage.SEED_LIFECYCLE_STAGE_DORMANT)
+    legal = masks.legal(list(state.seed_states), graph.plantable, graph.blendable, frozenset({"seed"}))
+    logits = Policy.initial().evaluate(graph.fill(state), list(state.seed_states), SIGNALS)
+    for seed, may in enumerate(({"linear"}, {"cosine", "sigmoid"}, set(schema.SCHEDULES), set(schema.SCHEDULES))):
+        operation = np.where(np.arange(4)[:, None] == seed, logits.operation, -np.inf)
+        for liked in range(4):
+            liking = np.eye(4, dtype=np.float32)[liked]
+            choice = masks.choose(logits.kind, operation, logits.blueprint, liking, legal)
+            assert (choice.seed, schema.SCHEDULES[choice.schedule] in may) == (seed, True)
+            assert choice.schedule == liked or schema.SCHEDULES[liked] not in may
+
+
 def test_an_action_that_the_run_does_not_offer_is_never_chosen():
     assert chosen(Policy.initial(), Stage.SEED_LIFECYCLE_STAGE_DORMANT, features=frozenset()).kind == schema.KIND_NONE
 
@@ -217,7 +242,8 @@ def test_whatever_the_logits_the_choice_is_legal(stages, seed):
     seeds = [SeedState(stage=stage) for stage in stages]
     blueprints = [candidate("a", ["x"]), candidate("b", ["x"], tier=BlueprintTier.BLUEPRINT_TIER_HIGH_RISK)]
     run_seeds = [RunSeed(seed_id=str(i), site_id="x") for i in range(len(stages))]
-    legal = masks.legal(seeds, RunGraph({}, [], run_seeds, blueprints).plantable, frozenset({"seed"}))
+    graph = RunGraph({}, [], run_seeds, blueprints)
+    legal = masks.legal(seeds, graph.plantable, graph.blendable, frozenset({"seed"}))
     shapes = (4, (len(seeds), schema.OPERATION_COUNT), 2, 4)
     choice = masks.choose(*(draw.normal(size=shape).astype(np.float32) for shape in shapes), legal)
     if choice.kind == schema.KIND_SEED:

@@ -40,15 +40,15 @@ def one_torch_thread():
 shapes = st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(0, 3), st.integers(0, 4), st.integers(0, 3))
 
 
-def graph_of(layers, activations, parameters, seeds, blueprints, *, twice=False):
-    """A graph of so many nodes; `twice` tells of one connection two times."""
+def graph_of(layers, activations, parameters, seeds, blueprints, *, strength=None):
+    """A graph of so many nodes; `strength` is told of one connection."""
     topology = {
         "layers": [{"layer_id": f"l{i}", "type": "Linear"} for i in range(layers)],
         "activations": [{"type": "relu"}] * activations,
         "parameters": [{"min": i} for i in range(parameters)],
     }
-    if twice and layers > 1:
-        topology["adjacency"] = {"layer": [[0, 1], [0, 1]]}
+    if strength is not None and layers > 1:
+        topology["adjacency"] = {"layer": [[0, 1, strength], [1, 0]]}
     sites = [RunSite(site_id="l0")]
     candidates = [
         BlueprintCandidate(blueprint_id=f"b{i}", descriptor=BlueprintDescriptor(blueprint_id=f"b{i}"), fits={"l0"})
@@ -84,11 +84,13 @@ def asked_about(policy, graphs):
 
 
 @settings(max_examples=25, deadline=None)
-@given(company=st.lists(shapes, min_size=1, max_size=6), seed=st.integers(0, 100), twice=st.booleans())
-def test_each_graph_of_a_union_comes_out_as_alone(company, seed, twice):
+@given(
+    company=st.lists(shapes, min_size=1, max_size=6), seed=st.integers(0, 100), strength=st.none() | st.floats(-3, 3)
+)
+def test_each_graph_of_a_union_comes_out_as_alone(company, seed, strength):
     torch.manual_seed(seed)
     eager = FusedPlan(PolicyNetwork(NetworkConfig(sage_width=24, gat_width=12)).eval())
-    inputs = [filled(graph_of(*shape, twice=twice), 0.3 + number) for number, shape in enumerate(company)]
+    inputs = [filled(graph_of(*shape, strength=strength), 0.3 + number) for number, shape in enumerate(company)]
     with torch.inference_mode():
         alone = [eager(each) for each in inputs]
         together = eager.compute_many(inputs)

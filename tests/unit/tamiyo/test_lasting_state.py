@@ -147,7 +147,7 @@ def test_a_decision_is_replayed_with_the_allowances_of_its_graph(start, policy):
     seeds = sample.sample_seeds()
     seeds[1].stage = Stage.SEED_LIFECYCLE_STAGE_BLENDING
     shapeless = [RunSite(site_id=site.site_id) for site in sample.sample_sites()]  # Where no blueprint fits.
-    topology = sample.sample_topology() | {"monitored_layers": [["seed-2", 3]]}
+    topology = sample.sample_topology() | {"monitored_layers": [["seed-2", 3]], "capabilities": {}}
     controller.open(seeds=seeds, sites=shapeless, host_topology=orjson.dumps(topology))
     graph = controller.pipeline.runs.find("run").graph
     assert set(graph.edges["seed", "allowed", "parameter"][0].tolist()) == {1}

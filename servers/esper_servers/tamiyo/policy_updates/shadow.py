@@ -17,7 +17,8 @@ from esper_rpc.proto.tamiyo.v1 import RunStructure
 from esper_rpc.telemetry.metrics import observe_shadow
 from esper_servers.policy import checkpoint, masks
 from esper_servers.policy.checkpoint import CheckpointRejected
-from esper_servers.policy.graph import Floats, RunGraph
+from esper_servers.policy.features import Floats
+from esper_servers.policy.graph import RunGraph
 from esper_servers.policy.masks import Choice, Masks
 from esper_servers.policy.policy import Policy, PolicyOutput
 from esper_servers.policy.prior import PriorConfig, RunSignals

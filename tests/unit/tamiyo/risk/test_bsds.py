@@ -68,5 +68,5 @@ def test_a_blueprint_with_a_bad_sheet_is_not_planted(fields, free):
     candidate = BlueprintCandidate(blueprint_id="b", descriptor=descriptor, fits=frozenset({"site"}), **fields)
     seed = SeedState(seed_id="s", stage=Stage.SEED_LIFECYCLE_STAGE_DORMANT)
     graph = RunGraph({}, [], [RunSeed(seed_id="s", site_id="site")], [candidate])
-    legal = masks.legal([seed], graph.plantable, frozenset({"seed"}))
+    legal = masks.legal([seed], graph.plantable, graph.blendable, frozenset({"seed"}))
     assert legal.operation[0, Operation.SEED_OPERATION_GERMINATE] == free

@@ -38,10 +38,10 @@ from esper_rpc.server import Call
 from esper_rpc.testing import TAMIYO, FakeTamiyo, serving
 from esper_servers.policy import sample
 from esper_servers.policy.vocabularies import SCHEDULES
+from esper_servers.tamiyo import pipeline as pipeline_module
 from esper_servers.tamiyo.commands import COVERAGE_KEYS
 from esper_servers.tamiyo.conservative_mode import COOL_DOWN_SECONDS, EXIT_SUCCESSES
 from esper_servers.tamiyo.run_state import build_graph
-from esper_servers.tamiyo.step_processes import held_runs
 from esper_servers.urza.seeding import installed_blueprints
 
 SERVICE = "esper.tamiyo.v1.TamiyoService"
@@ -358,7 +358,7 @@ async def test_the_graph_of_a_run_is_laid_out_while_the_steps_of_others_go_on(ta
         threads.append(threading.get_ident())
         return build_graph(*arguments)
 
-    monkeypatch.setattr(held_runs, "build_graph", build)
+    monkeypatch.setattr(pipeline_module, "build_graph", build)
     await tamiyo.OpenRun(open_run(), Call("OpenRun", SpiffeId("trainer", "local")))
     assert len(threads) == 1
     assert threading.get_ident() not in threads

@@ -7,7 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 from google.protobuf.message import DecodeError
@@ -21,6 +21,7 @@ from esper_rpc.proto.tamiyo.v1 import (
     EvaluateStepsRequest,
     EvaluateStepsResponse,
     NoAction,
+    OpenRunRequest,
     Step,
     StepDecision,
     StepStatus,
@@ -28,6 +29,7 @@ from esper_rpc.proto.tamiyo.v1 import (
 from esper_rpc.status import hide_unexpected, to_status
 from esper_rpc.steady_clock import SteadyClock
 from esper_rpc.telemetry.metrics import tell_restraint
+from esper_servers.policy.graph import RunGraph
 from esper_servers.policy.policy import EAGER, Asked, Policy
 
 from . import choosing
@@ -214,19 +216,25 @@ class StepPipeline:
             self.shadow.follow()
 
     async def renew_graphs(self) -> None:
-        """Give runs that know an older catalogue a graph with the present one, beside the steps."""
+        """Give runs a graph with the present catalogue and with what grows in their seeds now, beside the steps."""
         for run in self.runs.all():
-            if run.catalogue_version != self._blueprints.version:
+            if not run.has_graph_of(self._blueprints.version):
                 await self._renew_graph(run)
 
     async def _renew_graph(self, run: RunState) -> None:
         request, version = run.request, self._blueprints.version
         candidates = self._blueprints.candidates(request.sites)
         with giving_way():
-            graph = await asyncio.to_thread(build_graph, request, candidates, run.graph.norms)
+            graph = await asyncio.to_thread(self.lay_out, request, candidates, run.graph.norms, run.attached)
         if run.request is request:  # Else it was opened again meanwhile, with a graph of its own.
             self.report()  # What is not recorded yet was decided with the graph before.
             run.take_graph(graph, version)
+
+    def lay_out(self, request: OpenRunRequest, *others: Any) -> RunGraph:
+        """Build a graph as `build_graph`, and prepare the policy for it; on any thread, to spare the first step."""
+        graph = build_graph(request, *others)
+        self.policy.lay_out(graph.inputs)
+        return graph
 
     def _observe(self, reported: Reported) -> None:
         self.observations.note(reported)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import orjson
@@ -29,6 +29,8 @@ LIVE = frozenset({
     Stage.SEED_LIFECYCLE_STAGE_SHADOWING, Stage.SEED_LIFECYCLE_STAGE_PROBATIONARY,
 })  # fmt: skip
 """Where Kasmina can still hold what a seed grows."""
+ATTACHED = LIVE | {Stage.SEED_LIFECYCLE_STAGE_FOSSILIZED}
+"""Where what a seed grows is part of the model."""
 
 
 @dataclass
@@ -58,6 +60,8 @@ class RunState:
 
     def __post_init__(self) -> None:
         self.planted = {seed.seed_id: seed.blueprint_id for seed in self.request.seeds}
+        self.attached = self.graph.attached
+        """The blueprint that grows in each seed, by the last packet; the graph follows within a moment."""
         self.mode = ConservativeMode(run_id=self.request.run_id)
         self.has_left = False
         """Whether another process holds the run now, or nobody; then this is not what is known of it."""
@@ -92,6 +96,11 @@ class RunState:
         else:
             self.graph = graph
 
+    def has_graph_of(self, catalogue_version: int) -> bool:
+        """Whether its graph holds this catalogue, and what grows in its seeds."""
+        graph = self._successor or self.graph
+        return self.catalogue_version == catalogue_version and self.attached == graph.attached
+
     @property
     def features(self) -> frozenset[str]:
         """What the run can carry out."""
@@ -115,6 +124,8 @@ class RunState:
     def observe(self, packet: SystemStatePacket, config: RiskConfig) -> StepSignals:
         """Take in the packet of a step."""
         seeds = packet.seed_states[:MAX_SEEDS]
+        planted = ((seed.seed_id, self.planted.get(seed.seed_id)) for seed in seeds if seed.stage in ATTACHED)
+        self.attached = {seed_id: blueprint_id for seed_id, blueprint_id in planted if blueprint_id}
         return self.risk.observe(packet, seeds, self._grown(seeds), config)
 
     def ordered_seeds(self, packet: SystemStatePacket) -> Sequence[SeedState]:
@@ -234,14 +245,23 @@ class Runs:
 
 
 def build_graph(
-    request: OpenRunRequest, blueprints: Sequence[BlueprintCandidate], norms: Norms | None = None
+    request: OpenRunRequest,
+    blueprints: Sequence[BlueprintCandidate],
+    norms: Norms | None = None,
+    attached: Mapping[str, str] | None = None,
 ) -> RunGraph:
-    """Build the structure of a run's graph; raises FailedPrecondition for a topology that is not JSON."""
+    """Build the structure of a run's graph; raises FailedPrecondition for a topology that is not JSON.
+
+    `attached` are the blueprints that grow in seeds; without it those that the request tells.
+    """
     try:
         topology = orjson.loads(request.host_topology or b"{}")
     except orjson.JSONDecodeError as error:
         raise FailedPrecondition(f"host_topology is not JSON: {error}.") from error
-    return RunGraph(topology if isinstance(topology, dict) else {}, request.sites, request.seeds, blueprints, norms)
+    if attached is None:
+        attached = {s.seed_id: s.blueprint_id for s in request.seeds if s.stage in ATTACHED and s.blueprint_id}
+    document = topology if isinstance(topology, dict) else {}
+    return RunGraph(document, request.sites, request.seeds, blueprints, norms, attached)
 
 
 def _check_owner(state: RunState, owner: str) -> None:

@@ -454,11 +454,29 @@ class RunStructure(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class AttachedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     HOST_TOPOLOGY_FIELD_NUMBER: _builtins.int
     SITE_IDS_FIELD_NUMBER: _builtins.int
     SEEDS_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     BLUEPRINTS_FIELD_NUMBER: _builtins.int
+    ATTACHED_FIELD_NUMBER: _builtins.int
     host_topology: _builtins.bytes
     """The topology of the host model as a JSON document."""
     @_builtins.property
@@ -477,6 +495,10 @@ class RunStructure(_message.Message):
     def blueprints(self) -> _containers.RepeatedCompositeFieldContainer[Global___GraphBlueprint]:
         """The blueprints, in the order of the graph."""
 
+    @_builtins.property
+    def attached(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The blueprint that grew in each seed whose layers stood in the graph."""
+
     def __init__(
         self,
         *,
@@ -485,8 +507,9 @@ class RunStructure(_message.Message):
         seeds: _abc.Iterable[Global___GraphSeed] | None = ...,
         features: _abc.Iterable[_builtins.str] | None = ...,
         blueprints: _abc.Iterable[Global___GraphBlueprint] | None = ...,
+        attached: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blueprints", b"blueprints", "features", b"features", "host_topology", b"host_topology", "seeds", b"seeds", "site_ids", b"site_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "blueprints", b"blueprints", "features", b"features", "host_topology", b"host_topology", "seeds", b"seeds", "site_ids", b"site_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RunStructure: _TypeAlias = RunStructure  # noqa: Y015

@@ -17,6 +17,7 @@ def write_structure(request: OpenRunRequest, graph: RunGraph) -> bytes:
         seeds=[GraphSeed(seed_id=seed.seed_id, site_id=seed.site_id, stage=seed.stage) for seed in request.seeds],
         features=sorted(request.features),
         blueprints=[_write_blueprint(candidate) for candidate in graph.blueprints],
+        attached=graph.attached,
     ).SerializeToString(deterministic=True)
 
 
@@ -34,7 +35,8 @@ def run_of(structure: RunStructure, run_id: str) -> RunState:
         sites=[RunSite(site_id=site_id) for site_id in structure.site_ids],
         seeds=[RunSeed(seed_id=seed.seed_id, site_id=seed.site_id, stage=seed.stage) for seed in structure.seeds],
     )
-    graph = build_graph(request, [_read_blueprint(blueprint) for blueprint in structure.blueprints])
+    blueprints = [_read_blueprint(blueprint) for blueprint in structure.blueprints]
+    graph = build_graph(request, blueprints, None, structure.attached)
     return RunState(request, "", graph, 0)
 
 

@@ -24,6 +24,8 @@ class CarriedRun:
     last_digest: bytes
     last_reply: bytes
     planted: Mapping[str, str]
+    attached: Mapping[str, str]
+    """What grew in the seeds of its graph."""
     told: Mapping[str, int]
     awaited: AwaitedOutcomes
     held_because: str
@@ -43,6 +45,7 @@ class CarriedRun:
             last_digest=run.last_digest,
             last_reply=run.last_reply,
             planted=run.planted,
+            attached=run.graph.attached,
             told=run.risk.told,
             awaited=run.awaited,
             held_because=run.mode.reason if run.mode.enabled else "",

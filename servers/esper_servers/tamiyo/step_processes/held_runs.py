@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from esper_rpc.errors import NotFound
@@ -10,7 +10,6 @@ from esper_servers.policy.graph import BlueprintCandidate, RunGraph
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
 from esper_servers.tamiyo.giving_way import giving_way
 from esper_servers.tamiyo.pipeline import StepPipeline
-from esper_servers.tamiyo.run_state import build_graph
 
 from .carried_run import CarriedRun
 from .run_directory import Holder
@@ -60,7 +59,7 @@ class HeldRuns:
         async with self._one_arrival_at_a_time:
             carried = None if self._runs.holds(run_id) else await self._places.fetch(run_id, owner)
             if carried is not None:
-                structure = await self._structure(carried.request)
+                structure = await self._structure(carried.request, carried.attached)
                 self._take_in(carried.request, owner, carried.protocol_version, structure, carried)
 
     async def close(self, run_id: str, owner: str) -> bool:
@@ -84,10 +83,11 @@ class HeldRuns:
         self._pipeline.report()  # What it remembers is complete then.
         return CarriedRun.of(run)
 
-    async def _structure(self, request: OpenRunRequest) -> Structure:
+    async def _structure(self, request: OpenRunRequest, attached: Mapping[str, str] | None = None) -> Structure:
         version, candidates = self._blueprints.version, self._blueprints.candidates(request.sites)
         with giving_way():  # The steps of others go on.
-            return version, candidates, await asyncio.to_thread(build_graph, request, candidates)
+            graph = await asyncio.to_thread(self._pipeline.lay_out, request, candidates, None, attached)
+        return version, candidates, graph
 
     def _take_in(
         self,

@@ -27,7 +27,7 @@ from .graph import BlueprintCandidate, GraphInputs, RunGraph
 from .native_package import NativePackage
 from .network import PolicyNetwork
 
-FORM = 2
+FORM = 3
 """Of DensePlan: a package of another form is not looked at."""
 MOST_NODES = 1024
 NICENESS = 19

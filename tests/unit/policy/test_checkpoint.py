@@ -119,6 +119,14 @@ def test_a_manifest_that_does_not_fit_is_rejected(file, manifest, reason):
     assert rejected(file) == reason
 
 
+def test_a_policy_of_before_a_head_is_rejected_and_the_head_named(file):
+    rewrite(file, change_weights=lambda weights: {n: w for n, w in weights.items() if "parameter_head" not in n})
+    rewrite(file, digest=checkpoint.digest_of(safetensors.torch.load(file.read_bytes())).hex())
+    with pytest.raises(CheckpointRejected) as caught:
+        checkpoint.load(file, PriorConfig())
+    assert (caught.value.reason, caught.value.detail) == (checkpoint.SHAPE_MISMATCH, "parameter_head.bias is missing")
+
+
 def test_weights_without_a_manifest_are_rejected(file):
     file.write_bytes(safetensors.torch.save(safetensors.torch.load(file.read_bytes())))
     assert rejected(file) == checkpoint.UNREADABLE

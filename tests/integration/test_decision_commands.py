@@ -64,8 +64,10 @@ def test_explain_shows_what_it_was_decided_on(mesh, command_id):
         assert title in result.stdout
     assert all(
         text in result.stdout
-        for text in ("START_TRAINING", "loss_trend", "none, seed", "kind: seed", "gnn_v1", "total_us")
-    )
+        for text in (
+            "START_TRAINING", "loss_trend", "none, seed", "kind: seed", "blending_schedule_end", "gnn_v1", "total_us",
+        )
+    )  # fmt: skip
 
 
 def test_explain_as_json_has_the_features_as_numbers(mesh, command_id):

@@ -98,12 +98,14 @@ def _lists(arrays: Mapping[str, NumberArray]) -> dict[str, Any]:
 
 def _rounded(outputs: Mapping[str, NumberArray]) -> dict[str, Any]:
     """The outputs that are about the run as a whole; those for each seed or blueprint are in the JSON."""
-    from esper_servers.policy.schema import KIND_NAMES
+    from esper_servers.policy.schema import KIND_NAMES, PARAMETER_NAMES
     from esper_servers.tamiyo.records.arrays import read_array
 
-    found = {name: read_array(outputs[name]).round(4).tolist() for name in ("kind", "risk", "value") if name in outputs}
+    names = [name for name in ("kind", "risk", "value", "parameters") if name in outputs]
+    found = {name: read_array(outputs[name]).round(4).tolist() for name in names}
     kinds = zip(KIND_NAMES, found.pop("kind", ()), strict=False)
-    return {f"kind: {kind}": value for kind, value in kinds} | found
+    parameters = dict(zip(PARAMETER_NAMES, found.pop("parameters", ()), strict=False))
+    return {f"kind: {kind}": value for kind, value in kinds} | found | parameters
 
 
 def _tables(record: ExplainDecisionResponse) -> dict[str, dict[str, Any]]:

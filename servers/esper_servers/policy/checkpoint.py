@@ -102,7 +102,7 @@ def load(path: Path, prior: PriorConfig) -> Policy:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     with _opened(path) as file:
-        # As they lie in the file they need not begin where torch lets them, and then products differ in the last bit.
+        # Copied to where torch aligns them: in the file they lie anywhere, and the last bit of a product depends on it.
         weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # It is no mapping.
     wrong = [name for name, tensor in weights.items() if tensor.dtype != torch.float32]
     if wrong:

@@ -36,9 +36,9 @@ class CompiledPlan:
         tensors = self._tensors(inputs)
         if not tensors:
             return self._eager(inputs)
-        kind, operation, blueprint, schedule, value, risk = (self._beside if beside else self.package)(tensors)
+        heads = Heads(*(self._beside if beside else self.package)(tensors))
         seeds, blueprints = inputs.features["seed"].shape[0], inputs.features["blueprint"].shape[0]
-        return Heads(kind, operation[:seeds], blueprint[:blueprints], schedule, value, risk)
+        return heads._replace(operation=heads.operation[:seeds], blueprint=heads.blueprint[:blueprints])
 
     def covers(self, inputs: GraphInputs) -> bool:
         """Whether a graph is small enough for the package."""

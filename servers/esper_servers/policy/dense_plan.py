@@ -20,7 +20,7 @@ from .network import PolicyNetwork
 # Shapes: N nodes of a type, T targets and S sources of a relation, H heads, D width.
 LEAST_SCORE = -1e30
 NEGATIVE_SLOPE = 0.2
-_JOINT_WIDTHS = [schema.KIND_COUNT, schema.SCHEDULE_COUNT, 1, schema.RISK_COUNT]
+_JOINT_WIDTHS = [schema.KIND_COUNT, schema.SCHEDULE_COUNT, 1, schema.RISK_COUNT, schema.PARAMETER_COUNT]
 
 
 class DensePlan(nn.Module):
@@ -37,7 +37,9 @@ class DensePlan(nn.Module):
     def _register_heads(self, network: PolicyNetwork) -> None:
         # AOTInductor writes constants of a few elements into the code, where no update reaches them: the heads that
         # read the same share a bias, and that of the blueprints stands below its weights.
-        joint = [network.kind_head, network.schedule_head, network.value_head, network.risk_head]
+        joint = [
+            network.kind_head, network.schedule_head, network.value_head, network.risk_head, network.parameter_head,
+        ]  # fmt: skip
         self.register_buffer("joint_weight", torch.cat([head.weight for head in joint]).T.contiguous().detach())
         self.register_buffer("joint_bias", torch.cat([head.bias for head in joint]).detach())
         self.operation_head = network.operation_head
@@ -60,12 +62,12 @@ class DensePlan(nn.Module):
         seeds = torch.cat([h["seed"], overall.expand(h["seed"].shape[0], -1)], dim=1)
         blueprints = torch.cat([h["blueprint"], overall.expand(h["blueprint"].shape[0], -1)], dim=1)
         weight, bias = self.get_buffer("blueprint")[:-1], self.get_buffer("blueprint")[-1]
-        kind, schedule, value, risk = torch.split(
+        kind, schedule, value, risk, parameters = torch.split(
             joint @ self.get_buffer("joint_weight") + self.get_buffer("joint_bias"), _JOINT_WIDTHS
         )
         return (
             kind, self.operation_head(seeds), (blueprints * weight).sum(dim=1) + bias, schedule, value[0],
-            torch.sigmoid(risk),
+            torch.sigmoid(risk), parameters,
         )  # fmt: skip
 
 

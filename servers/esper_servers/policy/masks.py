@@ -10,7 +10,8 @@ from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.leyline.v1 import SeedOperation as Operation
 from esper_rpc.proto.leyline.v1 import SeedState
 
-from . import schema
+from . import prior, schema
+from .parameters import Parameters
 
 # A name of an enum is looked up by string each time, and this is asked many times a step.
 GERMINATE = Operation.SEED_OPERATION_GERMINATE
@@ -28,13 +29,14 @@ LEGAL_OPERATIONS: Mapping[int, tuple[Operation.ValueType, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One action. `seed`, `operation`, `blueprint` and `schedule` matter only where the kind needs them."""
+    """One action. What follows `kind` matters only where the kind needs it."""
 
     kind: int
     seed: int = -1
     operation: int = 0
     blueprint: int = -1
     schedule: int = 0
+    parameters: Parameters = prior.PARAMETERS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

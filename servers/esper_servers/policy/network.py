@@ -37,6 +37,8 @@ class Heads(NamedTuple):
     """()"""
     risk: Tensor
     """(5,)"""
+    parameters: Tensor
+    """(3,), logits in the order of `schema.PARAMETER_NAMES`."""
 
 
 class PolicyNetwork(nn.Module):
@@ -56,6 +58,7 @@ class PolicyNetwork(nn.Module):
         self.schedule_head = nn.Linear(2 * gat, schema.SCHEDULE_COUNT)
         self.value_head = nn.Linear(2 * gat, 1)
         self.risk_head = nn.Linear(2 * gat, schema.RISK_COUNT)
+        self.parameter_head = nn.Linear(2 * gat, schema.PARAMETER_COUNT)
 
     def forward(self, inputs: GraphInputs) -> Heads:
         """Compute the heads of one graph."""
@@ -80,6 +83,7 @@ class PolicyNetwork(nn.Module):
             self.schedule_head(joint),
             self.value_head(joint).squeeze(0),
             torch.sigmoid(self.risk_head(joint)),
+            self.parameter_head(joint),
         )
 
 

@@ -28,7 +28,7 @@ from .graph import BlueprintCandidate, GraphInputs, RunGraph
 from .native_package import NativePackage
 from .network import PolicyNetwork
 
-FORM = 3
+FORM = 4
 """Of DensePlan: a package of another form is not looked at."""
 MOST_NODES = 1024
 NICENESS = 19

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esper_rpc.proto.leyline.v1 import SeedState
 
-from . import prior
+from . import parameters, prior
 from .compiled_plan import CompiledPlan, Package
 from .graph import GraphInputs
 from .network import Heads, NetworkConfig, PolicyNetwork
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PolicyOutput:
-    """Logits of every head after the prior, the value and the risks (0 to 1)."""
+    """Logits of every head after the prior, the value, the risks (0 to 1) and the parameters of an action."""
 
     kind: NDArray[np.float32]
     operation: NDArray[np.float32]
@@ -35,6 +35,8 @@ class PolicyOutput:
     schedule: NDArray[np.float32]
     value: float
     risk: NDArray[np.float32]
+    parameters: NDArray[np.float32]
+    """Within their bounds, in the order of `schema.PARAMETER_NAMES`."""
     plan: str = EAGER
     """Which plan computed it: also under a compiled one it may be `eager`, for large graphs."""
     batch_size: int = 1
@@ -43,7 +45,7 @@ class PolicyOutput:
     @property
     def is_finite(self) -> bool:
         """Whether every number can be used."""
-        parts = (self.kind, self.operation, self.blueprint, self.schedule, self.risk)
+        parts = (self.kind, self.operation, self.blueprint, self.schedule, self.risk, self.parameters)
         return all(bool(np.isfinite(part).all()) for part in parts) and bool(np.isfinite(self.value))
 
 
@@ -194,6 +196,7 @@ def _with_bonus(heads: Heads, added: Bonus, plan: str, *, batch_size: int = 1) -
         heads.schedule.numpy(),
         float(heads.value),
         heads.risk.numpy(),
+        added.mixed_with(parameters.read_out(heads.parameters.tolist())),
         plan,
         batch_size,
     )

@@ -16,9 +16,12 @@ from esper_rpc.proto.leyline.v1 import SeedOperation as Operation
 from esper_rpc.proto.leyline.v1 import SeedState
 
 from . import schema
+from .parameters import Parameters
 
 ORIGIN = "Untrained network with the heuristic prior `heuristic-1` (plateau → germinate, time and loss → onward)."
 STRONG = 10.0
+PARAMETERS = Parameters(learning_rate_multiplier=0.8, blending_schedule_start=0.0, blending_schedule_end=1.0)
+_PARAMETERS = np.array(PARAMETERS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +36,8 @@ class PriorConfig:
     tolerated_regression: Annotated[float, Range(0, 100)] = 0.05
     oscillation: Annotated[float, Range(0, 100)] = 0.5
     weight: Annotated[float, Range(0, 1)] = 1.0
-    """Of the bonus on the logits; a trained policy says its own, 0 where it needs none."""
+    """Of the bonus on the logits, and of `PARAMETERS` among the parameters; a trained policy says its own, 0 where it
+    needs none."""
 
     def __post_init__(self) -> None:
         validate(self)
@@ -58,6 +62,11 @@ class Bonus:
 
     kind: NDArray[np.float32]
     operation: NDArray[np.float32]
+    weight: float
+
+    def mixed_with(self, parameters: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the parameters of the network and of the prior by its weight: at 1 exactly those of the prior."""
+        return (_PARAMETERS * self.weight + parameters * (1.0 - self.weight)).astype(np.float32)
 
 
 def bonus(seeds: Sequence[SeedState], signals: RunSignals, config: PriorConfig) -> Bonus:
@@ -72,7 +81,7 @@ def bonus(seeds: Sequence[SeedState], signals: RunSignals, config: PriorConfig) 
             kind[schema.KIND_SEED] = STRONG
     if signals.loss_volatility > config.oscillation and signals.steps_since_optimizer > 100:
         kind[schema.KIND_OPTIMIZER] = 1.5 * STRONG
-    return Bonus(kind * np.float32(config.weight), operation * np.float32(config.weight))
+    return Bonus(kind * np.float32(config.weight), operation * np.float32(config.weight), config.weight)
 
 
 def next_operation(seed: SeedState, signals: RunSignals, config: PriorConfig) -> Operation.ValueType | None:

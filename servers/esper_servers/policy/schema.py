@@ -62,6 +62,16 @@ RISK_COUNT = 5
 KIND_NONE, KIND_SEED, KIND_OPTIMIZER, KIND_PAUSE = range(4)
 KIND_COUNT = 4
 KIND_NAMES = ("none", "seed", "optimizer", "pause")
+PARAMETER_BOUNDS: dict[str, tuple[float, float]] = {
+    "learning_rate_multiplier": (0.5, 2.0),
+    "blending_schedule_start": (0.0, 1.0),
+    "blending_schedule_end": (0.0, 1.0),
+}
+"""What the continuous head says of an action, in its order. Each is one that a host carries out."""
+PARAMETER_NAMES = tuple(PARAMETER_BOUNDS)
+PARAMETER_COUNT = len(PARAMETER_BOUNDS)
+MULTIPLIERS = frozenset({"learning_rate_multiplier"})
+"""Read on a logarithmic scale."""
 
 
 def width_of(node_type: str) -> int:

@@ -77,6 +77,7 @@ class UnionPlan:
             network.schedule_head(joint),
             network.value_head(joint).squeeze(1),
             torch.sigmoid(network.risk_head(joint)),
+            network.parameter_head(joint),
         )
         return [Heads(*row) for row in zip(*columns, strict=True)]
 

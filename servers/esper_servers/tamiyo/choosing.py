@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from esper_rpc.proto.leyline.v1 import SeedState, SystemStatePacket
-from esper_servers.policy import masks, schema
+from esper_servers.policy import masks, prior, schema
 from esper_servers.policy.masks import Choice, Masks
+from esper_servers.policy.parameters import Parameters
 from esper_servers.policy.policy import PolicyOutput
 
 from .risk import engine
 from .risk.config import RiskConfig
 from .risk.engine import Verdict
+from .risk.signals.optimizer_hints import LEARNING_RATE_VANISHED
 from .run_state import RunState
 
 NOMINAL, POLICY = "nominal", "policy"
 BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN = "budget_exhausted", "inference_failed", "inference_breaker_open"
 UNDECIDED = frozenset({BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN})
 """Why a step got no action without a decision: nothing that is recorded of it says so."""
+DEMANDED_PARAMETERS = {LEARNING_RATE_VANISHED: prior.PARAMETERS._replace(learning_rate_multiplier=1.25)}
+"""By reason, where they are not those of the prior. How far to go is then not for a policy to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ def judge(run: RunState, packet: SystemStatePacket, *, conservative: bool, confi
 
 def obey(kind: int, verdict: Verdict, run: RunState, config: RiskConfig) -> Decided:
     """Do what the risk demands, if the run can."""
-    return Decided(_act(kind, run, config), verdict.reason)
+    return Decided(_act(kind, verdict, run, config), verdict.reason)
 
 
 def select(
@@ -69,16 +73,18 @@ def _best(output: PolicyOutput, legal: Masks, run: RunState, verdict: Verdict, c
     choice = masks.choose(*heads, legal)
     if choice.kind == schema.KIND_SEED and verdict.replaces_seed:
         # Once while the risk lasts: an adjustment after every cool-down would grind the learning rate down.
-        return None if run.risk.adjusted else _act(schema.KIND_OPTIMIZER, run, config)
+        return None if run.risk.adjusted else _act(schema.KIND_OPTIMIZER, verdict, run, config)
     if not verdict.allowed[choice.kind]:
         legal.kind[:] &= verdict.allowed
         choice = masks.choose(*heads, legal)
-    return None if choice.kind == schema.KIND_NONE else choice
+    if choice.kind == schema.KIND_NONE:
+        return None
+    return replace(choice, parameters=Parameters(*output.parameters.tolist()))
 
 
-def _act(kind: int, run: RunState, config: RiskConfig) -> Choice | None:
+def _act(kind: int, verdict: Verdict, run: RunState, config: RiskConfig) -> Choice | None:
     """The kind, unless the run cannot do it or did it a moment ago."""
     last, feature = (run.paused_at, "pause") if kind == schema.KIND_PAUSE else (run.optimizer_at, "optimizer")
     if feature not in run.features or run.steps - last < config.cool_down_steps:
         return None
-    return Choice(kind)
+    return Choice(kind, parameters=DEMANDED_PARAMETERS.get(verdict.reason, prior.PARAMETERS))

@@ -17,7 +17,7 @@ from esper_rpc.proto.leyline.v1 import (
     SignedEnvelope,
 )
 from esper_rpc.telemetry.events import name_of
-from esper_servers.policy import schema
+from esper_servers.policy import parameters, schema
 from esper_servers.policy.coverage import Coverage
 from esper_servers.policy.graph import BlueprintCandidate
 from esper_servers.policy.masks import Choice
@@ -25,16 +25,11 @@ from esper_servers.policy.vocabularies import SCHEDULES
 
 from .risk.engine import Verdict
 from .risk.events import priority_of
-from .risk.signals.optimizer_hints import LEARNING_RATE_VANISHED
 from .run_state import RunState
 
 PAUSE_UNITS_MS = 100
-LEARNING_RATE_MULTIPLIER = 0.8
-LEARNING_RATE_MULTIPLIERS = {LEARNING_RATE_VANISHED: 1.25}
 COVERAGE_KEYS = 32
 MOST_COVERAGES = 256
-BLENDING_WINDOW = (0.0, 1.0)
-"""Where blending starts and ends, as shares of the time that the host gives it; in order."""
 
 
 def build_command(
@@ -55,7 +50,7 @@ def build_command(
         _write_seed_operation(command, run, choice)
     elif choice.kind == schema.KIND_OPTIMIZER:
         command.command_type = CommandType.COMMAND_TYPE_OPTIMIZER
-        multiplier = LEARNING_RATE_MULTIPLIERS.get(reason, LEARNING_RATE_MULTIPLIER)
+        multiplier = parameters.made_fit(choice.parameters).learning_rate_multiplier
         command.optimizer_adjustment.hyperparameters["learning_rate_multiplier"] = multiplier
     else:
         command.command_type = CommandType.COMMAND_TYPE_PAUSE
@@ -84,8 +79,9 @@ def _write_seed_operation(command: AdaptationCommand, run: RunState, choice: Cho
         operation.blueprint_id = blueprint.blueprint_id
         _annotate_hazard(command, blueprint)
     operation.parameters["blending_method_index"] = float(choice.schedule)
-    for name, share in zip(("blending_schedule_start", "blending_schedule_end"), BLENDING_WINDOW, strict=True):
-        operation.parameters[name] = share
+    fit = parameters.made_fit(choice.parameters)
+    operation.parameters["blending_schedule_start"] = fit.blending_schedule_start
+    operation.parameters["blending_schedule_end"] = fit.blending_schedule_end
     command.annotations["blending_method_index"] = str(choice.schedule)
     command.annotations["blending_method"] = SCHEDULES[choice.schedule]
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from esper_servers.policy import checkpoint
+from esper_servers.policy import checkpoint, sample
 from esper_servers.policy.checkpoint import CheckpointRejected
 from esper_servers.policy.graph import RunGraph
 from esper_servers.policy.policy import Policy
@@ -51,6 +51,15 @@ def test_a_policy_comes_back_as_it_was_written(file, policy):
     assert (found.version, found.digest, found.norms) == ("gnn_v1-7", policy.digest, NORMS)
     assert found.prior == PriorConfig(training_steps=9, weight=0.25)
     inputs = RunGraph({}, [], [], []).inputs
+    assert all(torch.equal(a, b) for a, b in zip(policy.compute(inputs), found.compute(inputs), strict=True))
+
+
+@pytest.mark.parametrize("length", range(0, 64, 8))
+def test_a_policy_computes_the_same_bits_wherever_its_weights_lie_in_the_file(tmp_path, policy, length):
+    path = tmp_path / "policy.safetensors"
+    path.write_bytes(checkpoint.write(policy, parent="x" * length))
+    inputs = RunGraph(sample.sample_topology(), sample.sample_sites(), sample.sample_seeds(), []).inputs
+    found = checkpoint.load(path, PriorConfig())
     assert all(torch.equal(a, b) for a, b in zip(policy.compute(inputs), found.compute(inputs), strict=True))
 
 
@@ -108,6 +117,14 @@ def test_other_weights_are_rejected(file, change, reason):
 def test_a_manifest_that_does_not_fit_is_rejected(file, manifest, reason):
     rewrite(file, **manifest)
     assert rejected(file) == reason
+
+
+def test_a_policy_of_before_a_head_is_rejected_and_the_head_named(file):
+    rewrite(file, change_weights=lambda weights: {n: w for n, w in weights.items() if "parameter_head" not in n})
+    rewrite(file, digest=checkpoint.digest_of(safetensors.torch.load(file.read_bytes())).hex())
+    with pytest.raises(CheckpointRejected) as caught:
+        checkpoint.load(file, PriorConfig())
+    assert (caught.value.reason, caught.value.detail) == (checkpoint.SHAPE_MISMATCH, "parameter_head.bias is missing")
 
 
 def test_weights_without_a_manifest_are_rejected(file):

@@ -163,14 +163,15 @@ class _ConstantPolicy:
     def __init__(self, work_seconds: float) -> None:
         import hashlib
 
-        from esper_servers.policy import schema
+        from esper_servers.policy import prior, schema
         from esper_servers.policy.policy import PolicyOutput
         from esper_servers.policy.prior import PriorConfig
 
         kind = np.full(schema.KIND_COUNT, -1.0, dtype=np.float32)
         kind[schema.KIND_NONE] = 1.0
         none = np.zeros((0, 0), dtype=np.float32)
-        self._output = PolicyOutput(kind, none, none, none, 0.0, none)
+        parameters = np.array(prior.PARAMETERS, dtype=np.float32)
+        self._output = PolicyOutput(kind, none, none, none, 0.0, none, parameters)
         self.prior = PriorConfig()
         self._hash = hashlib.sha256
         self._work = bytes(self._bytes_in(work_seconds))

@@ -18,14 +18,14 @@ from .arrays import read_array
 def differences(
     recorded: Message, now: Message, *, skip: AbstractSet[str] = frozenset(), prefix: str = ""
 ) -> Iterator[str]:
-    """Yield a sentence for each difference; `skip` names fields by their path."""
+    """Yield a sentence for each difference; `skip` names fields and entries of maps by their path."""
     for field in recorded.DESCRIPTOR.fields:
         path = prefix + field.name
         if path in skip:
             continue
         if _is_map(field):
             ours, theirs = getattr(recorded, field.name), getattr(now, field.name)
-            for key in sorted({*ours, *theirs}):
+            for key in (key for key in sorted({*ours, *theirs}) if f"{path}.{key}" not in skip):
                 yield from _values(f"{path}.{key}", _item(ours, key), _item(theirs, key), skip, field)
         else:
             yield from _values(path, _value(recorded, field), _value(now, field), skip, field)

@@ -34,6 +34,7 @@ from .memory import Memory
 
 _SIGNALS = tuple(field.name for field in dataclasses.fields(RunSignals))
 _NO_ARRAYS = frozenset({"plan", "batch_size"})
+OUTPUT_NAMES = frozenset(field.name for field in dataclasses.fields(PolicyOutput)) - _NO_ARRAYS
 RUNTIME = f"torch {torch.__version__}"
 
 

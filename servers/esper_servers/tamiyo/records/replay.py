@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from esper_rpc.errors import FailedPrecondition
 from esper_rpc.journal import JournalReader
 from esper_rpc.proto.leyline.v1 import AdaptationCommand
 from esper_rpc.proto.tamiyo.v1 import DecisionEvidence, ExplainDecisionResponse, NumberArray, RunStructure
-from esper_servers.policy import checkpoint, plan_package
+from esper_servers.policy import checkpoint, plan_package, schema
 from esper_servers.policy.graph import GraphInputs
 from esper_servers.policy.policy import Policy, PolicyOutput
 from esper_servers.policy.prior import PriorConfig
@@ -29,7 +30,7 @@ from esper_servers.tamiyo.run_state import RunState
 from .arrays import read_array
 from .comparison import differences
 from .decisions import DecisionRecords
-from .evidence import Evidence
+from .evidence import OUTPUT_NAMES, Evidence
 from .memory import Memory
 from .structure import digest_of, run_of
 
@@ -69,7 +70,7 @@ class Replay:
             )
         structure = self._decisions.structure(recorded.evidence.structure_digest)
         now = decide_again(recorded, structure, self._policy())
-        found = list(differences(recorded, now, skip=_skipped(recorded.evidence, now.evidence)))
+        found = list(differences(recorded, now, skip=_skipped(recorded, now)))
         is_same = all(line.startswith(_CIRCUMSTANCES) for line in found)
         return [] if is_same and recorded.evidence.outputs == now.evidence.outputs else found
 
@@ -138,6 +139,12 @@ def _again(
 
 def _recorded(evidence: DecisionEvidence) -> PolicyOutput:
     arrays = {name: read_array(array) for name, array in evidence.outputs.items()}
+    if set(arrays) != OUTPUT_NAMES:
+        others = ", ".join(sorted(OUTPUT_NAMES ^ set(arrays)))
+        raise FailedPrecondition(
+            f"Another version recorded this decision, whose policies had other heads ({others}).",
+            reason="NOT_REPLAYABLE",
+        )
     value = float(arrays.pop("value"))
     return PolicyOutput(value=value, plan=evidence.plan, batch_size=max(1, evidence.batch_size), **arrays)
 
@@ -152,17 +159,36 @@ def _command(
     )
 
 
-def _skipped(recorded: DecisionEvidence, now: DecisionEvidence) -> AbstractSet[str]:
+def _skipped(recorded: ExplainDecisionResponse, now: ExplainDecisionResponse) -> AbstractSet[str]:
     """What need not be the same: two plans compute the same only nearly, and their difference is told as such.
 
     So do a batch and a single evaluation.
     """
-    same_batch = max(recorded.batch_size, 1) == max(now.batch_size, 1)
+    ours, theirs = recorded.evidence, now.evidence
+    same_batch = max(ours.batch_size, 1) == max(theirs.batch_size, 1)
     skipped = DRAWN | {BATCH_SIZE} if same_batch else DRAWN
-    if not recorded.plan or not now.plan or (recorded.plan == now.plan and same_batch):
+    if not ours.plan or not theirs.plan or (ours.plan == theirs.plan and same_batch):
         return skipped
-    tolerance = BATCH_TOLERANCE if recorded.plan == now.plan else TOLERANCE
-    return skipped | {OUTPUTS} if _are_near(recorded.outputs, now.outputs, tolerance) else skipped
+    tolerance = BATCH_TOLERANCE if ours.plan == theirs.plan else TOLERANCE
+    if not _are_near(ours.outputs, theirs.outputs, tolerance):
+        return skipped
+    return skipped | {OUTPUTS} | _near_parameters(recorded.command, now.command, tolerance)
+
+
+def _near_parameters(ours: AdaptationCommand, theirs: AdaptationCommand, tolerance: float) -> AbstractSet[str]:
+    """The numbers of a command that differ no more than the outputs that they come from."""
+    pairs = {
+        "seed_operation.parameters": (ours.seed_operation.parameters, theirs.seed_operation.parameters),
+        "optimizer_adjustment.hyperparameters": (
+            ours.optimizer_adjustment.hyperparameters, theirs.optimizer_adjustment.hyperparameters,
+        ),
+    }  # fmt: skip
+    return {
+        f"command.{path}.{name}"
+        for path, (one, other) in pairs.items()
+        for name in schema.PARAMETER_NAMES
+        if name in one and name in other and math.isclose(one[name], other[name], rel_tol=tolerance, abs_tol=tolerance)
+    }
 
 
 def _are_near(ours: Mapping[str, NumberArray], theirs: Mapping[str, NumberArray], tolerance: float) -> bool:

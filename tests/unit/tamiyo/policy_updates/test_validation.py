@@ -29,7 +29,7 @@ def check(tmp_path, controller, policy):
     return make
 
 
-@pytest.fixture(params=["value_head", "blueprint_head", "schedule_head"])
+@pytest.fixture(params=["value_head", "blueprint_head", "schedule_head", "parameter_head"])
 def overflowing(request, policy):
     """A policy of finite weights whose outputs are not."""
     network = PolicyNetwork()

@@ -197,6 +197,19 @@ def test_what_cannot_be_replayed_says_why(controller):
         controller.replay.differences(command_id)
 
 
+def test_a_decision_of_a_policy_with_other_heads_cannot_be_replayed_by_this_one(controller):
+    command_id = a_germination(controller)
+    controller.policy = Policy.initial(seed=1)  # So that what was recorded stands for it.
+
+    def of_an_earlier_version(record):
+        del record.evidence.outputs["parameters"]
+
+    controller.change(command_id, of_an_earlier_version)
+    with pytest.raises(FailedPrecondition, match=r"other heads \(parameters\)") as refused:
+        controller.replay.differences(command_id)
+    assert refused.value.reason == "NOT_REPLAYABLE"
+
+
 def test_a_structure_is_kept_once_however_often_the_run_is_opened(controller):
     for _ in range(3):
         controller.train(5, stage=Stage.SEED_LIFECYCLE_STAGE_GERMINATED)
@@ -228,7 +241,8 @@ def test_the_record_has_the_whole_ledger_and_what_the_policy_saw(controller):
     assert record.ledger.total_us > record.ledger.inference_us > 0
     assert set(record.evidence.features) == {"layer", "seed", "activation", "parameter", "blueprint", "global"}
     assert {"steps", "loss_trend", "loss_volatility"} <= set(record.evidence.signals)
-    assert set(record.evidence.outputs) == {"kind", "operation", "blueprint", "schedule", "value", "risk"}
+    heads = {"kind", "operation", "blueprint", "schedule", "value", "risk", "parameters"}
+    assert set(record.evidence.outputs) == heads
     assert record.evidence.verdict.allowed_kinds == ["none", "seed", "optimizer", "pause"]
 
 

@@ -10,6 +10,7 @@ from esper_rpc.proto.leyline.v1 import SeedOperation as Operation
 from esper_servers.policy import compiled_plan
 from esper_servers.policy.dense_plan import DensePlan
 from esper_servers.policy.policy import COMPILED, EAGER, Policy
+from esper_servers.policy.prior import PriorConfig
 
 GERMINATED = Stage.SEED_LIFECYCLE_STAGE_GERMINATED
 OTHER_PLAN = "evidence.plan: recorded 'compiled', now 'eager'"
@@ -75,6 +76,32 @@ def test_another_choice_of_another_plan_is_named(compiling):
     compiling.change(command_id, otherwise)
     told = "command.seed_operation.operation: recorded SEED_OPERATION_CULL, now SEED_OPERATION_START_TRAINING"
     assert compiling.replay.differences(command_id) == [told, OTHER_PLAN]
+
+
+@pytest.fixture
+def half_trained(start):
+    """A controller whose commands carry what the network says too, computed by the dense plan."""
+    controller = start(Policy.initial(prior_config=PriorConfig(weight=0.5)))
+    controller.policy.serve_compiled(DensePlan(controller.policy.network))
+    return controller
+
+
+def test_numbers_of_a_command_may_differ_as_the_outputs_do_that_they_come_from(half_trained):
+    commands = half_trained.train(20, stage=GERMINATED)
+    half_trained.policy.serve_eager()
+    assert [half_trained.replay.differences(command_id) for command_id in commands] == [[OTHER_PLAN]] * len(commands)
+
+
+def test_numbers_of_a_command_that_differ_by_more_are_named(half_trained):
+    (command_id,) = half_trained.train(1, stage=GERMINATED)
+    half_trained.policy.serve_eager()
+
+    def drift(record):
+        record.command.seed_operation.parameters["blending_schedule_start"] += 0.01
+
+    half_trained.change(command_id, drift)
+    names = [line.partition(":")[0] for line in half_trained.replay.differences(command_id)]
+    assert names == ["command.seed_operation.parameters.blending_schedule_start", "evidence.plan"]
 
 
 def test_what_the_risk_demanded_was_decided_by_no_plan(compiling):

@@ -56,14 +56,16 @@ def select(
     output: PolicyOutput, run: RunState, seeds: Sequence[SeedState], verdict: Verdict, config: RiskConfig
 ) -> Decided:
     """Take the best that is legal and that the risk leaves."""
-    legal = _legal(run, seeds)
+    legal = _legal(run, seeds, config)
     choice = _best(output, legal, run, verdict, config)
     reason = verdict.reason or (NOMINAL if choice is None else POLICY)
     return Decided(choice, reason, legal, output)
 
 
-def _legal(run: RunState, seeds: Sequence[SeedState]) -> Masks:
+def _legal(run: RunState, seeds: Sequence[SeedState], config: RiskConfig) -> Masks:
     legal = masks.legal(seeds, run.graph.plantable, run.graph.blendable, run.features)
+    # Multipliers multiply: without a rest a policy could take a learning rate to its limit within some steps.
+    legal.kind[schema.KIND_OPTIMIZER] &= run.steps - run.optimizer_at >= config.cool_down_steps
     legal.kind[schema.KIND_PAUSE] = False  # The policy pauses only through a gate until it is trained to.
     return legal
 

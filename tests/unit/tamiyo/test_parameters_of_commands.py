@@ -15,6 +15,7 @@ from esper_servers.policy.policy import Policy
 from esper_servers.policy.prior import PriorConfig
 from esper_servers.tamiyo.policy_updates.shadow import Sample, agrees_with_live
 from esper_servers.tamiyo.records.structure import write_structure
+from esper_servers.tamiyo.risk.config import RiskConfig
 
 GERMINATED = Stage.SEED_LIFECYCLE_STAGE_GERMINATED
 SAID = (1.5, 2.0, -0.5)
@@ -57,6 +58,12 @@ def test_an_adjustment_carries_the_multiplier_of_a_trained_policy(command):
     multiplier = parameters.read_out(SAID).tolist()[0]
     assert found.command_type == CommandType.COMMAND_TYPE_OPTIMIZER
     assert dict(found.optimizer_adjustment.hyperparameters) == {"learning_rate_multiplier": multiplier}
+
+
+def test_a_policy_adjusts_no_more_often_than_the_risk_may(start):
+    controller, rest = start(trained(schema.KIND_OPTIMIZER)), RiskConfig().cool_down_steps
+    adjusted = [bool(controller.step(n, stage=GERMINATED, loss=0.5)) for n in range(1, 2 * rest + 2)]
+    assert [n for n, was in enumerate(adjusted) if was] == [0, rest, 2 * rest]
 
 
 @pytest.mark.parametrize(

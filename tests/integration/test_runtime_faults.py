@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -104,6 +105,44 @@ async def test_a_peer_that_floods_one_stream_is_held_back_and_others_are_served(
     await channel.close()
     # It never reads its answers: what is under way is bounded by flow control and the inbox.
     assert memory_mb() - before < 200
+
+
+class SlowWay:
+    """Connections to an address whose first bytes take long."""
+
+    def __init__(self, address, seconds):
+        self._host, _, self._port = address.rpartition(":")
+        self._seconds = seconds
+        self.connections = 0
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def __aexit__(self, *_):
+        self._server.close()
+
+    async def _serve(self, reader, writer):
+        self.connections += 1
+        first = await reader.read(65536)
+        onward_reader, onward_writer = await asyncio.open_connection(self._host, int(self._port))
+        await asyncio.sleep(self._seconds)
+        onward_writer.write(first)
+        await asyncio.gather(self._pass_on(reader, onward_writer), self._pass_on(onward_reader, writer))
+
+    @staticmethod
+    async def _pass_on(reader, writer):
+        with contextlib.suppress(ConnectionError):
+            while some := await reader.read(65536):
+                writer.write(some)
+        writer.close()
+
+
+async def test_a_peer_whose_handshake_takes_long_is_reached_at_the_first_attempt(mesh, server):
+    way = SlowWay(server.address, 1.5)  # Longer than the longest backoff.
+    async with way as address, TamiyoClient(address, identity=mesh.identity("trainer")) as client:
+        await client.close_run(REQUEST, timeout=20)
+    assert way.connections == 1
 
 
 async def test_half_open_and_silent_connections_keep_nobody_out(mesh, server):

@@ -71,6 +71,7 @@ SHADOW_DECISIONS = Counter(
 REPORTS_PUBLISHED = Counter("esper_field_reports_published", "Field reports that the publisher took.")
 REPORT_RETRIES = Counter("esper_field_reports_retries", "Times that a field report was handed over once more.")
 REPORTS_DROPPED = Counter("esper_field_reports_dropped", "Field reports that are not handed over any more.", ["reason"])
+URZA_TIMEOUTS = Counter("esper_urza_timeouts", "Times that the library did not answer in its budget.", ["wanted"])
 RISK_SCORE = Histogram("esper_risk_score", "Combined risk of a step, from 0 to 1.", buckets=SHARE_BUCKETS)
 BLUEPRINT_RISK = Histogram(
     "esper_blueprint_risk", "Risk of the worst blueprint that lives in the run of a step.", buckets=SHARE_BUCKETS
@@ -189,6 +190,11 @@ def observe_conservative(scope: str, cause: str) -> None:
 def observe_breaker_move(breaker: str, state: str) -> None:
     """Record that a breaker is closed, open or half_open now."""
     BREAKER_MOVES.labels(breaker, state).inc()
+
+
+def observe_urza_timeout(wanted: str) -> None:
+    """Record that the library did not answer in its budget: catalogue or extras."""
+    URZA_TIMEOUTS.labels(wanted).inc()
 
 
 def observe_pause(result: str) -> None:

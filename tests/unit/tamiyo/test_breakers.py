@@ -11,10 +11,12 @@ import pytest
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
+from esper_rpc.breaker import BreakerConfig, CircuitBreaker
 from esper_rpc.errors import DeadlineExceeded, Unavailable
 from esper_rpc.journal import Journal
-from esper_rpc.proto.leyline.v1 import CircuitState, FieldReport
-from esper_rpc.proto.urza.v1 import Blueprint, ListBlueprintsResponse
+from esper_rpc.proto.leyline.v1 import CircuitState, FieldReport, TelemetryLevel
+from esper_rpc.proto.urza.v1 import BatchGetExtrasResponse, Blueprint, ListBlueprintsResponse
+from esper_rpc.telemetry.events import listen
 from esper_rpc.testing import FakeClock
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
 from esper_servers.tamiyo.breakers import CONFIGS, FIELD_REPORTS, JOURNAL, STATE_FILES, URZA, Breakers
@@ -144,6 +146,47 @@ async def test_a_library_that_is_late_with_extras_is_asked_again_and_the_old_con
     for _ in range(2 * FAILURES):
         assert not await cache.refresh(library)
     assert (library.asked, len(cache), breakers[URZA].state) == (2 * FAILURES, 0, CLOSED)
+
+
+class Forgetful(Library):
+    """Has one blueprint, and does not answer what it is silent about."""
+
+    silent_about = ""
+
+    async def list_blueprints(self, request, *, timeout=1.0):
+        return self._answer("catalogue", ListBlueprintsResponse(blueprints=[Blueprint()]))
+
+    async def batch_get_extras(self, request, *, timeout=1.0):
+        return self._answer("extras", BatchGetExtrasResponse())
+
+    def _answer(self, wanted, answer):
+        if wanted == self.silent_about:
+            raise DeadlineExceeded("Silent.")
+        return answer
+
+
+@pytest.mark.parametrize(("wanted", "budget_ms"), [("catalogue", "200.0"), ("extras", "20.0")])
+async def test_a_silence_of_the_library_is_counted_each_time_and_told_once_until_it_is_over(wanted, budget_ms):
+    def timeouts():
+        return REGISTRY.get_sample_value("esper_urza_timeouts_total", {"wanted": wanted}) or 0.0
+
+    library, heard, before = Forgetful(), [], timeouts()
+    stop = listen(heard.append)
+    cache = BlueprintCache(CircuitBreaker(config=BreakerConfig(cool_down_seconds=0)))
+    for silences in (1, 2):
+        library.silent_about = wanted
+        cache.replace_with([], BatchGetExtrasResponse())  # What is here is not asked for again.
+        assert [await cache.refresh(library) for _ in range(4)] == [False] * 4
+        assert (len(heard), timeouts()) == (silences, before + 4 * silences)
+        library.silent_about = ""
+        assert await cache.refresh(library)
+    stop()
+    assert {packet.level for packet in heard} == {TelemetryLevel.TELEMETRY_LEVEL_ERROR}
+    (told,) = heard[0].events
+    assert (told.description, told.attributes["reason"], told.attributes["priority"]) == (
+        "timeout_urza", "DEADLINE_EXCEEDED", "HIGH",
+    )  # fmt: skip
+    assert (told.attributes["wanted"], told.attributes["metadata_timeout_budget_ms"]) == (wanted, budget_ms)
 
 
 async def test_a_library_that_is_away_is_left_alone_for_a_while(breakers, clock):

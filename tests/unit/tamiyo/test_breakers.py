@@ -71,6 +71,26 @@ def test_one_that_opens_is_told_and_holds_the_policy_back(breakers, mode, name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_each_move_is_an_event_and_only_one_that_was_closed_and_opens_takes_the_emergency_lane(breakers, clock, name):
+    heard = []
+    stop = listen(heard.append)
+    fail(breakers[name], CONFIGS[name].failures)
+    clock.advance(CONFIGS[name].cool_down_seconds)
+    fail(breakers[name], 1)
+    clock.advance(CONFIGS[name].cool_down_seconds)
+    for _ in range(CONFIGS[name].successes):
+        assert breakers[name].allow()
+        breakers[name].record_success()
+    stop()
+    moves = [e.attributes for packet in heard for e in packet.events if e.description == "breaker_moved"]
+    assert [(move["before"], move["after"], move["priority"]) for move in moves] == [
+        ("CLOSED", "OPEN", "HIGH"), ("OPEN", "HALF_OPEN", "NORMAL"), ("HALF_OPEN", "OPEN", "NORMAL"),
+        ("OPEN", "HALF_OPEN", "NORMAL"), ("HALF_OPEN", "CLOSED", "NORMAL"),
+    ]  # fmt: skip
+    assert [move["reason"] for move in moves] == [f"{name}_breaker_{move['after'].lower()}" for move in moves]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_policy_is_held_back_while_it_is_open_and_not_for_ever(breakers, mode, clock, name):
     fail(breakers[name], CONFIGS[name].failures)
     mode._entered_at -= COOL_DOWN_SECONDS

@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
-import structlog
 from google.protobuf.message import DecodeError
 
 from esper_rpc import rules
@@ -52,8 +51,6 @@ from .risk.events import RiskEvents
 from .run_state import Runs, RunState, build_graph
 from .step_queue import BatchConfig, StepQueue
 from .stopwatch import Stopwatch
-
-log = structlog.get_logger(__name__)
 
 EPOCH_BUDGET_SECONDS = 2.0
 Request = TypeVar("Request", EvaluateStepsRequest, EvaluateEpochRequest)
@@ -274,8 +271,11 @@ class StepPipeline:
         decided = await self._choose(step.packet, run, watch, budget, verdict, policy, company)
         if self.shadow is not None and self.shadow.is_free:
             self.shadow.note(run, decided, run.ordered_seeds(step.packet))
+        report = partial(
+            Reported, step, watch.ledger, budget_seconds=budget, policy_version=policy.version, plan=policy.plan
+        )
         if decided.choice is None:
-            self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason, run, verdict, "", decided.batch_size))
+            self._count(report("NO_ACTION", decided, run, verdict))
             if step.sequence % STEPS_PER_SAMPLE == 0:
                 gather = partial(
                     Evidence.of, None, step.packet, watch.ledger, decided, verdict, run=run, memory=memory,
@@ -300,10 +300,7 @@ class StepPipeline:
             prior=policy.prior, risk=self._risk, conservative=conservative, sequence=step.sequence,
         )  # fmt: skip
         watch.lap("signing_us")
-        kind = self._issued(run, command)
-        self._count(
-            Reported(step, watch.ledger, kind, decided.reason, run, verdict, command.command_id, decided.batch_size)
-        )
+        self._count(report(self._issued(run, command), decided, run, verdict, command.command_id))
         return StepDecision(command=envelope), evidence
 
     def _take_samples(self, of: RunState | None = None) -> None:
@@ -354,8 +351,7 @@ class StepPipeline:
         except Exception as error:  # noqa: BLE001  # Whatever a policy does, the step gets a safe answer.
             if company is None or company.is_first_to_blame(breaker):
                 breaker.record_failure()
-            log.error("inference_failed", error=repr(error)[:200], priority="HIGH")
-            return Decided(None, INFERENCE_FAILED)
+            return Decided(None, INFERENCE_FAILED, error=repr(error)[:200])
         breaker.record_success()
         self.mode.record_success()
         run.mode.record_success()

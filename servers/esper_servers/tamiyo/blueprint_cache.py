@@ -19,7 +19,7 @@ from esper_rpc.proto.urza.v1 import (
     ListBlueprintsResponse,
 )
 from esper_rpc.telemetry.events import tell_event
-from esper_rpc.telemetry.metrics import observe_urza_timeout
+from esper_rpc.telemetry.metrics import observe_urza_timeout, tell_missing_sheets
 from esper_servers.blueprints.binding import fits
 from esper_servers.policy.graph import BlueprintCandidate
 
@@ -31,6 +31,7 @@ CATALOGUE_SECONDS = 0.2
 EXTRAS_SECONDS = 0.02
 MAX_BLUEPRINTS = 64
 TIMEOUT_URZA = "timeout_urza"
+BSDS_PRESENT = "bsds_present"
 CATALOGUE, EXTRAS = "catalogue", "extras"
 
 
@@ -78,6 +79,7 @@ class BlueprintCache:
         if not self._holds([b for b, _ in entries]):
             self._entries = entries
             self.version += 1
+            self._tell_sheets()
 
     async def refresh(self, reader: BlueprintReader) -> bool:
         """Read the catalogue once; False when Urza did not answer or failed too often, and the old content stays."""
@@ -117,6 +119,14 @@ class BlueprintCache:
         """Whether these are the ones here; each has the digest of its extras, so those are the same too."""
         return list(blueprints) == [blueprint for blueprint, _ in self._entries]
 
+    def _tell_sheets(self) -> None:
+        sheets = sum(_has_sheet(candidate) for _, candidate in self._entries)
+        missing = len(self._entries) - sheets
+        tell_missing_sheets(missing)
+        if sheets:
+            level = TelemetryLevel.TELEMETRY_LEVEL_INFO
+            tell_event(SOURCE, BSDS_PRESENT, level, reason="catalogue_changed", sheets=sheets, missing=missing)
+
     def _miss(self, wanted: str, budget_seconds: float, error: EsperError) -> bool:
         """Tell what did not come, once until everything does: each event has the last steps written down."""
         observe_urza_timeout(wanted)
@@ -131,6 +141,10 @@ def _tell_timeout(wanted: str, budget_seconds: float, error: EsperError) -> None
         SOURCE, TIMEOUT_URZA, TelemetryLevel.TELEMETRY_LEVEL_ERROR, reason=error.reason, wanted=wanted,
         metadata_timeout_budget_ms=budget_seconds * 1000, error=error.message[:200],
     )  # fmt: skip
+
+
+def _has_sheet(candidate: BlueprintCandidate) -> bool:
+    return bool(candidate.hazard_band or candidate.handling_class) or candidate.bsds_risk is not None
 
 
 def _binds(blueprint: Blueprint, site: RunSite) -> bool:

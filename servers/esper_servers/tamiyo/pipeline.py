@@ -26,7 +26,7 @@ from esper_rpc.proto.tamiyo.v1 import (
 )
 from esper_rpc.status import hide_unexpected, to_status
 from esper_rpc.steady_clock import SteadyClock
-from esper_rpc.telemetry.metrics import tell_restraint
+from esper_rpc.telemetry.metrics import observe_refusals, tell_restraint
 from esper_servers.policy.policy import EAGER, Asked, Policy
 
 from . import choosing
@@ -105,6 +105,8 @@ class StepPipeline:
         self.recorder = FlightRecorder()
         """Of every step that was answered; what the journal does not keep of them is there for a while."""
         self._reports = DecisionReports(self._observe, quiet_steps=self._risk.cool_down_steps)
+        self._refused: Counter[str] = Counter()
+        """Steps on streams by the reason of their error, since the last report."""
         self._unrecorded: deque[Evidence] = deque()
         """Of answers that have not left: the journal's thread would hold them up."""
 
@@ -119,9 +121,13 @@ class StepPipeline:
         try:
             return await self.evaluate(raw, owner, arrived)
         except EsperError as error:
-            return _refusal(raw, error)
+            return self._refuse(raw, error)
         except Exception as error:  # noqa: BLE001  # One bad step must not end the stream.
-            return _refusal(raw, hide_unexpected(error))
+            return self._refuse(raw, hide_unexpected(error))
+
+    def _refuse(self, raw: bytes, error: EsperError) -> bytes:
+        self._refused[error.reason] += 1
+        return _refusal(raw, error)
 
     async def evaluate(self, raw: bytes, owner: str, arrived: float, time_remaining: float = math.inf) -> bytes:
         """Answer one serialised EvaluateStep(s)Request; raises EsperError.
@@ -207,6 +213,8 @@ class StepPipeline:
             self._decisions.record(self._unrecorded.popleft())
         self._risk_events.report()
         self._reports.report()
+        while self._refused:
+            observe_refusals(*self._refused.popitem())
         if self.shadow is not None:
             self.shadow.follow()
 

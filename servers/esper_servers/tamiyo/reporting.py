@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import structlog
 from opentelemetry.trace import SpanKind
 
-from esper_rpc.proto.leyline.v1 import CommandType, SystemStatePacket, TelemetryLevel
+from esper_rpc.proto.leyline.v1 import CommandType, SeedOperation, SystemStatePacket, TelemetryLevel
 from esper_rpc.proto.tamiyo.v1 import Step, StepLedger
 from esper_rpc.telemetry.events import name_of, tell_event
-from esper_rpc.telemetry.metrics import observe_decision, observe_risk, tell_coverage, tell_losses
+from esper_rpc.telemetry.metrics import observe_blending, observe_decision, observe_risk, tell_coverage, tell_losses
 from esper_rpc.telemetry.tracing import record_span
+from esper_servers.policy.vocabularies import SCHEDULES
 
 from .choosing import BUDGET_EXHAUSTED, INFERENCE_FAILED, Decided
 from .risk.engine import Verdict
 from .risk.events import SOURCE, is_due, level_of, priority_of
+from .risk.reading import DEMAND_NAMES
 from .risk.signals.blueprint import HAZARD_CRITICAL, HAZARD_HIGH
 from .run_state import RunState
 
@@ -28,6 +30,7 @@ STEPS_PER_SAMPLE = 100
 TIMEOUT_INFERENCE = "timeout_inference"
 PAUSE_TRIGGERED = "pause_triggered"
 PAUSE = CommandType.Name(CommandType.COMMAND_TYPE_PAUSE).removeprefix("COMMAND_TYPE_")
+GRAFT = SeedOperation.Name(SeedOperation.SEED_OPERATION_START_GRAFTING).removeprefix("SEED_OPERATION_")
 _FAULTS = {BUDGET_EXHAUSTED: TIMEOUT_INFERENCE, INFERENCE_FAILED: INFERENCE_FAILED}
 """Why a step got no decision, and how that is told."""
 _BANDS = {HAZARD_HIGH: "HIGH", HAZARD_CRITICAL: "CRITICAL"}
@@ -116,6 +119,8 @@ def _record(reported: Reported) -> None:
         _record_span(reported)
     if reported.command_id:
         _log_command(reported)
+    if reported.kind == GRAFT and reported.decided.choice is not None:
+        observe_blending(SCHEDULES[reported.decided.choice.schedule])
     if reported.kind == PAUSE:
         _tell(reported, PAUSE_TRIGGERED, level_of(reported.verdict), command_id=reported.command_id)
 
@@ -134,11 +139,11 @@ def _tell(reported: Reported, name: str, level: TelemetryLevel.ValueType, **deta
 
 
 def _observe_risk(verdict: Verdict) -> None:
-    blueprint = verdict.readings.get("blueprint")
+    blueprint, demand = verdict.readings.get("blueprint"), DEMAND_NAMES[verdict.demand]
     if blueprint is None:
-        observe_risk(verdict.score, None, "")
+        observe_risk(verdict.score, demand, None, "")
     else:
-        observe_risk(verdict.score, blueprint.score, _BANDS.get(blueprint.reason, ""))
+        observe_risk(verdict.score, demand, blueprint.score, _BANDS.get(blueprint.reason, ""))
 
 
 def _record_span(reported: Reported) -> None:

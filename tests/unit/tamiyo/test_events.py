@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 import structlog
 
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.leyline.v1 import SystemStatePacket
-from esper_rpc.proto.tamiyo.v1 import EvaluateStepRequest, Step
+from esper_rpc.proto.tamiyo.v1 import EvaluateEpochRequest, EvaluateStepRequest, EvaluateStepsResponse, Step
 from esper_rpc.telemetry.events import listen
 from esper_servers.tamiyo.conservative_mode import ConservativeMode
 from esper_servers.tamiyo.risk.config import RiskConfig
@@ -79,6 +80,18 @@ def test_a_pause_is_told_with_its_cause(told):
     pause = events["pause_triggered"]
     assert (pause["reason"], pause["priority"], pause["step_index"]) == ("loss_not_finite", "HIGH", 1001)
     assert pause["command_id"] == events["command_issued"]["command_id"]
+
+
+def test_an_epoch_is_decided_within_two_seconds_and_its_event_tells_so(controller, heard):
+    packet = SystemStatePacket(training_metrics=CALM | {"loss": float("nan")})
+    raw = EvaluateEpochRequest(run_id="run", sequence=1, packet=packet).SerializeToString()
+    asyncio.run(controller.pipeline.evaluate_epoch(raw, controller.owner, time.perf_counter()))
+    controller.pipeline.report()
+    budgets = [event.attributes.get("timeout_budget_ms") for packet in heard for event in packet.events]
+    assert "2000.0" in budgets
+    late = EvaluateEpochRequest(run_id="run", sequence=2, packet=packet).SerializeToString()
+    answer = asyncio.run(controller.pipeline.evaluate_epoch(late, controller.owner, time.perf_counter() - 2.1))
+    assert EvaluateStepsResponse.FromString(answer).decision.no_action.reason == "budget_exhausted"
 
 
 @pytest.mark.parametrize(

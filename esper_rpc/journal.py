@@ -178,6 +178,11 @@ class Journal(JournalReader):
         self._writer = threading.Thread(target=self._write, name="journal", daemon=True)
         self._writer.start()
 
+    @property
+    def queued(self) -> int:
+        """About how many records wait for the disk."""
+        return self._queue.qsize()
+
     def append(self, kind: str, key: str, body: bytes) -> None:
         """Queue a record."""
         try:

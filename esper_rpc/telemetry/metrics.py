@@ -58,6 +58,8 @@ BATCH_SIZE = Histogram(
     buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64),
 )
 DECISIONS = Counter("esper_decisions", "Answers to steps.", ["kind", "reason"])
+STEPS_REFUSED = Counter("esper_steps_refused", "Steps on streams that got an error.", ["reason"])
+BLENDING_METHODS = Counter("esper_blending_methods", "Commands that graft a seed, by how it is blended in.", ["method"])
 PAUSE_REQUESTS = Counter("esper_pause_requests", "Requests for a pause, by what was granted of them.", ["result"])
 
 POLICY_UPDATES = Counter("esper_policy_updates", "Policies that came, by what became of them.", ["result", "reason"])
@@ -71,10 +73,12 @@ SHADOW_DECISIONS = Counter(
 REPORTS_PUBLISHED = Counter("esper_field_reports_published", "Field reports that the publisher took.")
 REPORT_RETRIES = Counter("esper_field_reports_retries", "Times that a field report was handed over once more.")
 REPORTS_DROPPED = Counter("esper_field_reports_dropped", "Field reports that are not handed over any more.", ["reason"])
+URZA_TIMEOUTS = Counter("esper_urza_timeouts", "Times that the library did not answer in its budget.", ["wanted"])
 RISK_SCORE = Histogram("esper_risk_score", "Combined risk of a step, from 0 to 1.", buckets=SHARE_BUCKETS)
 BLUEPRINT_RISK = Histogram(
     "esper_blueprint_risk", "Risk of the worst blueprint that lives in the run of a step.", buckets=SHARE_BUCKETS
 )
+RISK_DEMANDS = Counter("esper_risk_demands", "Steps that were judged, by what their risk demanded.", ["demand"])
 BSDS_HAZARDS = Counter("esper_bsds_hazards", "Steps beside a blueprint that its sheet warns of.", ["band"])
 
 PLAN_COMPILED = Gauge("esper_plan_compiled", "Whether the compiled plan is served.", multiprocess_mode=LATEST)
@@ -106,9 +110,20 @@ def observe_decision(ledger: StepLedger, kind: str, reason: str, batch_size: int
         histogram.observe(getattr(ledger, name) / 1e6)
 
 
-def observe_risk(score: float, blueprint_risk: float | None, hazard_band: str) -> None:
+def observe_refusals(reason: str, count: int) -> None:
+    """Record steps on streams that got an error of this reason."""
+    STEPS_REFUSED.labels(reason).inc(count)
+
+
+def observe_blending(method: str) -> None:
+    """Record a command that grafts a seed."""
+    BLENDING_METHODS.labels(method).inc()
+
+
+def observe_risk(score: float, demand: str, blueprint_risk: float | None, hazard_band: str) -> None:
     """Record the risk of a step: of the worst blueprint that lives in its run, and the band that its sheet warns of."""
     RISK_SCORE.observe(score)
+    RISK_DEMANDS.labels(demand).inc()
     if blueprint_risk is not None:
         BLUEPRINT_RISK.observe(blueprint_risk)
     if hazard_band:
@@ -181,6 +196,43 @@ def _restraint_gauges() -> tuple[Gauge, Gauge]:
     )
 
 
+def tell_queues(lengths: Mapping[str, int]) -> None:
+    """Show how many wait in each queue."""
+    for name, length in lengths.items():
+        _queue_length().labels(name).set(length)
+
+
+@cache
+def _queue_length() -> Gauge:
+    """Made where the queues are, as above."""
+    purpose = "Steps that wait for their turn, and records that wait for the disk."
+    return Gauge("esper_queue_length", purpose, ["queue"], multiprocess_mode=LATEST)
+
+
+def tell_missing_sheets(missing: int) -> None:
+    """Show how many blueprints of the catalogue have no safety data sheet."""
+    _missing_sheets().set(missing)
+
+
+@cache
+def _missing_sheets() -> Gauge:
+    """Made where the catalogue is known, as above."""
+    purpose = "Blueprints of the catalogue without a safety data sheet."
+    return Gauge("esper_bsds_missing", purpose, multiprocess_mode=LATEST)
+
+
+def tell_warm_up(seconds: float) -> None:
+    """Show how long the plan that serves at the start was warmed up."""
+    _warm_up_seconds().set(seconds)
+
+
+@cache
+def _warm_up_seconds() -> Gauge:
+    """Made where a plan serves, as above."""
+    purpose = "How long the plan that serves at the start was warmed up."
+    return Gauge("esper_plan_warm_up_seconds", purpose, multiprocess_mode=LATEST)
+
+
 def observe_conservative(scope: str, cause: str) -> None:
     """Record that the service or a run is held back from now on, and for what."""
     CONSERVATIVE_ENTRIES.labels(scope, cause).inc()
@@ -189,6 +241,11 @@ def observe_conservative(scope: str, cause: str) -> None:
 def observe_breaker_move(breaker: str, state: str) -> None:
     """Record that a breaker is closed, open or half_open now."""
     BREAKER_MOVES.labels(breaker, state).inc()
+
+
+def observe_urza_timeout(wanted: str) -> None:
+    """Record that the library did not answer in its budget: catalogue or extras."""
+    URZA_TIMEOUTS.labels(wanted).inc()
 
 
 def observe_pause(result: str) -> None:

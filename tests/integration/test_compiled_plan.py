@@ -14,7 +14,9 @@ import torch
 
 from esper_client import TamiyoClient
 from esper_rpc.errors import ConfigError
+from esper_rpc.proto.leyline.v1 import TelemetryLevel
 from esper_rpc.proto.tamiyo.v1 import GetPolicyRequest
+from esper_rpc.telemetry.events import listen
 from esper_servers.cli.bench.measure import rss_mb
 from esper_servers.cli.home import Home
 from esper_servers.cli.processes import Supervisor
@@ -168,8 +170,14 @@ async def test_a_package_that_computes_something_else_is_not_served(switch, monk
 
 async def test_without_a_compiler_the_eager_plan_serves_and_says_why(switch, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
+    heard = []
+    stop = listen(heard.append)
     switch.prepare()
     await switch.build()
+    stop()
+    ((event,),) = (packet.events for packet in heard)
+    assert (event.description, event.level) == ("plan_fallback", TelemetryLevel.TELEMETRY_LEVEL_WARNING)
+    assert (event.attributes["reason"], event.attributes["plan"]) == ("there is no C++ compiler", "eager")
     assert (switch._policy.plan, switch.problem) == ("eager", "there is no C++ compiler")
 
 

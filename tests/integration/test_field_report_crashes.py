@@ -24,6 +24,7 @@ import structlog
 from esper_rpc.journal import Journal
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import ExplainDecisionResponse, OpenRunRequest, Step, StepLedger
+from esper_servers.tamiyo.choosing import Decided
 from esper_servers.tamiyo.field_reports.config import ReportConfig
 from esper_servers.tamiyo.field_reports.observations import Observations
 from esper_servers.tamiyo.field_reports.report_journal import KEPT
@@ -64,7 +65,7 @@ async def live(journal, first_epoch, tell):
         step = Step(run_id="run", sequence=epoch + 1, packet=packet, outcomes=outcomes)
         run = SimpleNamespace(request=OpenRunRequest(run_id="run", receiver_epoch=bytes(16)))
         verdict = Verdict((True,) * 4, 0, "", 0.0, {})
-        observations.note(Reported(step, StepLedger(), "NO_ACTION", "", run, verdict))
+        observations.note(Reported(step, StepLedger(), "NO_ACTION", Decided(None, ""), run, verdict))
         await reports.catch_up()
         tell(f"epoch {epoch}")
     await reports.acknowledge("fr-synth-c")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 import httpx
@@ -48,6 +49,16 @@ async def test_calls_decisions_and_processes_are_rendered_outside_the_step_proce
     assert samples["grpc_server_call_duration_seconds_count", "OK", method] == 5
     assert samples["esper_decision_part_seconds_count", "inference"] == 5
     assert samples[("esper_tamiyo_process_resident_memory_bytes",)] > 10_000_000
+
+
+async def test_what_waits_and_the_time_of_the_warm_up_are_shown_by_a_controller_that_serves(mesh_process):
+    samples = {}
+    async with asyncio.timeout(30):
+        while ("esper_queue_length", "journal") not in samples:
+            await asyncio.sleep(0.1)
+            samples = scrape(mesh_process)
+    assert samples["esper_queue_length", "steps"] == samples["esper_queue_length", "journal"] == 0
+    assert samples[("esper_plan_warm_up_seconds",)] > 0
 
 
 def test_counters_survive_the_restart_of_a_service(mesh_process):

@@ -118,7 +118,9 @@ async def test_it_is_waited_for_as_long_as_its_budget_and_an_event_tells_when_th
     with structlog.testing.capture_logs() as logs:
         assert not await BlueprintCache().refresh(client)
     assert 0.9 * budget < time.monotonic() - begun < budget + 1.0
-    assert [(entry["event"], entry["priority"]) for entry in logs] == [("timeout_urza", "HIGH")]
+    (event,) = logs
+    assert (event["event"], event["reason"], event["priority"]) == ("timeout_urza", "DEADLINE_EXCEEDED", "HIGH")
+    assert event["metadata_timeout_budget_ms"] == pytest.approx(budget * 1000)
 
 
 async def test_what_is_known_stays_until_it_answers_again(slow, library):

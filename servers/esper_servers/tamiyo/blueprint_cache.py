@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Protocol
 
 import orjson
-import structlog
 
 from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.errors import EsperError
+from esper_rpc.proto.leyline.v1 import TelemetryLevel
 from esper_rpc.proto.tamiyo.v1 import RunSite
 from esper_rpc.proto.urza.v1 import (
     BatchGetExtrasRequest,
@@ -18,17 +18,21 @@ from esper_rpc.proto.urza.v1 import (
     ListBlueprintsRequest,
     ListBlueprintsResponse,
 )
+from esper_rpc.telemetry.events import tell_event
+from esper_rpc.telemetry.metrics import observe_urza_timeout, tell_missing_sheets
 from esper_servers.blueprints.binding import fits
 from esper_servers.policy.graph import BlueprintCandidate
 
 from .risk.bsds import read_sheet
-
-log = structlog.get_logger(__name__)
+from .risk.events import SOURCE
 
 REFRESH_SECONDS = 2.0
 CATALOGUE_SECONDS = 0.2
 EXTRAS_SECONDS = 0.02
 MAX_BLUEPRINTS = 64
+TIMEOUT_URZA = "timeout_urza"
+BSDS_PRESENT = "bsds_present"
+CATALOGUE, EXTRAS = "catalogue", "extras"
 
 
 class BlueprintReader(Protocol):
@@ -50,6 +54,8 @@ class BlueprintCache:
         self._breaker = breaker or CircuitBreaker()
         self.version = 0
         self._entries: list[tuple[Blueprint, BlueprintCandidate]] = []
+        self._missed: set[str] = set()
+        """What did not come since the last time that everything did."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -73,6 +79,7 @@ class BlueprintCache:
         if not self._holds([b for b, _ in entries]):
             self._entries = entries
             self.version += 1
+            self._tell_sheets()
 
     async def refresh(self, reader: BlueprintReader) -> bool:
         """Read the catalogue once; False when Urza did not answer or failed too often, and the old content stays."""
@@ -83,14 +90,15 @@ class BlueprintCache:
             page = await reader.list_blueprints(request, timeout=CATALOGUE_SECONDS)
         except EsperError as error:
             self._breaker.record_failure()
-            return _was_late(error)
+            return self._miss(CATALOGUE, CATALOGUE_SECONDS, error)
         self._breaker.record_success()
         try:
             extras = await self._new_extras(page.blueprints, reader)
         except EsperError as error:
             # Their budget is short, and a busy library misses it without being ill. Blueprints without their sheets
             # could not be told to be dangerous, so the old ones stay.
-            return _was_late(error)
+            return self._miss(EXTRAS, EXTRAS_SECONDS, error)
+        self._missed.clear()
         self.replace_with(page.blueprints, extras)
         return True
 
@@ -111,10 +119,32 @@ class BlueprintCache:
         """Whether these are the ones here; each has the digest of its extras, so those are the same too."""
         return list(blueprints) == [blueprint for blueprint, _ in self._entries]
 
+    def _tell_sheets(self) -> None:
+        sheets = sum(_has_sheet(candidate) for _, candidate in self._entries)
+        missing = len(self._entries) - sheets
+        tell_missing_sheets(missing)
+        if sheets:
+            level = TelemetryLevel.TELEMETRY_LEVEL_INFO
+            tell_event(SOURCE, BSDS_PRESENT, level, reason="catalogue_changed", sheets=sheets, missing=missing)
 
-def _was_late(error: EsperError) -> bool:
-    log.warning("timeout_urza", priority="HIGH", error=error.message[:200])
-    return False
+    def _miss(self, wanted: str, budget_seconds: float, error: EsperError) -> bool:
+        """Tell what did not come, once until everything does: each event has the last steps written down."""
+        observe_urza_timeout(wanted)
+        if wanted not in self._missed:
+            self._missed.add(wanted)
+            _tell_timeout(wanted, budget_seconds, error)
+        return False
+
+
+def _tell_timeout(wanted: str, budget_seconds: float, error: EsperError) -> None:
+    tell_event(
+        SOURCE, TIMEOUT_URZA, TelemetryLevel.TELEMETRY_LEVEL_ERROR, reason=error.reason, wanted=wanted,
+        metadata_timeout_budget_ms=budget_seconds * 1000, error=error.message[:200],
+    )  # fmt: skip
+
+
+def _has_sheet(candidate: BlueprintCandidate) -> bool:
+    return bool(candidate.hazard_band or candidate.handling_class) or candidate.bsds_risk is not None
 
 
 def _binds(blueprint: Blueprint, site: RunSite) -> bool:

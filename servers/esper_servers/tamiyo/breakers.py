@@ -4,15 +4,13 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import structlog
-
 from esper_rpc.breaker import BreakerConfig, CircuitBreaker
-from esper_rpc.proto.leyline.v1 import CircuitState
+from esper_rpc.proto.leyline.v1 import CircuitState, TelemetryLevel
+from esper_rpc.telemetry.events import tell_event
 from esper_rpc.telemetry.metrics import observe_breaker_move
 
 from .conservative_mode import ConservativeMode
-
-log = structlog.get_logger(__name__)
+from .risk.events import SOURCE
 
 INFERENCE, URZA, FIELD_REPORTS = "inference", "urza", "field_reports"
 POLICY_UPDATES, JOURNAL, STATE_FILES = "policy_updates", "journal", "state_files"
@@ -57,17 +55,27 @@ class Breakers:
         return CircuitBreaker(config=CONFIGS[name], clock=self._clock, on_transition=partial(self._moved, name))
 
     def _moved(self, name: str, before: CircuitState.ValueType, after: CircuitState.ValueType) -> None:
-        is_open = after == CircuitState.CIRCUIT_STATE_OPEN
-        priority = "HIGH" if is_open else "NORMAL"
-        log.warning("breaker_moved", breaker=name, before=_named(before), after=_named(after), priority=priority)
         observe_breaker_move(name, _named(after).lower())
-        if is_open:
-            self._mode.enter(f"{name}_breaker_open", until=lambda: not self._is_open(name))
+        reason = f"{name}_breaker_{_named(after).lower()}"
+        tell_event(
+            SOURCE, "breaker_moved", _level_of(before, after), reason=reason, breaker=name, before=_named(before),
+            after=_named(after),
+        )  # fmt: skip
+        if after == CircuitState.CIRCUIT_STATE_OPEN:
+            self._mode.enter(reason, until=lambda: not self._is_open(name))
         if name in self._watchers:
             self._watchers[name](after)
 
     def _is_open(self, name: str) -> bool:
         return self._breakers[name].state == CircuitState.CIRCUIT_STATE_OPEN
+
+
+def _level_of(before: CircuitState.ValueType, after: CircuitState.ValueType) -> TelemetryLevel.ValueType:
+    """One that was closed and opens is for somebody to see; that it still fails when it is tried is known then."""
+    if after != CircuitState.CIRCUIT_STATE_OPEN:
+        return TelemetryLevel.TELEMETRY_LEVEL_INFO
+    was_closed = before == CircuitState.CIRCUIT_STATE_CLOSED
+    return TelemetryLevel.TELEMETRY_LEVEL_ERROR if was_closed else TelemetryLevel.TELEMETRY_LEVEL_WARNING
 
 
 def _named(state: CircuitState.ValueType) -> str:

@@ -33,6 +33,8 @@ class Decided:
     reason: str
     masks: Masks | None = None
     output: PolicyOutput | None = None
+    error: str = ""
+    """What the policy failed with."""
 
     @property
     def batch_size(self) -> int:

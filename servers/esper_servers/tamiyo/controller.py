@@ -100,6 +100,7 @@ class Controller:
         """Have the server do what is to be done again and again."""
         server.every(GAUGE_SECONDS, self._pauses.tell_remaining)
         server.every(GAUGE_SECONDS, self.pipeline.tell_restraint)
+        server.every(GAUGE_SECONDS, self._parts.tell_queues)
         server.every(SAVE_SECONDS, self._lasting.save)
         server.every(REPORT_SECONDS, self._reports.catch_up)
         server.every(REPORT_SECONDS, self._reports.publish_due)

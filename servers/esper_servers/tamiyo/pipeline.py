@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
-import structlog
 from google.protobuf.message import DecodeError
 
 from esper_rpc import rules
@@ -28,7 +27,7 @@ from esper_rpc.proto.tamiyo.v1 import (
 )
 from esper_rpc.status import hide_unexpected, to_status
 from esper_rpc.steady_clock import SteadyClock
-from esper_rpc.telemetry.metrics import tell_restraint
+from esper_rpc.telemetry.metrics import observe_refusals, tell_restraint
 from esper_servers.policy.graph import RunGraph
 from esper_servers.policy.policy import EAGER, Asked, Policy
 
@@ -54,8 +53,6 @@ from .risk.events import RiskEvents
 from .run_state import Runs, RunState, build_graph
 from .step_queue import BatchConfig, StepQueue
 from .stopwatch import Stopwatch
-
-log = structlog.get_logger(__name__)
 
 EPOCH_BUDGET_SECONDS = 2.0
 Request = TypeVar("Request", EvaluateStepsRequest, EvaluateEpochRequest)
@@ -110,6 +107,8 @@ class StepPipeline:
         self.recorder = FlightRecorder()
         """Of every step that was answered; what the journal does not keep of them is there for a while."""
         self._reports = DecisionReports(self._observe, quiet_steps=self._risk.cool_down_steps)
+        self._refused: Counter[str] = Counter()
+        """Steps on streams by the reason of their error, since the last report."""
         self._unrecorded: deque[Evidence] = deque()
         """Of answers that have not left: the journal's thread would hold them up."""
 
@@ -124,9 +123,13 @@ class StepPipeline:
         try:
             return await self.evaluate(raw, owner, arrived)
         except EsperError as error:
-            return _refusal(raw, error)
+            return self._refuse(raw, error)
         except Exception as error:  # noqa: BLE001  # One bad step must not end the stream.
-            return _refusal(raw, hide_unexpected(error))
+            return self._refuse(raw, hide_unexpected(error))
+
+    def _refuse(self, raw: bytes, error: EsperError) -> bytes:
+        self._refused[error.reason] += 1
+        return _refusal(raw, error)
 
     async def evaluate(self, raw: bytes, owner: str, arrived: float, time_remaining: float = math.inf) -> bytes:
         """Answer one serialised EvaluateStep(s)Request; raises EsperError.
@@ -212,6 +215,8 @@ class StepPipeline:
             self._decisions.record(self._unrecorded.popleft())
         self._risk_events.report()
         self._reports.report()
+        while self._refused:
+            observe_refusals(*self._refused.popitem())
         if self.shadow is not None:
             self.shadow.follow()
 
@@ -282,8 +287,11 @@ class StepPipeline:
         decided = await self._choose(step.packet, run, watch, budget, verdict, policy, company)
         if self.shadow is not None and self.shadow.is_free:
             self.shadow.note(run, decided, run.ordered_seeds(step.packet))
+        report = partial(
+            Reported, step, watch.ledger, budget_seconds=budget, policy_version=policy.version, plan=policy.plan
+        )
         if decided.choice is None:
-            self._count(Reported(step, watch.ledger, "NO_ACTION", decided.reason, run, verdict, "", decided.batch_size))
+            self._count(report("NO_ACTION", decided, run, verdict))
             if step.sequence % STEPS_PER_SAMPLE == 0:
                 gather = partial(
                     Evidence.of, None, step.packet, watch.ledger, decided, verdict, run=run, memory=memory,
@@ -308,10 +316,7 @@ class StepPipeline:
             prior=policy.prior, risk=self._risk, conservative=conservative, sequence=step.sequence,
         )  # fmt: skip
         watch.lap("signing_us")
-        kind = self._issued(run, command)
-        self._count(
-            Reported(step, watch.ledger, kind, decided.reason, run, verdict, command.command_id, decided.batch_size)
-        )
+        self._count(report(self._issued(run, command), decided, run, verdict, command.command_id))
         return StepDecision(command=envelope), evidence
 
     def _take_samples(self, of: RunState | None = None) -> None:
@@ -362,8 +367,7 @@ class StepPipeline:
         except Exception as error:  # noqa: BLE001  # Whatever a policy does, the step gets a safe answer.
             if company is None or company.is_first_to_blame(breaker):
                 breaker.record_failure()
-            log.error("inference_failed", error=repr(error)[:200], priority="HIGH")
-            return Decided(None, INFERENCE_FAILED)
+            return Decided(None, INFERENCE_FAILED, error=repr(error)[:200])
         breaker.record_success()
         self.mode.record_success()
         run.mode.record_success()

@@ -8,18 +8,18 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
 import torch
 
 from esper_rpc.errors import ConfigError
-from esper_rpc.proto.leyline.v1 import SystemStatePacket
+from esper_rpc.proto.leyline.v1 import SystemStatePacket, TelemetryLevel
+from esper_rpc.telemetry.events import tell_event
 from esper_rpc.telemetry.metrics import PLAN_COMPILED, PLAN_FALLBACKS
 from esper_servers.policy import plan_package, sample
 from esper_servers.policy.compiled_plan import Package
 from esper_servers.policy.graph import GraphInputs, RunGraph
 from esper_servers.policy.policy import COMPILED, Policy
 
-log = structlog.get_logger(__name__)
+from .risk.events import SOURCE
 
 TOLERANCE = 1e-4
 _LAST_WORDS = 400
@@ -99,7 +99,8 @@ class PlanSwitch:
             self._fall_back(str(error))
             return
         PLAN_COMPILED.set(1)
-        log.info("plan_compiled", package=self.package.name)
+        level = TelemetryLevel.TELEMETRY_LEVEL_INFO
+        tell_event(SOURCE, "plan_compiled", level, reason="package_taken_up", package=self.package.name)
 
     def _load(self, policy: Policy) -> None:
         package = plan_package.load(self.package, policy.network)
@@ -109,7 +110,8 @@ class PlanSwitch:
     def _fall_back(self, problem: str) -> None:
         self.problem = problem
         PLAN_FALLBACKS.inc()
-        log.warning("plan_fallback", plan=self._policy.plan, problem=problem)
+        level = TelemetryLevel.TELEMETRY_LEVEL_WARNING
+        tell_event(SOURCE, "plan_fallback", level, reason=problem, plan=self._policy.plan)
 
 
 async def build_beside(package: Path) -> None:

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import structlog
 from opentelemetry.trace import SpanKind
 
-from esper_rpc.proto.leyline.v1 import CommandType, SystemStatePacket, TelemetryLevel
+from esper_rpc.proto.leyline.v1 import CommandType, SeedOperation, SystemStatePacket, TelemetryLevel
 from esper_rpc.proto.tamiyo.v1 import Step, StepLedger
 from esper_rpc.telemetry.events import name_of, tell_event
-from esper_rpc.telemetry.metrics import observe_decision, observe_risk, tell_coverage, tell_losses
+from esper_rpc.telemetry.metrics import observe_blending, observe_decision, observe_risk, tell_coverage, tell_losses
 from esper_rpc.telemetry.tracing import record_span
+from esper_servers.policy.vocabularies import SCHEDULES
 
-from .choosing import BUDGET_EXHAUSTED
+from .choosing import BUDGET_EXHAUSTED, INFERENCE_FAILED, Decided
 from .risk.engine import Verdict
 from .risk.events import SOURCE, is_due, level_of, priority_of
+from .risk.reading import DEMAND_NAMES
 from .risk.signals.blueprint import HAZARD_CRITICAL, HAZARD_HIGH
 from .run_state import RunState
 
@@ -28,6 +30,9 @@ STEPS_PER_SAMPLE = 100
 TIMEOUT_INFERENCE = "timeout_inference"
 PAUSE_TRIGGERED = "pause_triggered"
 PAUSE = CommandType.Name(CommandType.COMMAND_TYPE_PAUSE).removeprefix("COMMAND_TYPE_")
+GRAFT = SeedOperation.Name(SeedOperation.SEED_OPERATION_START_GRAFTING).removeprefix("SEED_OPERATION_")
+_FAULTS = {BUDGET_EXHAUSTED: TIMEOUT_INFERENCE, INFERENCE_FAILED: INFERENCE_FAILED}
+"""Why a step got no decision, and how that is told."""
 _BANDS = {HAZARD_HIGH: "HIGH", HAZARD_CRITICAL: "CRITICAL"}
 
 
@@ -38,12 +43,27 @@ class Reported:
     step: Step
     ledger: StepLedger
     kind: str
-    reason: str
+    decided: Decided
     run: RunState
     verdict: Verdict
     command_id: str = ""
-    batch_size: int = 0
-    """0 where the policy was not asked."""
+    budget_seconds: float = 0.0
+    policy_version: str = ""
+    plan: str = ""
+    """Of the policy; a large graph may have been computed by the eager one all the same."""
+
+    @property
+    def reason(self) -> str:
+        """Why it was decided so."""
+        return self.decided.reason
+
+    @property
+    def indicators(self) -> dict[str, str | float]:
+        """What an event of this step and the line of its command have in common."""
+        return {
+            "run_id": self.step.run_id, "timeout_budget_ms": self.budget_seconds * 1000,
+            "policy_version": self.policy_version, "plan": self.plan,
+        }  # fmt: skip
 
 
 class DecisionReports:
@@ -66,7 +86,7 @@ class DecisionReports:
         while self._waiting:
             reported = self._waiting.popleft()
             _record(reported)
-            self._tell_timeout(reported)
+            self._tell_fault(reported)
             self._observe(reported)
             if reported.command_id or self._reported % STEPS_PER_SAMPLE == 0:
                 looked_at = reported.run
@@ -75,29 +95,32 @@ class DecisionReports:
             coverage = looked_at.graph.coverage()
             tell_coverage(coverage.overall, coverage.types)
 
-    def _tell_timeout(self, reported: Reported) -> None:
-        run = reported.run
-        if reported.reason != BUDGET_EXHAUSTED or not is_due(
-            run.risk.told, TIMEOUT_INFERENCE, run.steps, self._quiet_steps
-        ):
+    def _tell_fault(self, reported: Reported) -> None:
+        run, fault = reported.run, _FAULTS.get(reported.reason)
+        if fault is None or not is_due(run.risk.told, fault, run.steps, self._quiet_steps):
             return
-        _tell(
-            reported,
-            TIMEOUT_INFERENCE,
-            TelemetryLevel.TELEMETRY_LEVEL_ERROR,
-            spent_ms=reported.ledger.total_us / 1000,
-            inference_ms=reported.ledger.inference_us / 1000,
-        )
+        details = {"error": reported.decided.error} if fault == INFERENCE_FAILED else _spent(reported.ledger)
+        _tell(reported, fault, TelemetryLevel.TELEMETRY_LEVEL_ERROR, **details)
+
+
+def _spent(ledger: StepLedger) -> dict[str, str | float]:
+    """Where the time went; what is left is that of all other parts."""
+    return {
+        "spent_ms": ledger.total_us / 1000, "queue_ms": ledger.queue_us / 1000,
+        "inference_ms": ledger.inference_us / 1000,
+    }  # fmt: skip
 
 
 def _record(reported: Reported) -> None:
-    observe_decision(reported.ledger, reported.kind, reported.reason, reported.batch_size)
+    observe_decision(reported.ledger, reported.kind, reported.reason, reported.decided.batch_size)
     _observe_risk(reported.verdict)
     _tell_losses(reported.step.packet, reported.run)
     if reported.step.traceparent:
         _record_span(reported)
     if reported.command_id:
         _log_command(reported)
+    if reported.kind == GRAFT and reported.decided.choice is not None:
+        observe_blending(SCHEDULES[reported.decided.choice.schedule])
     if reported.kind == PAUSE:
         _tell(reported, PAUSE_TRIGGERED, level_of(reported.verdict), command_id=reported.command_id)
 
@@ -111,16 +134,16 @@ def _tell_losses(packet: SystemStatePacket, run: RunState) -> None:
 def _tell(reported: Reported, name: str, level: TelemetryLevel.ValueType, **details: str | float) -> None:
     tell_event(
         SOURCE, name, level, reason=reported.reason, step_index=reported.step.packet.global_step,
-        run_id=reported.step.run_id, timeout_budget_ms=reported.step.budget_us / 1000, **details,
+        **reported.indicators, **details,
     )  # fmt: skip
 
 
 def _observe_risk(verdict: Verdict) -> None:
-    blueprint = verdict.readings.get("blueprint")
+    blueprint, demand = verdict.readings.get("blueprint"), DEMAND_NAMES[verdict.demand]
     if blueprint is None:
-        observe_risk(verdict.score, None, "")
+        observe_risk(verdict.score, demand, None, "")
     else:
-        observe_risk(verdict.score, blueprint.score, _BANDS.get(blueprint.reason, ""))
+        observe_risk(verdict.score, demand, blueprint.score, _BANDS.get(blueprint.reason, ""))
 
 
 def _record_span(reported: Reported) -> None:
@@ -147,10 +170,9 @@ def _record_span(reported: Reported) -> None:
 def _log_command(reported: Reported) -> None:
     log.info(
         "command_issued",
-        run_id=reported.step.run_id,
+        **reported.indicators,
         step_index=reported.step.packet.global_step,
         priority=name_of(priority_of(reported.verdict)),
-        timeout_budget_ms=reported.step.budget_us / 1000,
         command_id=reported.command_id,
         kind=reported.kind,
         reason=reported.reason,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from esper_rpc.journal import Journal
 from esper_rpc.server import MeshServer
+from esper_rpc.telemetry.metrics import tell_queues
 from esper_servers.policy.policy import Policy
 
 from .blueprint_cache import BlueprintCache
@@ -49,6 +50,10 @@ class StepParts:
         """Have the server do what is to be done again and again."""
         server.every(RENEWAL_SECONDS, self.pipeline.renew_graphs)
         server.every(DUMP_SECONDS, self.dumps.catch_up)
+
+    async def tell_queues(self) -> None:
+        """Show how many steps and records wait; to be called again and again."""
+        tell_queues({"steps": len(self.pipeline.queue), "journal": self.journal.queued})
 
     async def close(self) -> None:
         """Write down what is left."""

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import gc
+import time
 
 import torch
 
 from esper_rpc.proto.leyline.v1 import SystemStatePacket
+from esper_rpc.telemetry.metrics import tell_warm_up
 from esper_servers.policy import sample
 from esper_servers.policy.graph import RunGraph
 from esper_servers.policy.masks import LEGAL_OPERATIONS
@@ -23,7 +25,9 @@ def prepare(policy: Policy) -> None:
     signals = RunSignals(
         steps=0, steps_since_germination=0, loss_trend=0.0, loss_volatility=0.0, steps_since_optimizer=0
     )
+    began = time.perf_counter()
     for _ in range(WARM_UP_STEPS):
         policy.evaluate(graph.fill(SystemStatePacket(seed_states=states)), states, signals)
+    tell_warm_up(time.perf_counter() - began)
     gc.collect()
     gc.freeze()

@@ -71,6 +71,19 @@ def test_the_shares_are_those_of_the_masks(metrics, known, layers):
     assert coverage.overall == pytest.approx(have / total, abs=1e-4)
 
 
+def test_what_a_seed_tells_of_itself_is_a_feature_and_what_it_does_not_is_masked():
+    graph = sample_graph()
+    told = {"alpha": 0.25, "risk_tolerance": 0.5, "blend_allowed": 1.0}
+    stage = Stage.SEED_LIFECYCLE_STAGE_BLENDING
+    graph.fill(packet([SeedState(seed_id="seed-0", stage=stage, layer_depth=7, risk_score=0.125, metrics=told)]))
+    expected = {"stage": stage / 11, "layer_depth": 0.07, "risk_score": 0.125, **told}
+    for name in schema.FEATURES["seed"]:
+        known = (pytest.approx(expected[name]), 1.0) if name in expected else (0.0, 0.0)
+        assert feature(graph, "seed", name) == known, name
+    others = graph.inputs.features["seed"][1 : len(sample.sample_seeds())]
+    assert not others.any()
+
+
 def test_what_is_least_known_comes_first_and_what_is_known_of_all_is_left_out():
     graph = sample_graph()
     graph.fill(packet(loss=0.5))

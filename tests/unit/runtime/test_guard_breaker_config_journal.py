@@ -192,9 +192,10 @@ def test_a_full_queue_drops_what_comes_and_counts_it(tmp_path):
     for number in range(5):
         journal.append("k", str(number), b"")
     journal.append_made(list)
+    assert journal.queued == 2
     may_go.set()
     journal.flush()
-    assert (journal.dropped, lost_in_the_queue() - before) == (4, 4)
+    assert (journal.dropped, lost_in_the_queue() - before, journal.queued) == (4, 4, 0)
     assert [record.key for record in journal.read("k")] == ["0", "1"]
     journal.close()
 

@@ -11,10 +11,12 @@ import pytest
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
+from esper_rpc.breaker import BreakerConfig, CircuitBreaker
 from esper_rpc.errors import DeadlineExceeded, Unavailable
 from esper_rpc.journal import Journal
-from esper_rpc.proto.leyline.v1 import CircuitState, FieldReport
-from esper_rpc.proto.urza.v1 import Blueprint, ListBlueprintsResponse
+from esper_rpc.proto.leyline.v1 import CircuitState, FieldReport, TelemetryLevel
+from esper_rpc.proto.urza.v1 import BatchGetExtrasResponse, Blueprint, ListBlueprintsResponse
+from esper_rpc.telemetry.events import listen
 from esper_rpc.testing import FakeClock
 from esper_servers.tamiyo.blueprint_cache import BlueprintCache
 from esper_servers.tamiyo.breakers import CONFIGS, FIELD_REPORTS, JOURNAL, STATE_FILES, URZA, Breakers
@@ -66,6 +68,26 @@ def test_one_that_opens_is_told_and_holds_the_policy_back(breakers, mode, name):
     assert (told[0]["breaker"], told[0]["after"], told[0]["priority"]) == (name, "OPEN", "HIGH")
     assert counted(name, "open") == before + 1
     assert (mode.enabled, mode.reason) == (True, f"{name}_breaker_open")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_move_is_an_event_and_only_one_that_was_closed_and_opens_takes_the_emergency_lane(breakers, clock, name):
+    heard = []
+    stop = listen(heard.append)
+    fail(breakers[name], CONFIGS[name].failures)
+    clock.advance(CONFIGS[name].cool_down_seconds)
+    fail(breakers[name], 1)
+    clock.advance(CONFIGS[name].cool_down_seconds)
+    for _ in range(CONFIGS[name].successes):
+        assert breakers[name].allow()
+        breakers[name].record_success()
+    stop()
+    moves = [e.attributes for packet in heard for e in packet.events if e.description == "breaker_moved"]
+    assert [(move["before"], move["after"], move["priority"]) for move in moves] == [
+        ("CLOSED", "OPEN", "HIGH"), ("OPEN", "HALF_OPEN", "NORMAL"), ("HALF_OPEN", "OPEN", "NORMAL"),
+        ("OPEN", "HALF_OPEN", "NORMAL"), ("HALF_OPEN", "CLOSED", "NORMAL"),
+    ]  # fmt: skip
+    assert [move["reason"] for move in moves] == [f"{name}_breaker_{move['after'].lower()}" for move in moves]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -144,6 +166,47 @@ async def test_a_library_that_is_late_with_extras_is_asked_again_and_the_old_con
     for _ in range(2 * FAILURES):
         assert not await cache.refresh(library)
     assert (library.asked, len(cache), breakers[URZA].state) == (2 * FAILURES, 0, CLOSED)
+
+
+class Forgetful(Library):
+    """Has one blueprint, and does not answer what it is silent about."""
+
+    silent_about = ""
+
+    async def list_blueprints(self, request, *, timeout=1.0):
+        return self._answer("catalogue", ListBlueprintsResponse(blueprints=[Blueprint()]))
+
+    async def batch_get_extras(self, request, *, timeout=1.0):
+        return self._answer("extras", BatchGetExtrasResponse())
+
+    def _answer(self, wanted, answer):
+        if wanted == self.silent_about:
+            raise DeadlineExceeded("Silent.")
+        return answer
+
+
+@pytest.mark.parametrize(("wanted", "budget_ms"), [("catalogue", "200.0"), ("extras", "20.0")])
+async def test_a_silence_of_the_library_is_counted_each_time_and_told_once_until_it_is_over(wanted, budget_ms):
+    def timeouts():
+        return REGISTRY.get_sample_value("esper_urza_timeouts_total", {"wanted": wanted}) or 0.0
+
+    library, heard, before = Forgetful(), [], timeouts()
+    stop = listen(heard.append)
+    cache = BlueprintCache(CircuitBreaker(config=BreakerConfig(cool_down_seconds=0)))
+    for silences in (1, 2):
+        library.silent_about = wanted
+        cache.replace_with([], BatchGetExtrasResponse())  # What is here is not asked for again.
+        assert [await cache.refresh(library) for _ in range(4)] == [False] * 4
+        assert (len(heard), timeouts()) == (silences, before + 4 * silences)
+        library.silent_about = ""
+        assert await cache.refresh(library)
+    stop()
+    assert {packet.level for packet in heard} == {TelemetryLevel.TELEMETRY_LEVEL_ERROR}
+    (told,) = heard[0].events
+    assert (told.description, told.attributes["reason"], told.attributes["priority"]) == (
+        "timeout_urza", "DEADLINE_EXCEEDED", "HIGH",
+    )  # fmt: skip
+    assert (told.attributes["wanted"], told.attributes["metadata_timeout_budget_ms"]) == (wanted, budget_ms)
 
 
 async def test_a_library_that_is_away_is_left_alone_for_a_while(breakers, clock):

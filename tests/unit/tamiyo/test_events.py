@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 import structlog
 
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.leyline.v1 import SystemStatePacket
-from esper_rpc.proto.tamiyo.v1 import EvaluateStepRequest, Step
+from esper_rpc.proto.tamiyo.v1 import EvaluateEpochRequest, EvaluateStepRequest, EvaluateStepsResponse, Step
+from esper_rpc.telemetry.events import listen
 from esper_servers.tamiyo.conservative_mode import ConservativeMode
 from esper_servers.tamiyo.risk.config import RiskConfig
 
@@ -37,6 +39,7 @@ def test_a_step_that_runs_out_of_time_is_told_with_its_budget_once_in_a_while(to
     )  # fmt: skip
     assert event["timeout_budget_ms"] == pytest.approx(0.001)
     assert event["spent_ms"] > event["timeout_budget_ms"]
+    assert event["spent_ms"] >= event["queue_ms"] + event["inference_ms"]
     quiet = RiskConfig().cool_down_steps
     again = [sequence for sequence in range(2, quiet + 3) if "timeout_inference" in told(sequence, CALM, budget_us=1)]
     assert again == [1 + quiet]
@@ -46,11 +49,49 @@ def test_a_step_in_time_tells_of_no_timeout(told):
     assert told(1, CALM) == {}
 
 
+@pytest.fixture
+def heard():
+    """Every event that is told."""
+    packets = []
+    stop = listen(packets.append)
+    yield packets
+    stop()
+
+
+def test_a_policy_that_fails_is_told_once_in_a_while_when_the_answer_has_left(told, heard, controller, monkeypatch):
+    monkeypatch.setattr(type(controller.policy), "evaluate", lambda *_: 1 / 0)
+    packet = SystemStatePacket(training_metrics=CALM, global_step=1001)
+    controller.answer(1, packet)
+    assert heard == []
+    controller.pipeline.report()
+    (event,) = (event for packet in heard for event in packet.events)
+    attributes = dict(event.attributes)
+    assert event.description == attributes["reason"] == "inference_failed"
+    assert (attributes["priority"], attributes["step_index"], attributes["run_id"]) == ("HIGH", "1001", "run")
+    assert (attributes["policy_version"], attributes["plan"]) == (controller.policy.version, controller.policy.plan)
+    assert "ZeroDivisionError" in attributes["error"]
+    assert float(attributes["timeout_budget_ms"]) == 5000
+    controller.pipeline.breakers.renew("inference")
+    assert "inference_failed" not in told(2, CALM)
+
+
 def test_a_pause_is_told_with_its_cause(told):
     events = told(1, CALM | {"loss": float("nan")})
     pause = events["pause_triggered"]
     assert (pause["reason"], pause["priority"], pause["step_index"]) == ("loss_not_finite", "HIGH", 1001)
     assert pause["command_id"] == events["command_issued"]["command_id"]
+
+
+def test_an_epoch_is_decided_within_two_seconds_and_its_event_tells_so(controller, heard):
+    packet = SystemStatePacket(training_metrics=CALM | {"loss": float("nan")})
+    raw = EvaluateEpochRequest(run_id="run", sequence=1, packet=packet).SerializeToString()
+    asyncio.run(controller.pipeline.evaluate_epoch(raw, controller.owner, time.perf_counter()))
+    controller.pipeline.report()
+    budgets = [event.attributes.get("timeout_budget_ms") for packet in heard for event in packet.events]
+    assert "2000.0" in budgets
+    late = EvaluateEpochRequest(run_id="run", sequence=2, packet=packet).SerializeToString()
+    answer = asyncio.run(controller.pipeline.evaluate_epoch(late, controller.owner, time.perf_counter() - 2.1))
+    assert EvaluateStepsResponse.FromString(answer).decision.no_action.reason == "budget_exhausted"
 
 
 @pytest.mark.parametrize(

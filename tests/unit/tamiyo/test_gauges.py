@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 
 import pytest
 from prometheus_client import REGISTRY
 
 from esper_rpc.breaker import BreakerConfig
-from esper_rpc.proto.leyline.v1 import CircuitState, SystemStatePacket
+from esper_rpc.proto.leyline.v1 import CircuitState, SeedOperation, SystemStatePacket, TelemetryLevel
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.tamiyo.v1 import RunSeed
+from esper_rpc.telemetry.events import listen
 from esper_servers.policy import sample
+from esper_servers.policy.prior import PriorConfig
+from esper_servers.policy.vocabularies import SCHEDULES
+from esper_servers.tamiyo import warm_up
 from esper_servers.tamiyo.reporting import STEPS_PER_SAMPLE
+from esper_servers.urza.seeding import installed_blueprints
 
 
 def sample_of(name, **labels):
@@ -69,6 +75,61 @@ def test_where_no_blueprint_lives_no_risk_of_one_is_recorded(controller):
     before = sample_of("esper_blueprint_risk_count")
     controller.train(3)
     assert sample_of("esper_blueprint_risk_count") == before
+
+
+def test_blueprints_without_a_sheet_are_shown_and_the_sheets_of_a_new_catalogue_told(controller):
+    names = len(list(installed_blueprints()))
+    assert sample_of("esper_bsds_missing") == names
+    heard = []
+    stop = listen(heard.append)
+    controller.fill_catalogue(colour="red")
+    controller.fill_catalogue(bsds={"risk_score": 0.0})
+    controller.fill_catalogue(bsds={"risk_score": 0.0})
+    stop()
+    assert sample_of("esper_bsds_missing") == 0
+    ((event,),) = (packet.events for packet in heard)
+    assert (event.description, event.level) == ("bsds_present", TelemetryLevel.TELEMETRY_LEVEL_INFO)
+    assert (event.attributes["sheets"], event.attributes["missing"]) == (str(names), "0")
+
+
+@pytest.mark.parametrize(("metrics", "demand"), [({"loss": 0.5}, "nothing"), ({"loss": math.nan}, "pause")])
+def test_what_the_risk_of_a_step_demanded_is_counted(controller, metrics, demand):
+    known = {"gradient_norm": 1.0, "samples_per_s": 4000.0, "hook_latency_ms": 1.0}
+    before = sample_of("esper_risk_demands_total", demand=demand)
+    controller.step(1, **known, **metrics)
+    assert sample_of("esper_risk_demands_total", demand=demand) == before + 1
+
+
+def test_a_graft_is_counted_with_its_method_and_no_other_command_is(controller):
+    def counted():
+        return {method: sample_of("esper_blending_methods_total", method=method) for method in SCHEDULES}
+
+    before, packet = counted(), controller.packet(Stage.SEED_LIFECYCLE_STAGE_TRAINING, loss=0.5, gradient_norm=0.5)
+    for seed in packet.seed_states:
+        seed.metrics["steps_in_stage"] = PriorConfig().training_steps
+    assert controller.step(1, stage=Stage.SEED_LIFECYCLE_STAGE_GERMINATED, loss=0.5, gradient_norm=0.5)
+    assert counted() == before
+    command = controller.decisions.explain(controller.ask(2, packet)).command
+    assert command.seed_operation.operation == SeedOperation.SEED_OPERATION_START_GRAFTING
+    before[command.annotations["blending_method"]] += 1
+    assert counted() == before
+
+
+def test_a_step_on_a_stream_that_gets_an_error_is_counted_when_it_has_left(controller):
+    before = sample_of("esper_steps_refused_total", reason="SEQUENCE_REPLAYED")
+    controller.step(2, loss=0.5)
+    controller.answer(1, SystemStatePacket())
+    controller.answer(1, SystemStatePacket())
+    assert sample_of("esper_steps_refused_total", reason="SEQUENCE_REPLAYED") == before
+    controller.pipeline.report()
+    controller.pipeline.report()
+    assert sample_of("esper_steps_refused_total", reason="SEQUENCE_REPLAYED") == before + 2
+
+
+def test_the_time_of_the_warm_up_is_shown(policy, monkeypatch):
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    warm_up.prepare(policy)
+    assert sample_of("esper_plan_warm_up_seconds") > 0
 
 
 def test_the_losses_of_a_step_are_shown(controller):

@@ -6,17 +6,15 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import structlog
-
 from esper_rpc.breaker import CircuitBreaker
-from esper_rpc.proto.leyline.v1 import CircuitState, FieldReport
+from esper_rpc.proto.leyline.v1 import CircuitState, FieldReport, TelemetryLevel
+from esper_rpc.telemetry.events import Detail, tell_event
 from esper_rpc.telemetry.metrics import observe_report_dropped, observe_report_published, observe_report_retry
+from esper_servers.tamiyo.risk.events import SOURCE
 
 from .config import ReportConfig
 from .publisher import ReportPublisher
 from .report_journal import PendingReport
-
-log = structlog.get_logger(__name__)
 
 _AT_ONCE = {
     CircuitState.CIRCUIT_STATE_CLOSED: 8,
@@ -152,24 +150,19 @@ class Outbox:
 
 
 def tell_drop(report: FieldReport, reason: str, *, attempts: int, error: str) -> None:
-    """Count and log a report that is not handed over any more."""
+    """Count and tell a report that is not handed over any more."""
     observe_report_dropped(reason)
-    log.warning(
-        "field_report_drop",
-        report_id=report.report_id,
-        run_id=report.training_run_id,
-        reason=reason,
-        attempts=attempts,
-        error=error,
-    )
+    _tell("field_report_drop", report, reason, attempts=attempts, error=error)
 
 
 def _tell_retry(pending: _Pending) -> None:
     observe_report_retry()
-    log.warning(
-        "field_report_retry",
-        report_id=pending.report.report_id,
-        run_id=pending.report.training_run_id,
-        attempt=pending.attempts + 1,
-        error=pending.error,
-    )
+    reason = "not_acknowledged" if pending.error == NOT_ACKNOWLEDGED else "not_taken"
+    _tell("field_report_retry", pending.report, reason, attempt=pending.attempts + 1, error=pending.error)
+
+
+def _tell(name: str, report: FieldReport, reason: str, **details: Detail) -> None:
+    tell_event(
+        SOURCE, name, TelemetryLevel.TELEMETRY_LEVEL_WARNING, reason=reason, step_index=None,
+        report_id=report.report_id, run_id=report.training_run_id, **details,
+    )  # fmt: skip

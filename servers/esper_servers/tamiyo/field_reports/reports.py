@@ -4,13 +4,13 @@ import asyncio
 import time
 from collections.abc import Callable
 
-import structlog
-
 from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.errors import NotFound, ResourceExhausted
 from esper_rpc.journal import Journal
-from esper_rpc.proto.leyline.v1 import FieldReport, FieldReportOutcome
+from esper_rpc.proto.leyline.v1 import FieldReport, FieldReportOutcome, TelemetryLevel
+from esper_rpc.telemetry.events import tell_event
 from esper_rpc.telemetry.metrics import tell_pending_reports
+from esper_servers.tamiyo.risk.events import SOURCE
 
 from .config import ReportConfig
 from .observations import Observations
@@ -19,8 +19,6 @@ from .publisher import ReportPublisher
 from .report_journal import ReportJournal
 from .retention import prune
 from .writer import ReportWriter
-
-log = structlog.get_logger(__name__)
 
 
 class FieldReports:
@@ -124,13 +122,11 @@ class FieldReports:
         self._tell_pending(self._journal.pending())
 
     def _on_report(self, report: FieldReport) -> None:
-        log.info(
-            "field_report_synthesised",
-            report_id=report.report_id,
-            run_id=report.training_run_id,
-            outcome=FieldReportOutcome.Name(report.outcome).removeprefix("FIELD_REPORT_OUTCOME_"),
-            epochs=report.observation_window_epochs,
-        )
+        outcome = FieldReportOutcome.Name(report.outcome).removeprefix("FIELD_REPORT_OUTCOME_")
+        tell_event(
+            SOURCE, "field_report_synthesised", TelemetryLevel.TELEMETRY_LEVEL_INFO, reason=outcome,
+            report_id=report.report_id, run_id=report.training_run_id, epochs=report.observation_window_epochs,
+        )  # fmt: skip
         self._tell_pending(self._pending + 1)
         if self._outbox is not None:
             self._outbox.add(report)

@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import structlog
 
-from esper_rpc.proto.leyline.v1 import FieldReport
+from esper_rpc.proto.leyline.v1 import FieldReport, TelemetryLevel
+from esper_rpc.telemetry.events import tell_event
 from esper_rpc.telemetry.metrics import observe_report_dropped
+from esper_servers.tamiyo.risk.events import SOURCE
 
 from .config import ReportConfig
 from .observations import Observation, Observations, RunClosed
@@ -89,7 +91,8 @@ class ReportWriter:
             log.warning("field_report_observations_lost", lost=self._observations.lost - self._told_lost)
             self._told_lost = self._observations.lost
         for reason, count in self._dropped.items():
-            log.warning("field_report_drop", reason=reason, count=count)
+            level = TelemetryLevel.TELEMETRY_LEVEL_WARNING
+            tell_event(SOURCE, "field_report_drop", level, reason=reason, count=count)
         self._dropped.clear()
 
     async def _take_in_one(self, seen: Observation | RunClosed) -> None:

@@ -12,6 +12,7 @@ from esper_rpc.journal import Journal
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import ExplainDecisionResponse, OpenRunRequest, Step, StepLedger
 from esper_rpc.testing import FakeClock
+from esper_servers.tamiyo.choosing import Decided
 from esper_servers.tamiyo.field_reports.config import ReportConfig
 from esper_servers.tamiyo.field_reports.observations import Observations
 from esper_servers.tamiyo.field_reports.report_journal import KEPT, ReportJournal
@@ -64,7 +65,7 @@ class Desk:
         step = Step(run_id=run_id, sequence=1, packet=packet, outcomes=outcomes)
         run = SimpleNamespace(request=OpenRunRequest(run_id=run_id, receiver_epoch=host))
         ledger = StepLedger(total_us=1500)
-        self.observations.note(Reported(step, ledger, "NO_ACTION", verdict.reason, run, verdict))
+        self.observations.note(Reported(step, ledger, "NO_ACTION", Decided(None, verdict.reason), run, verdict))
 
     async def listed(self):
         reports, more = await self.reports.page(1000, "")

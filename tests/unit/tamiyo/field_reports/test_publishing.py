@@ -8,6 +8,8 @@ from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from esper_rpc.errors import Unavailable
+from esper_rpc.proto.leyline.v1 import TelemetryLevel
+from esper_rpc.telemetry.events import listen
 from esper_servers.tamiyo.field_reports.config import ReportConfig
 from esper_servers.tamiyo.field_reports.report_journal import ATTEMPT
 
@@ -63,6 +65,18 @@ async def test_a_report_is_handed_over_and_not_again_when_it_is_acknowledged(des
     assert counted("published") - before == 1
 
 
+async def test_a_report_that_is_written_is_an_event_with_its_outcome_on_the_normal_lane(desk):
+    heard = []
+    stop = listen(heard.append)
+    report = await desk.observe(desk.command())
+    stop()
+    (event,) = (event for packet in heard for event in packet.events)
+    assert (event.description, event.level) == ("field_report_synthesised", TelemetryLevel.TELEMETRY_LEVEL_INFO)
+    assert dict(event.attributes) == {
+        "reason": "SUCCESS", "priority": "NORMAL", "report_id": report.report_id, "run_id": "run", "epochs": "3",
+    }  # fmt: skip
+
+
 async def test_who_is_away_is_asked_again_after_one_second_and_two_more_and_then_no_more(desk, consumer, clock):
     consumer.is_away = True
     report, dropped = await desk.observe(desk.command()), counted("dropped", reason="attempts")
@@ -75,6 +89,9 @@ async def test_who_is_away_is_asked_again_after_one_second_and_two_more_and_then
         ("field_report_drop", "warning", report.report_id),
     ]
     assert [entry.get("attempt") for entry in told] == [2, 3, None]
+    assert [(entry["reason"], entry["priority"]) for entry in told] == [
+        ("not_taken", "NORMAL"), ("not_taken", "NORMAL"), ("attempts", "NORMAL"),
+    ]  # fmt: skip
     assert "Nobody is there" in told[0]["error"]
     assert counted("dropped", reason="attempts") - dropped == 1
     assert await desk.listed() == [report]
@@ -87,6 +104,7 @@ async def test_who_takes_it_and_stays_silent_gets_it_again_after_the_time_for_an
         assert await when_published(desk, clock, 60) == [2, 4]
     assert consumer.seen == [report.command_id] * 3
     assert [entry["error"] for entry in told] == ["it was not acknowledged"] * 3
+    assert [entry["reason"] for entry in told] == ["not_acknowledged", "not_acknowledged", "attempts"]
 
 
 async def test_a_step_of_the_wall_clock_does_not_move_a_retry(start, consumer, clock):

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 import queue
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ class JournalConfig:
     max_bytes: Annotated[int, Range(65_536, 2**40)] = 2 * 1024**3
     queue_records: Annotated[int, Range(1, 10_000_000)] = 65_536
     commit_records: Annotated[int, Range(1, 65_536)] = 512
+    company: Annotated[int, Range(1, 65_536)] = 16
+    """As many records that may wait for company are company enough."""
 
     def __post_init__(self) -> None:
         validate(self)
@@ -170,6 +174,8 @@ class Journal(JournalReader):
         self._config = config or JournalConfig()
         self._kept = sorted(kept)
         self._queue: queue.Queue[_Item] = queue.Queue(self._config.queue_records)
+        self._waiting: deque[_Made] = deque()
+        """For company, before the queue."""
         self.dropped = 0
         self._is_failing = False
         self._made: set[tuple[str, str]] = set()
@@ -185,20 +191,28 @@ class Journal(JournalReader):
 
     def append(self, kind: str, key: str, body: bytes) -> None:
         """Queue a record."""
-        try:
-            self._queue.put_nowait(Record(kind, key, body))
-        except queue.Full:
-            self._lose(1, "queue")
+        self.hand_over()
+        self._enqueue(Record(kind, key, body))
 
-    def append_made(self, make: Callable[[], Sequence[Entry]]) -> None:
-        """Queue what takes long to write down; `make` is called on the writer's thread, in its turn."""
-        try:
-            self._queue.put_nowait(_Made(make))
-        except queue.Full:
-            self._lose(1, "queue")
+    def append_made(self, make: Callable[[], Sequence[Entry]], *, may_wait: bool = False) -> None:
+        """Queue what takes long to write down; `make` is called on the writer's thread, in its turn.
+
+        What `may_wait` does not wake the writer, which makes several in a row and commits them at once for little more
+        than one. It goes with whatever is queued next, with enough of its kind, or with `hand_over`.
+        """
+        self._waiting.append(_Made(make))
+        if not may_wait or len(self._waiting) >= self._config.company:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Have the writer take what waits for company."""
+        with contextlib.suppress(IndexError):  # Another thread may hand over too.
+            while self._waiting:
+                self._enqueue(self._waiting.popleft())
 
     def flush(self) -> None:
         """Wait until everything queued so far is on the disk."""
+        self.hand_over()
         request = _Flush(threading.Event())
         self._queue.put(request)
         # A journal that was closed beside this call has nobody left who would answer.
@@ -224,9 +238,16 @@ class Journal(JournalReader):
     def close(self) -> None:
         """Write what is queued and end."""
         if self._writer.is_alive():
+            self.hand_over()
             self._queue.put(None)
             self._writer.join()
             self._writer_connection.close()
+
+    def _enqueue(self, item: Record | _Made) -> None:
+        try:
+            self._queue.put_nowait(item)
+        except queue.Full:
+            self._lose(1, "queue")
 
     def _write(self) -> None:
         while True:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 import uuid
 
 import pytest
 from typer.testing import CliRunner
 
 from esper_client import TamiyoClient
-from esper_rpc.journal import Journal
+from esper_rpc.journal import Journal, JournalReader
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import EvaluateStepRequest, ExplainDecisionRequest, OpenRunRequest, Step
 from esper_servers.cli import app
 from esper_servers.cli.home import Home
 from esper_servers.cli.processes import Supervisor
 from esper_servers.policy import sample
+from esper_servers.tamiyo.records.decisions import KIND
 
 GERMINATED = SeedLifecycleStage.SEED_LIFECYCLE_STAGE_GERMINATED
 
@@ -35,14 +37,14 @@ def command_id(mesh):
     return asyncio.run(decide(mesh.home))
 
 
-async def decide(home):
+async def decide(home, run_id="run"):
     """Open a run whose seeds are due for training, and ask one step."""
     packet = SystemStatePacket(training_metrics={"loss": 0.5}, seed_states=sample.sample_states(GERMINATED))
     opened = OpenRunRequest(
-        run_id="run", protocol_versions=[2], receiver_epoch=bytes(16), features=["seed"],
+        run_id=run_id, protocol_versions=[2], receiver_epoch=bytes(16), features=["seed"],
         sites=sample.sample_sites(), seeds=sample.sample_seeds(),
     )  # fmt: skip
-    asked = EvaluateStepRequest(step=Step(run_id="run", sequence=1, budget_us=5_000_000, packet=packet))
+    asked = EvaluateStepRequest(step=Step(run_id=run_id, sequence=1, budget_us=5_000_000, packet=packet))
     async with TamiyoClient(home.address("tamiyo"), identity=home.identity("trainer")) as client:
         await client.open_run(opened)
         return (await client.evaluate_step(asked)).decision.command.nonce
@@ -108,6 +110,15 @@ def test_replay_is_identical_also_by_a_controller_that_was_killed_and_started_ag
     mesh.restart("tamiyo")
     result = esper(mesh, "replay", command_id, "--json")
     assert (result.exit_code, json.loads(result.stdout)) == (0, {"identical": True, "differences": []})
+
+
+def test_a_decision_is_on_the_disk_soon_though_nobody_asks(mesh):
+    command_id = asyncio.run(decide(mesh.home, "silent"))
+    reader = JournalReader(mesh.home.state_dir("tamiyo") / "journal.sqlite")
+    deadline = time.monotonic() + 10
+    while reader.find(KIND, command_id) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_replay_names_what_differs_and_exits_with_1(mesh, command_id):

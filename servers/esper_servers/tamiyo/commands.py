@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import time
 import uuid
+from collections.abc import Mapping
 
 import orjson
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from esper_rpc.envelope import Keyring, sign
 from esper_rpc.envelope.verification import COMMAND_TYPE
@@ -13,6 +16,7 @@ from esper_rpc.proto.leyline.v1 import (
     CommandType,
     HandlingClass,
     HazardBand,
+    MessagePriority,
     SeedOperation,
     SignedEnvelope,
 )
@@ -30,22 +34,25 @@ from .run_state import RunState
 PAUSE_UNITS_MS = 100
 COVERAGE_KEYS = 32
 MOST_COVERAGES = 256
+# An enum looks its names up each time.
+_PRIORITY_NAMES = {priority: name_of(priority) for priority in MessagePriority.values()}
+_BAND_NAMES = {number: name.removeprefix("HAZARD_BAND_") for name, number in HazardBand.items()}
+_HANDLING_NAMES = {number: name.removeprefix("HANDLING_CLASS_") for name, number in HandlingClass.items()}
 
 
 def build_command(
     run: RunState, choice: Choice, *, reason: str, policy_version: str, verdict: Verdict
 ) -> AdaptationCommand:
     """Write the command of a choice, with the annotations that operators read."""
-    command = AdaptationCommand(version=1, command_id=str(uuid.uuid4()), issued_by="tamiyo", execution_deadline_ms=5)
-    command.issued_at.GetCurrentTime()
-    command.annotations["reason"] = reason
-    command.annotations["priority"] = name_of(priority_of(verdict))
-    command.annotations["step_index"] = str(run.global_step)
-    command.annotations["policy_version"] = policy_version
-    for name, text in _coverage_texts(run.graph.coverage()):
-        command.annotations[name] = text
-    command.annotations["risk_score"] = f"{verdict.score:.4f}"
-    command.annotations["risk_map"] = orjson.dumps({n: round(r.score, 4) for n, r in verdict.readings.items()}).decode()
+    seconds, nanos = divmod(time.time_ns(), 10**9)
+    command = AdaptationCommand(
+        version=1,
+        command_id=str(uuid.uuid4()),
+        issued_by="tamiyo",
+        issued_at=Timestamp(seconds=seconds, nanos=nanos),
+        execution_deadline_ms=5,
+        annotations=_annotations(run, reason, policy_version, verdict),
+    )
     if choice.kind == schema.KIND_SEED:
         _write_seed_operation(command, run, choice)
     elif choice.kind == schema.KIND_OPTIMIZER:
@@ -58,15 +65,27 @@ def build_command(
     return command
 
 
+def _annotations(run: RunState, reason: str, policy_version: str, verdict: Verdict) -> dict[str, str]:
+    return {
+        "reason": reason,
+        "priority": _PRIORITY_NAMES[priority_of(verdict)],
+        "step_index": str(run.global_step),
+        "policy_version": policy_version,
+        "risk_score": f"{verdict.score:.4f}",
+        "risk_map": orjson.dumps({n: round(r.score, 4) for n, r in verdict.readings.items()}).decode(),
+        **_coverage_texts(run.graph.coverage()),
+    }
+
+
 @functools.lru_cache(maxsize=MOST_COVERAGES)
-def _coverage_texts(coverage: Coverage) -> tuple[tuple[str, str], ...]:
+def _coverage_texts(coverage: Coverage) -> Mapping[str, str]:
     """What is known of a run is the same at most of its commands, and takes longer to write than to sign."""
     least_known = dict(itertools.islice(coverage.features.items(), COVERAGE_KEYS))
-    return (
-        ("feature_coverage", f"{coverage.overall:.4f}"),
-        ("coverage_types", orjson.dumps(coverage.types).decode()),
-        ("coverage_map", orjson.dumps(least_known).decode()),
-    )
+    return {
+        "feature_coverage": f"{coverage.overall:.4f}",
+        "coverage_types": orjson.dumps(coverage.types).decode(),
+        "coverage_map": orjson.dumps(least_known).decode(),
+    }
 
 
 def _write_seed_operation(command: AdaptationCommand, run: RunState, choice: Choice) -> None:
@@ -89,11 +108,9 @@ def _write_seed_operation(command: AdaptationCommand, run: RunState, choice: Cho
 def _annotate_hazard(command: AdaptationCommand, blueprint: BlueprintCandidate) -> None:
     """Tell what the safety data sheet of a blueprint says, where there is one."""
     if blueprint.hazard_band:
-        band = HazardBand.Name(blueprint.hazard_band).removeprefix("HAZARD_BAND_")
-        command.annotations["bsds_hazard_band"] = band
+        command.annotations["bsds_hazard_band"] = _BAND_NAMES[blueprint.hazard_band]
     if blueprint.handling_class:
-        handling = HandlingClass.Name(blueprint.handling_class).removeprefix("HANDLING_CLASS_")
-        command.annotations["bsds_handling_class"] = handling
+        command.annotations["bsds_handling_class"] = _HANDLING_NAMES[blueprint.handling_class]
     if blueprint.bsds_risk is not None:
         command.annotations["bsds_risk"] = f"{blueprint.bsds_risk:.4f}"
 

@@ -57,6 +57,9 @@ from .stopwatch import Stopwatch
 EPOCH_BUDGET_SECONDS = 2.0
 Request = TypeVar("Request", EvaluateStepsRequest, EvaluateEpochRequest)
 FetchRun = Callable[[str, str], Awaitable[None]]
+# An enum looks its names up each time.
+_COMMAND_KINDS = {number: name.removeprefix("COMMAND_TYPE_") for name, number in CommandType.items()}
+_OPERATION_KINDS = {number: name.removeprefix("SEED_OPERATION_") for name, number in SeedOperation.items()}
 GREETING_ANSWER = EvaluateStepsResponse(decision=StepDecision()).SerializeToString()
 
 
@@ -381,10 +384,10 @@ class StepPipeline:
     def _issued(self, run: RunState, command: AdaptationCommand) -> str:
         """Note a command; returns what kind it is."""
         run.commands += 1
-        kind = CommandType.Name(command.command_type).removeprefix("COMMAND_TYPE_")
+        kind = _COMMAND_KINDS[command.command_type]
         if command.command_type == CommandType.COMMAND_TYPE_SEED:
             operation = command.seed_operation.operation
-            kind = SeedOperation.Name(operation).removeprefix("SEED_OPERATION_")
+            kind = _OPERATION_KINDS[operation]
             if operation == SeedOperation.SEED_OPERATION_GERMINATE:
                 run.germinated_at = run.steps
                 run.planted[command.target_seed_id] = command.seed_operation.blueprint_id

@@ -20,6 +20,7 @@ from .server_config import TamiyoServerConfig
 JOURNAL = "journal.sqlite"
 RENEWAL_SECONDS = 0.25
 DUMP_SECONDS = 0.25
+RECORD_SECONDS = 0.25
 
 
 class StepParts:
@@ -50,6 +51,7 @@ class StepParts:
         """Have the server do what is to be done again and again."""
         server.every(RENEWAL_SECONDS, self.pipeline.renew_graphs)
         server.every(DUMP_SECONDS, self.dumps.catch_up)
+        server.every(RECORD_SECONDS, self.decisions.hand_over)
 
     async def tell_queues(self) -> None:
         """Show how many steps and records wait; to be called again and again."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from weakref import WeakKeyDictionary
 
 from esper_rpc.errors import FailedPrecondition, NotFound
@@ -63,8 +64,12 @@ class DecisionLog(DecisionRecords):
         self._digests: WeakKeyDictionary[RunGraph, bytes] = WeakKeyDictionary()
 
     def record(self, evidence: Evidence) -> None:
-        """Queue a record; it is written down on the journal's thread."""
-        self._journal.append_made(lambda: self._records(evidence))
+        """Have a record written down on the journal's thread, together with others; `hand_over` bounds how long."""
+        self._journal.append_made(partial(self._records, evidence), may_wait=True)
+
+    async def hand_over(self) -> None:
+        """Have what waits for company written down; to be called again and again."""
+        self._journal.hand_over()
 
     def flush(self) -> None:
         """Wait until everything that was recorded is on the disk."""
@@ -83,5 +88,5 @@ class DecisionLog(DecisionRecords):
             digest = self._digests[evidence.graph] = digest_of(body)
             if not self._journal.holds(STRUCTURE, digest.hex()):
                 records.append(Record(STRUCTURE, digest.hex(), body))
-        body = evidence.record(digest).SerializeToString()
+        body = evidence.write(digest)
         return [*records, Record(KIND, evidence.key, body)]

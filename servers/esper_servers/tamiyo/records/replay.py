@@ -139,8 +139,8 @@ def _again(
 
 def _recorded(evidence: DecisionEvidence) -> PolicyOutput:
     arrays = {name: read_array(array) for name, array in evidence.outputs.items()}
-    if set(arrays) != OUTPUT_NAMES:
-        others = ", ".join(sorted(OUTPUT_NAMES ^ set(arrays)))
+    if arrays.keys() != set(OUTPUT_NAMES):
+        others = ", ".join(sorted(set(OUTPUT_NAMES) ^ set(arrays)))
         raise FailedPrecondition(
             f"Another version recorded this decision, whose policies had other heads ({others}).",
             reason="NOT_REPLAYABLE",

@@ -162,6 +162,7 @@ class StepProcess:
     async def tell_observations(self) -> None:
         """Tell the first process, which writes the field reports, what steps told of their runs."""
         observations = self.parts.pipeline.observations
+        await self.parts.decisions.hand_over()  # The first process looks up the commands that they are about.
         while len(observations):
             watched = await self.link.call("observe", list(observations.take(MOST_TOLD)))
             observations.watch_only(watched)

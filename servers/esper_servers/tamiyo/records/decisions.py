@@ -88,5 +88,5 @@ class DecisionLog(DecisionRecords):
             digest = self._digests[evidence.graph] = digest_of(body)
             if not self._journal.holds(STRUCTURE, digest.hex()):
                 records.append(Record(STRUCTURE, digest.hex(), body))
-        body = evidence.write(digest)
+        body = evidence.record(digest).SerializeToString()
         return [*records, Record(KIND, evidence.key, body)]

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +14,11 @@ from esper_rpc.proto.tamiyo.v1 import (
     DecisionEvidence,
     ExplainDecisionResponse,
     OpenRunRequest,
+    RiskVerdict,
+    SignalReading,
     StepLedger,
 )
+from esper_servers.policy import schema
 from esper_servers.policy.graph import RunGraph
 from esper_servers.policy.masks import Masks
 from esper_servers.policy.policy import Policy, PolicyOutput
@@ -23,17 +26,15 @@ from esper_servers.policy.prior import PriorConfig, RunSignals
 from esper_servers.tamiyo.choosing import Decided
 from esper_servers.tamiyo.risk.config import RiskConfig
 from esper_servers.tamiyo.risk.engine import Verdict
+from esper_servers.tamiyo.risk.reading import DEMAND_NAMES, Reading
 from esper_servers.tamiyo.run_state import RunState
 
 from .arrays import Array, write_arrays
-from .fields import write_field, write_numbers, write_texts
 from .memory import Memory
-from .verdicts import write_verdict
 
 _SIGNALS = tuple(field.name for field in dataclasses.fields(RunSignals))
-_MASKS = tuple(field.name for field in dataclasses.fields(Masks))
-OUTPUT_NAMES = tuple(field.name for field in dataclasses.fields(PolicyOutput) if field.name not in {"plan", "batch_size"})
-_read_signals = attrgetter(*_SIGNALS)
+_NO_ARRAYS = frozenset({"plan", "batch_size"})
+OUTPUT_NAMES = frozenset(field.name for field in dataclasses.fields(PolicyOutput)) - _NO_ARRAYS
 RUNTIME = f"torch {torch.__version__}"
 
 
@@ -80,43 +81,28 @@ class Evidence:
         return self.command.command_id if self.command else key_of_step(self.request.run_id, self.sequence)
 
     def record(self, structure_digest: bytes) -> ExplainDecisionResponse:
-        """Return what is written down."""
-        return ExplainDecisionResponse.FromString(self.write(structure_digest))
-
-    def write(self, structure_digest: bytes) -> bytes:
-        """Write it down as an ExplainDecisionResponse; takes too long for the step path."""
-        head = ExplainDecisionResponse(reason=self.decided.reason, policy_version=self.policy_version)
-        record = ExplainDecisionResponse
-        return b"".join((
-            head.SerializeToString(),
-            write_field(record.COMMAND_FIELD_NUMBER, self.command.SerializeToString()) if self.command else b"",
-            write_field(record.PACKET_FIELD_NUMBER, self.packet.SerializeToString()),
-            write_field(record.LEDGER_FIELD_NUMBER, self.ledger.SerializeToString()),
-            write_field(record.EVIDENCE_FIELD_NUMBER, self._evidence(structure_digest)),
-        ))  # fmt: skip
-
-    def _evidence(self, structure_digest: bytes) -> bytes:
-        head = DecisionEvidence(
+        """Write it down; takes too long for the step path."""
+        evidence = DecisionEvidence(
             run_id=self.request.run_id,
             structure_digest=structure_digest,
             policy_digest=self.policy_digest,
             plan=self.decided.output.plan if self.decided.output else "",
             runtime=RUNTIME,
             conservative=self.conservative,
+            settings=settings_of(self.risk, self.prior),
+            memory=self.memory.numbers(),
+            signals={name: float(getattr(self.signals, name)) for name in _SIGNALS},
+            verdict=_verdict(self.verdict),
+            features=write_arrays(self.features),
+            masks=write_arrays(_fields(self.decided.masks)),
+            outputs=write_arrays(_fields(self.decided.output)),
             batch_size=self.decided.batch_size,
+            planted={seed_id: blueprint_id for seed_id, blueprint_id in self.planted.items() if blueprint_id},
         )
-        evidence = DecisionEvidence
-        return b"".join((
-            head.SerializeToString(),
-            _settings(self.risk, self.prior),
-            write_numbers(evidence.MEMORY_FIELD_NUMBER, self.memory.numbers().items()),
-            write_numbers(evidence.SIGNALS_FIELD_NUMBER, zip(_SIGNALS, _read_signals(self.signals), strict=True)),
-            write_field(evidence.VERDICT_FIELD_NUMBER, write_verdict(self.verdict)),
-            write_arrays(evidence.FEATURES_FIELD_NUMBER, self.features.items()),
-            write_arrays(evidence.MASKS_FIELD_NUMBER, _arrays_of(self.decided.masks, _MASKS)),
-            write_arrays(evidence.OUTPUTS_FIELD_NUMBER, _arrays_of(self.decided.output, OUTPUT_NAMES)),
-            write_texts(evidence.PLANTED_FIELD_NUMBER, {seed: name for seed, name in self.planted.items() if name}),
-        ))  # fmt: skip
+        return ExplainDecisionResponse(
+            command=self.command, packet=self.packet, reason=self.decided.reason,
+            policy_version=self.policy_version, ledger=self.ledger, evidence=evidence,
+        )  # fmt: skip
 
 
 def key_of_step(run_id: str, sequence: int) -> str:
@@ -131,11 +117,26 @@ def settings_of(risk: RiskConfig, prior: PriorConfig) -> Mapping[str, float]:
     return {f"{section}.{key}": float(value) for section, values in named.items() for key, value in values.items()}
 
 
-@functools.cache
-def _settings(risk: RiskConfig, prior: PriorConfig) -> bytes:
-    return write_numbers(DecisionEvidence.SETTINGS_FIELD_NUMBER, settings_of(risk, prior).items())
+def _verdict(verdict: Verdict) -> RiskVerdict:
+    kinds = schema.KIND_NAMES
+    return RiskVerdict(
+        allowed_kinds=[name for name, is_allowed in zip(kinds, verdict.allowed, strict=True) if is_allowed],
+        forced_kind="" if verdict.forced is None else kinds[verdict.forced],
+        reason=verdict.reason,
+        demand=DEMAND_NAMES[verdict.demand],
+        score=verdict.score,
+        readings={name: _reading(reading) for name, reading in verdict.readings.items()},
+        holds=verdict.holds,
+    )
 
 
-def _arrays_of(value: Masks | PolicyOutput | None, names: tuple[str, ...]) -> list[tuple[str, Array]]:
+def _reading(reading: Reading) -> SignalReading:
+    return SignalReading(demand=DEMAND_NAMES[reading.demand], score=reading.score, reason=reading.reason)
+
+
+def _fields(value: Masks | PolicyOutput | None) -> dict[str, Any]:
     """The arrays of a dataclass by name; a number becomes an array too."""
-    return [] if value is None else [(name, np.asarray(getattr(value, name))) for name in names]
+    if value is None:
+        return {}
+    fields = (field.name for field in dataclasses.fields(value) if field.name not in _NO_ARRAYS)
+    return {name: np.asarray(getattr(value, name)) for name in fields}

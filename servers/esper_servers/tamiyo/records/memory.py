@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -12,10 +11,6 @@ _WINDOW = ("fast", "slow", "variance", "last")
 _RISK = ("slow_hooks", "high_steps", "adjusted")
 _STEPS = ("steps", "germinated_at", "optimizer_at", "paused_at")
 _read_window, _read_risk, _read_steps = attrgetter(*_WINDOW), attrgetter(*_RISK), attrgetter(*_STEPS)
-_NAMES = (
-    *(f"loss.{name}" for name in _WINDOW), *(f"gradient.{name}" for name in _WINDOW),
-    *(f"risk.{name}" for name in _RISK), *_STEPS,
-)  # fmt: skip
 Numbers = tuple[float | None, ...]
 
 
@@ -56,11 +51,13 @@ class Memory:
 
     def numbers(self) -> dict[str, float]:
         """Write it by name; what was never seen is left out."""
-        values = zip(_NAMES, (*self.loss, *self.gradient, *self.risk, *self.steps), strict=True)
-        named = {name: float(value) for name, value in values if value is not None}
-        for name, moments in self.moments.items():
-            named.update(zip(_moment_names(name), moments, strict=True))
-        return named
+        named = {f"loss.{name}": value for name, value in zip(_WINDOW, self.loss, strict=True)}
+        named |= {f"gradient.{name}": value for name, value in zip(_WINDOW, self.gradient, strict=True)}
+        named |= {f"risk.{name}": value for name, value in zip(_RISK, self.risk, strict=True)}
+        named |= dict(zip(_STEPS, self.steps, strict=True))
+        for name, (mean, variance) in self.moments.items():
+            named |= {f"norms.{name}.mean": mean, f"norms.{name}.variance": variance}
+        return {name: float(value) for name, value in named.items() if value is not None}
 
     def give_to(self, run: RunState) -> None:
         """Make a run remember this and nothing else."""
@@ -71,11 +68,6 @@ class Memory:
         for name, steps in zip(_STEPS, self.steps, strict=True):
             setattr(run, name, steps)
         run.graph.norms.moments.update(self.moments)
-
-
-@functools.cache
-def _moment_names(name: str) -> tuple[str, str]:
-    return f"norms.{name}.mean", f"norms.{name}.variance"
 
 
 def _window_of(numbers: Mapping[str, float], name: str) -> Numbers:

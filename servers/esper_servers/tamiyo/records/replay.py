@@ -14,9 +14,9 @@ from esper_rpc.errors import FailedPrecondition
 from esper_rpc.journal import JournalReader
 from esper_rpc.proto.leyline.v1 import AdaptationCommand
 from esper_rpc.proto.tamiyo.v1 import DecisionEvidence, ExplainDecisionResponse, NumberArray, RunStructure
-from esper_servers.policy import checkpoint, plan_package
+from esper_servers.policy import checkpoint, cuda_plan, plan_package
 from esper_servers.policy.graph import GraphInputs
-from esper_servers.policy.policy import Policy, PolicyOutput
+from esper_servers.policy.policy import CUDA, Policy, PolicyOutput
 from esper_servers.policy.prior import PriorConfig
 from esper_servers.tamiyo import choosing
 from esper_servers.tamiyo.choosing import UNDECIDED, Decided
@@ -161,8 +161,14 @@ def _skipped(recorded: DecisionEvidence, now: DecisionEvidence) -> AbstractSet[s
     skipped = DRAWN | {BATCH_SIZE} if same_batch else DRAWN
     if not recorded.plan or not now.plan or (recorded.plan == now.plan and same_batch):
         return skipped
-    tolerance = BATCH_TOLERANCE if recorded.plan == now.plan else TOLERANCE
+    tolerance = _tolerance_between(recorded.plan, now.plan)
     return skipped | {OUTPUTS} if _are_near(recorded.outputs, now.outputs, tolerance) else skipped
+
+
+def _tolerance_between(recorded: str, now: str) -> float:
+    if recorded == now:
+        return BATCH_TOLERANCE
+    return cuda_plan.TOLERANCE if CUDA in (recorded, now) else TOLERANCE
 
 
 def _are_near(ours: Mapping[str, NumberArray], theirs: Mapping[str, NumberArray], tolerance: float) -> bool:

@@ -22,6 +22,7 @@ from esper_servers.policy import plan_package
 from esper_servers.policy.compiled_plan import plan_inputs
 from esper_servers.policy.policy import Policy
 from esper_servers.tamiyo import plan_switch
+from esper_servers.tamiyo.plan_check import sample_inputs
 from esper_servers.tamiyo.plan_switch import PlanConfig, PlanSwitch
 
 # A build takes half a minute of an idle core; anything that takes this long hangs.
@@ -65,12 +66,12 @@ def test_a_plan_is_built_while_the_eager_one_serves_and_serves_the_weights_of_an
 
 def test_both_ways_to_call_the_code_compute_the_same_bits(package):
     policy = Policy.initial()
-    code, tensors = plan_package.load(package, policy.network), plan_inputs(plan_switch._sample_inputs())
+    code, tensors = plan_package.load(package, policy.network), plan_inputs(sample_inputs())
     assert all(torch.equal(a, b) for a, b in zip(code(tensors), code.compute_beside(tensors), strict=True))
 
 
 def test_the_code_leaves_the_interpreter_to_others_when_told_to_and_only_then(package, interpreter_is_kept):
-    code, tensors = plan_package.load(package, Policy.initial().network), plan_inputs(plan_switch._sample_inputs())
+    code, tensors = plan_package.load(package, Policy.initial().network), plan_inputs(sample_inputs())
     counted, is_over = itertools.count(), threading.Event()
 
     def count():
@@ -105,7 +106,7 @@ def interpreter_is_kept():
 
 
 def test_the_code_says_what_is_wrong_with_its_inputs(package):
-    code, tensors = plan_package.load(package, Policy.initial().network), plan_inputs(plan_switch._sample_inputs())
+    code, tensors = plan_package.load(package, Policy.initial().network), plan_inputs(sample_inputs())
     with pytest.raises(RuntimeError, match=f"takes {len(tensors)} tensors, not {len(tensors) - 1}"):
         code(tensors[:-1])
     with pytest.raises(RuntimeError, match="API call failed"):

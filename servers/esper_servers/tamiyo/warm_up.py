@@ -23,6 +23,7 @@ def prepare(policy: Policy) -> None:
     signals = RunSignals(
         steps=0, steps_since_germination=0, loss_trend=0.0, loss_volatility=0.0, steps_since_optimizer=0
     )
+    policy.warm_up(graph.inputs)
     for _ in range(WARM_UP_STEPS):
         policy.evaluate(graph.fill(SystemStatePacket(seed_states=states)), states, signals)
     gc.collect()

@@ -87,7 +87,12 @@ class HeldRuns:
     async def _structure(self, request: OpenRunRequest) -> Structure:
         version, candidates = self._blueprints.version, self._blueprints.candidates(request.sites)
         with giving_way():  # The steps of others go on.
-            return version, candidates, await asyncio.to_thread(build_graph, request, candidates)
+            return version, candidates, await asyncio.to_thread(self._build, request, candidates)
+
+    def _build(self, request: OpenRunRequest, candidates: list[BlueprintCandidate]) -> RunGraph:
+        graph = build_graph(request, candidates)
+        self._pipeline.policy.prepare(graph.inputs)
+        return graph
 
     def _take_in(
         self,

@@ -82,7 +82,7 @@ RISK_DEMANDS = Counter("esper_risk_demands", "Steps that were judged, by what th
 BSDS_HAZARDS = Counter("esper_bsds_hazards", "Steps beside a blueprint that its sheet warns of.", ["band"])
 
 PLAN_COMPILED = Gauge("esper_plan_compiled", "Whether the compiled plan is served.", multiprocess_mode=LATEST)
-PLAN_FALLBACKS = Counter("esper_plan_fallbacks", "Times that the eager plan was served although another was wanted.")
+PLAN_FALLBACKS = Counter("esper_plan_fallbacks", "Times that a plan was wanted and another had to serve.")
 
 STEP_PART = Histogram(
     "esper_step_part_seconds", "Where the time of a step went at the trainer.", ["part"], buckets=LATENCY_BUCKETS
@@ -231,6 +231,26 @@ def _warm_up_seconds() -> Gauge:
     """Made where a plan serves, as above."""
     purpose = "How long the plan that serves at the start was warmed up."
     return Gauge("esper_plan_warm_up_seconds", purpose, multiprocess_mode=LATEST)
+
+
+def tell_device(peak_bytes: int, budget_bytes: int, parts_us: Mapping[str, float]) -> None:
+    """Show what the plan takes of its device: memory, and the time of the parts of the step computed last."""
+    memory, seconds = _device_gauges()
+    memory.labels("peak").set(peak_bytes)
+    memory.labels("budget").set(budget_bytes)
+    for part, microseconds in parts_us.items():
+        seconds.labels(part).set(microseconds / 1e6)
+
+
+@cache
+def _device_gauges() -> tuple[Gauge, Gauge]:
+    """Made where a device serves, as above."""
+    memory = "The most memory of its device that the plan took, and may take."
+    seconds = "Where the time of the last step went on the device."
+    return (
+        Gauge("esper_plan_device_memory_bytes", memory, ["kind"], multiprocess_mode=LATEST),
+        Gauge("esper_plan_device_part_seconds", seconds, ["part"], multiprocess_mode=LATEST),
+    )
 
 
 def observe_conservative(scope: str, cause: str) -> None:

@@ -25,6 +25,7 @@ from esper_servers.policy.compiled_plan import plan_inputs
 from esper_servers.policy.edge_scores import EdgeScores
 from esper_servers.policy.policy import Policy
 from esper_servers.tamiyo import plan_switch
+from esper_servers.tamiyo.plan_check import sample_inputs
 from esper_servers.tamiyo.plan_switch import PlanConfig, PlanSwitch
 
 # A build takes half a minute of an idle core; anything that takes this long hangs.
@@ -67,7 +68,7 @@ def test_a_plan_is_built_while_the_eager_one_serves_and_serves_the_weights_of_an
 
 
 def tensors_for(policy):
-    return plan_inputs(plan_switch._sample_inputs(), EdgeScores(policy.network))
+    return plan_inputs(sample_inputs(), EdgeScores(policy.network))
 
 
 def test_both_ways_to_call_the_code_compute_the_same_bits(package):

@@ -80,6 +80,8 @@ def _print(document: dict[str, Any]) -> None:
         return
     policy = document["policy"]
     typer.echo(f"Policy {policy['policy_version']} ({policy['plan']} plan), {policy.get('origin', '')}")
+    if tamiyo.get("plan_problem"):
+        typer.echo(f"A plan that is wanted does not serve: {tamiyo['plan_problem']}")
     if tamiyo.get("conservative_mode"):
         typer.echo(f"Conservative mode: {tamiyo['conservative_reason']}")
     runs = [{"run": r["run_id"], "step": r.get("global_step", 0), "owner": r["owner"]} for r in tamiyo.get("runs", [])]

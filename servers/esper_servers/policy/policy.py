@@ -12,16 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from esper_rpc.proto.leyline.v1 import SeedState
+from esper_rpc.telemetry.metrics import PLAN_FALLBACKS
 
 from . import parameters, prior
 from .compiled_plan import CompiledPlan, Package
+from .cuda_plan import CudaPlan, DeviceUse
 from .graph import GraphInputs
 from .network import Heads, NetworkConfig, PolicyNetwork
 from .plan import FusedPlan
 from .prior import Bonus, PriorConfig, RunSignals
 
 ARCHITECTURE_VERSION = "gnn_v1"
-EAGER, COMPILED = "eager", "compiled"
+EAGER, COMPILED, CUDA = "eager", "compiled", "cuda"
 log = structlog.get_logger(__name__)
 
 
@@ -38,7 +40,7 @@ class PolicyOutput:
     parameters: NDArray[np.float32]
     """Within their bounds, in the order of `schema.PARAMETER_NAMES`."""
     plan: str = EAGER
-    """Which plan computed it: also under a compiled one it may be `eager`, for large graphs."""
+    """Which plan computed it: also under another it may be `eager`, for large graphs or those not prepared yet."""
     batch_size: int = 1
     """How many graphs were computed in the same pass."""
 
@@ -77,6 +79,9 @@ class Policy:
         self.prior = prior_config
         self._eager = FusedPlan(network)
         self._compiled: CompiledPlan | None = None
+        self._cuda: CudaPlan | None = None
+        self.plan_problem = ""
+        """Why another plan is served than the one that is wanted."""
         self.digest = digest_of(network.state_dict())
         self.parameter_count = sum(p.numel() for p in network.parameters())
 
@@ -116,13 +121,12 @@ class Policy:
         ]
 
     def can_share(self, inputs: GraphInputs) -> bool:
-        """Whether this graph gains by a pass with others; a compiled plan does not: dispatch is little of its time."""
-        return self._compiled is None and self._eager.can_share(inputs)
+        """Whether this graph gains by a pass with others; only the eager plan does: dispatch is most of its time."""
+        return self.plan == EAGER and self._eager.can_share(inputs)
 
     def can_run_beside(self, inputs: GraphInputs) -> bool:
         """Whether other threads can use the interpreter while this graph is evaluated."""
-        compiled = self._compiled
-        return compiled is not None and compiled.covers(inputs)
+        return any(plan is not None and plan.covers(inputs) for plan in (self._cuda, self._compiled))
 
     def evaluate_again(
         self, inputs: GraphInputs, seeds: Sequence[SeedState], signals: RunSignals, prior_config: PriorConfig, plan: str
@@ -139,19 +143,44 @@ class Policy:
 
     def warm_up(self, inputs: GraphInputs) -> None:
         """Lay a graph out before the first step on it; on any thread, until this policy is served."""
+        self.prepare(inputs)
         with torch.inference_mode():
             self._heads(inputs)
 
-    def lay_out(self, inputs: GraphInputs) -> None:
-        """Prepare for a graph without computing anything; on any thread."""
-        compiled = self._compiled
+    def prepare(self, inputs: GraphInputs) -> None:
+        """Lay a graph out for the plan that serves, also on a device, before its first step; on any thread."""
+        compiled, cuda = self._compiled, self._cuda
         if compiled is None or not compiled.covers(inputs):
             self._eager.lay_out(inputs)
+        if cuda is not None:
+            try:
+                cuda.prepare(inputs)
+            except RuntimeError as error:
+                self._tell_failure("graph_not_prepared", error)
+
+    @property
+    def missed(self) -> GraphInputs | None:
+        """A graph that was asked for and is still to be prepared."""
+        cuda = self._cuda
+        return None if cuda is None else cuda.missed
 
     @property
     def plan(self) -> str:
-        """Which form of the network is served: `eager` or `compiled`."""
-        return EAGER if self._compiled is None else COMPILED
+        """Which form of the network is served: `eager`, `compiled` or `cuda`."""
+        if self._cuda is not None:
+            return CUDA
+        return COMPILED if self.has_compiled else EAGER
+
+    @property
+    def has_compiled(self) -> bool:
+        """Whether a package serves what no device does."""
+        return self._compiled is not None
+
+    @property
+    def device_use(self) -> DeviceUse | None:
+        """What is taken of the device that serves."""
+        cuda = self._cuda
+        return None if cuda is None else cuda.use
 
     def serve_compiled(self, package: Package) -> None:
         """Serve a package from the next step on."""
@@ -160,25 +189,49 @@ class Policy:
     def _by_package(self, package: Package) -> CompiledPlan:
         return CompiledPlan(package, self._eager, self._eager.edge_scores)
 
+    def serve_on_device(self, plan: CudaPlan) -> None:
+        """Serve from the next step on what is prepared on a device; all else as before."""
+        self._cuda = plan
+
     def serve_eager(self) -> None:
         """Serve the eager plan from the next step on."""
-        self._compiled = None
+        self._cuda = self._compiled = None
 
     def _heads(self, inputs: GraphInputs, *, beside: bool = False) -> tuple[Heads, str]:
         """The heads, and the plan that computed them."""
+        heads = self._heads_of_device(inputs)
+        if heads is not None:
+            return heads, CUDA
         compiled = self._compiled  # Read once: another thread sets it.
         if compiled is None:
             return self._eager(inputs), EAGER
         try:
             return _by(compiled, inputs, beside=beside)
         except RuntimeError as error:
-            log.error("compiled_plan_failed", error=str(error)[:200], priority="HIGH")
-            self.serve_eager()
+            self._tell_failure("compiled_plan_failed", error)
+            self._compiled = None
             return self._eager(inputs), EAGER
+
+    def _heads_of_device(self, inputs: GraphInputs) -> Heads | None:
+        cuda = self._cuda
+        if cuda is None:
+            return None
+        try:
+            return cuda(inputs)
+        except RuntimeError as error:  # Out of memory too.
+            self._tell_failure("cuda_plan_failed", error)
+            self._cuda = None
+            return None
+
+    def _tell_failure(self, event: str, error: RuntimeError) -> None:
+        self.plan_problem = f"{event}: {str(error)[:200]}"
+        PLAN_FALLBACKS.inc()
+        log.error(event, error=str(error)[:200], priority="HIGH")
 
     def _heads_again(self, inputs: GraphInputs, plan: str) -> tuple[Heads, str]:
         compiled = self._compiled
-        if plan == EAGER or compiled is None:
+        # Whoever replays has no device; the eager plan is what all others are held to.
+        if plan in (EAGER, CUDA) or compiled is None:
             return self._eager.compute_once(inputs), EAGER
         # What the served plans keep of each graph belongs to the thread of the steps.
         return _by(CompiledPlan(compiled.package, self._eager.compute_once, self._eager.edge_scores), inputs)

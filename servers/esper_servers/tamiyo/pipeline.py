@@ -241,7 +241,7 @@ class StepPipeline:
     def lay_out(self, request: OpenRunRequest, *others: Any) -> RunGraph:
         """Build a graph as `build_graph`, and prepare the policy for it; on any thread, to spare the first step."""
         graph = build_graph(request, *others)
-        self.policy.lay_out(graph.inputs)
+        self.policy.prepare(graph.inputs)
         return graph
 
     def _observe(self, reported: Reported) -> None:

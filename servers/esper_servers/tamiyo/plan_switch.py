@@ -7,18 +7,20 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import torch
-
+from esper_rpc.config import Range, validate
 from esper_rpc.errors import ConfigError
-from esper_rpc.proto.leyline.v1 import SystemStatePacket, TelemetryLevel
+from esper_rpc.proto.leyline.v1 import TelemetryLevel
 from esper_rpc.telemetry.events import tell_event
 from esper_rpc.telemetry.metrics import PLAN_COMPILED, PLAN_FALLBACKS
-from esper_servers.policy import plan_package, sample
+from esper_servers.policy import plan_package
 from esper_servers.policy.compiled_plan import Package
-from esper_servers.policy.graph import GraphInputs, RunGraph
+from esper_servers.policy.cuda_device import AUTO, CPU, CUDA
 from esper_servers.policy.policy import COMPILED, Policy
 
+from .cuda_switch import CudaSwitch
+from .plan_check import check_heads
 from .risk.events import SOURCE
 
 TOLERANCE = 1e-4
@@ -31,18 +33,29 @@ class PlanConfig:
 
     compile: bool = True
     """Build a compiled plan beside the serving process and serve it; otherwise, and until then, the eager one."""
+    device: str = CPU
+    """Where graphs are computed that are prepared: cpu, cuda, or cuda where there is one (auto)."""
+    vram_mb: Annotated[int, Range(64, 1_000_000)] = 2048
+    """The most memory of that device that one step process takes, in MiB, beside what CUDA itself does."""
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.device not in (AUTO, CPU, CUDA):
+            raise ConfigError(f"device = {self.device!r} is unknown; choose auto, cpu or cuda.")
 
 
 class PlanSwitch:
     """Serves the eager plan until a compiled one is at hand, and says once why when there is none.
 
-    A package is built by a process of its own, never by the one that serves, and kept for the next start.
+    A package is built by a process of its own, never by the one that serves, and kept for the next start. On top of it,
+    a CUDA device serves where one is wanted.
     """
 
-    def __init__(self, policy: Policy, directory: Path, config: PlanConfig) -> None:
+    def __init__(self, policy: Policy, directory: Path, config: PlanConfig, cuda: CudaSwitch | None = None) -> None:
         self._policy = policy
         self._directory = directory
         self._is_wanted = config.compile
+        self._cuda = cuda or CudaSwitch(config.device, config.vram_mb)
         self.problem = ""
         """Why the eager plan is served although a compiled one is wanted."""
 
@@ -53,11 +66,15 @@ class PlanSwitch:
 
     @property
     def served(self) -> Path | None:
-        """The package that is served, None while the eager plan is."""
-        return self.package if self._policy.plan == COMPILED else None
+        """The package that is served beside or without a device, None while the eager plan is."""
+        return self.package if self._policy.has_compiled else None
 
     def prepare(self) -> None:
-        """Serve the package of an earlier start, before the first step."""
+        """Serve the package of an earlier start and the device, before the first step."""
+        self._prepare_package()
+        self._give_device(self._policy)
+
+    def _prepare_package(self) -> None:
         if not self._is_wanted:
             return
         if not plan_package.has_compiler():
@@ -68,12 +85,13 @@ class PlanSwitch:
 
     def fit(self, policy: Policy) -> Policy:
         """Give a policy that is not served yet the plan that would be; takes some 50 ms, on a thread."""
-        is_wanted = self._is_wanted and not self.problem and policy.plan != COMPILED
+        is_wanted = self._is_wanted and not self.problem and not policy.has_compiled
         if is_wanted and self.package.exists():
             try:
                 self._load(policy)
             except (ConfigError, RuntimeError) as error:
                 self._fall_back(str(error))
+        self._give_device(policy)
         return policy
 
     def follow(self, policy: Policy) -> None:
@@ -107,8 +125,16 @@ class PlanSwitch:
         _check(policy, package)
         policy.serve_compiled(package)
 
+    def _give_device(self, policy: Policy) -> None:
+        self._cuda.give(policy)
+        self._tell_problem(policy)
+
+    def _tell_problem(self, policy: Policy) -> None:
+        policy.plan_problem = " ".join(filter(None, (self.problem, self._cuda.problem)))
+
     def _fall_back(self, problem: str) -> None:
         self.problem = problem
+        self._tell_problem(self._policy)
         PLAN_FALLBACKS.inc()
         level = TelemetryLevel.TELEMETRY_LEVEL_WARNING
         tell_event(SOURCE, "plan_fallback", level, reason=problem, plan=self._policy.plan)
@@ -144,13 +170,4 @@ async def _run_builder(package: Path, environ: dict[str, str]) -> None:
 
 
 def _check(policy: Policy, package: Package) -> None:
-    """Raise ConfigError unless the package computes what the eager plan does, on a graph and on the smallest one."""
-    for inputs in (_sample_inputs(), RunGraph({}, [], [], []).inputs):
-        expected, found = policy.compute(inputs), policy.compute(inputs, package)
-        if not all(torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE) for a, b in zip(expected, found, strict=True)):
-            raise ConfigError("The compiled plan computes something else than the eager one.")
-
-
-def _sample_inputs() -> GraphInputs:
-    graph = RunGraph(sample.sample_topology(), sample.sample_sites(), sample.sample_seeds(), [])
-    return graph.fill(SystemStatePacket(training_metrics={"loss": 0.5}))
+    check_heads(policy, lambda inputs: policy.compute(inputs, package), COMPILED, TOLERANCE)

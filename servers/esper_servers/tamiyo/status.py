@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from esper_rpc.proto.leyline.v1 import CircuitState, HealthStatus
-from esper_rpc.proto.tamiyo.v1 import BreakerStatus, GetStatusResponse, RunStatus
+from esper_rpc.proto.tamiyo.v1 import BreakerStatus, DeviceStatus, GetStatusResponse, RunStatus
+from esper_servers.policy.cuda_plan import DeviceUse
 
 from .blueprint_cache import BlueprintCache
 from .pipeline import StepPipeline
@@ -34,6 +35,8 @@ def status_of(pipeline: StepPipeline, blueprints: BlueprintCache) -> GetStatusRe
         reasons=pipeline.reasons,
         plan=pipeline.policy.plan,
         blueprints=len(blueprints),
+        plan_problem=pipeline.policy.plan_problem,
+        device=_device_status(pipeline.policy.device_use),
     )
 
 
@@ -45,6 +48,7 @@ def merged(statuses: Sequence[GetStatusResponse]) -> GetStatusResponse:
         whole.status = max(whole.status, status.status)
         whole.conservative_mode |= status.conservative_mode
         whole.conservative_reason = whole.conservative_reason or status.conservative_reason
+        whole.plan_problem = whole.plan_problem or status.plan_problem
         whole.runs.extend(status.runs)
         for counts, more in ((whole.decisions, status.decisions), (whole.reasons, status.reasons)):
             for name, count in more.items():
@@ -53,6 +57,13 @@ def merged(statuses: Sequence[GetStatusResponse]) -> GetStatusResponse:
             if (_SEVERITY[other.state], other.consecutive_failures) > (_SEVERITY[own.state], own.consecutive_failures):
                 own.CopyFrom(other)
     return whole
+
+
+def _device_status(use: DeviceUse | None) -> DeviceStatus | None:
+    if use is None:
+        return None
+    times = use.times._asdict()
+    return DeviceStatus(name=use.name, peak_bytes=use.peak_bytes, budget_bytes=use.budget_bytes, **times)
 
 
 def _run_status(run: RunState) -> RunStatus:

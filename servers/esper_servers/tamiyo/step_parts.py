@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import asyncio
+
 from esper_rpc.journal import Journal
 from esper_rpc.server import MeshServer
-from esper_rpc.telemetry.metrics import tell_queues
+from esper_rpc.telemetry.metrics import tell_device, tell_queues
 from esper_servers.policy.policy import Policy
 
 from .blueprint_cache import BlueprintCache
@@ -10,6 +12,7 @@ from .breakers import JOURNAL as JOURNAL_BREAKER
 from .breakers import URZA, Breakers
 from .conservative_mode import ConservativeMode
 from .field_reports.report_journal import KEPT
+from .giving_way import giving_way
 from .pipeline import StepPipeline
 from .plan_switch import PlanSwitch
 from .records.decisions import DecisionLog
@@ -21,6 +24,7 @@ JOURNAL = "journal.sqlite"
 RENEWAL_SECONDS = 0.25
 DUMP_SECONDS = 0.25
 RECORD_SECONDS = 0.25
+DEVICE_SECONDS = 1.0
 
 
 class StepParts:
@@ -50,12 +54,28 @@ class StepParts:
     def work_beside(self, server: MeshServer) -> None:
         """Have the server do what is to be done again and again."""
         server.every(RENEWAL_SECONDS, self.pipeline.renew_graphs)
+        server.every(RENEWAL_SECONDS, self.prepare_missed)
+        server.every(DEVICE_SECONDS, self.tell_device)
         server.every(DUMP_SECONDS, self.dumps.catch_up)
         server.every(RECORD_SECONDS, self.decisions.hand_over)
 
     async def tell_queues(self) -> None:
         """Show how many steps and records wait; to be called again and again."""
         tell_queues({"steps": len(self.pipeline.queue), "journal": self.journal.queued})
+
+    async def prepare_missed(self) -> None:
+        """Prepare a graph that a device was asked about before it was there; the CPU answers meanwhile."""
+        policy = self.pipeline.policy
+        if (inputs := policy.missed) is not None:
+            with giving_way():
+                await asyncio.to_thread(policy.prepare, inputs)
+
+    async def tell_device(self) -> None:
+        """Show what is taken of the device that serves, if one does."""
+        use = self.pipeline.policy.device_use
+        if use is not None:
+            parts = {name.removesuffix("_us"): value for name, value in use.times._asdict().items()}
+            tell_device(use.peak_bytes, use.budget_bytes, parts)
 
     async def close(self) -> None:
         """Write down what is left."""

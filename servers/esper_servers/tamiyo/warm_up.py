@@ -26,6 +26,7 @@ def prepare(policy: Policy) -> None:
         steps=0, steps_since_germination=0, loss_trend=0.0, loss_volatility=0.0, steps_since_optimizer=0
     )
     began = time.perf_counter()
+    policy.warm_up(graph.inputs)
     for _ in range(WARM_UP_STEPS):
         policy.evaluate(graph.fill(SystemStatePacket(seed_states=states)), states, signals)
     tell_warm_up(time.perf_counter() - began)

@@ -71,9 +71,9 @@ async def test_what_grows_in_a_seed_comes_into_the_graph_when_a_packet_tells_tha
 
 async def test_the_first_step_on_a_graph_finds_the_policy_prepared_for_it(pipeline, run, monkeypatch):
     threads = []
-    lay_out = pipeline.policy.lay_out
+    prepare = pipeline.policy.prepare
     monkeypatch.setattr(
-        pipeline.policy, "lay_out", lambda inputs: threads.append(threading.get_ident()) or lay_out(inputs)
+        pipeline.policy, "prepare", lambda inputs: threads.append(threading.get_ident()) or prepare(inputs)
     )
     pipeline._blueprints.replace_with([], BatchGetExtrasResponse())
     await pipeline.renew_graphs()

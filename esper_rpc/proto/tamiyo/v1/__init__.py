@@ -27,6 +27,7 @@ from .tamiyo_service_pb2 import (
     BreakerStatus as BreakerStatus,
     CloseRunRequest as CloseRunRequest,
     CloseRunResponse as CloseRunResponse,
+    DeviceStatus as DeviceStatus,
     EvaluateEpochRequest as EvaluateEpochRequest,
     EvaluateEpochResponse as EvaluateEpochResponse,
     EvaluateStepRequest as EvaluateStepRequest,

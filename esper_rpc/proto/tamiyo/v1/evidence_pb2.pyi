@@ -302,7 +302,7 @@ class DecisionEvidence(_message.Message):
     policy_digest: _builtins.bytes
     """SHA-256 of the weights of the policy."""
     plan: _builtins.str
-    """The plan that computed the outputs: `eager` or `compiled`. Empty when the risk engine demanded the action."""
+    """The plan that computed the outputs: `eager`, `compiled` or `cuda`. Empty when the risk engine demanded the action."""
     runtime: _builtins.str
     """What it ran on, for example `torch 2.13.0`."""
     conservative: _builtins.bool

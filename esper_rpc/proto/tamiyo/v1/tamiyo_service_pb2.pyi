@@ -506,7 +506,7 @@ class GetPolicyResponse(_message.Message):
     origin: _builtins.str
     """Where its decisions come from: `trained`, or a sentence that names the heuristic prior."""
     plan: _builtins.str
-    """How it runs: `eager` or `compiled`."""
+    """How it runs: `eager`, `compiled` or `cuda`."""
     parameter_count: _builtins.int
     """The number of parameters."""
     shadow_version: _builtins.str
@@ -903,6 +903,8 @@ class GetStatusResponse(_message.Message):
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     BLUEPRINTS_FIELD_NUMBER: _builtins.int
+    PLAN_PROBLEM_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     status: _telemetry_pb2.HealthStatus.ValueType
     """How well it does."""
     policy_version: _builtins.str
@@ -914,9 +916,11 @@ class GetStatusResponse(_message.Message):
     uptime_seconds: _builtins.float
     """Seconds since the service started."""
     plan: _builtins.str
-    """How the policy runs: `eager` or `compiled`."""
+    """How the policy runs: `eager`, `compiled` or `cuda`. Under `cuda` the CPU decides steps whose graph is not prepared."""
     blueprints: _builtins.int
     """Blueprints that Urza offered at the last refresh."""
+    plan_problem: _builtins.str
+    """Why a plan that is wanted does not serve, empty when it does."""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunStatus]:
         """Open runs."""
@@ -933,6 +937,10 @@ class GetStatusResponse(_message.Message):
     def reasons(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Decisions by reason."""
 
+    @_builtins.property
+    def device(self) -> Global___DeviceStatus:
+        """What is taken of the device that serves, absent unless the plan is `cuda`."""
+
     def __init__(
         self,
         *,
@@ -947,11 +955,54 @@ class GetStatusResponse(_message.Message):
         uptime_seconds: _builtins.float = ...,
         plan: _builtins.str = ...,
         blueprints: _builtins.int = ...,
+        plan_problem: _builtins.str = ...,
+        device: Global___DeviceStatus | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blueprints", b"blueprints", "breakers", b"breakers", "conservative_mode", b"conservative_mode", "conservative_reason", b"conservative_reason", "decisions", b"decisions", "plan", b"plan", "policy_version", b"policy_version", "reasons", b"reasons", "runs", b"runs", "status", b"status", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blueprints", b"blueprints", "breakers", b"breakers", "conservative_mode", b"conservative_mode", "conservative_reason", b"conservative_reason", "decisions", b"decisions", "device", b"device", "plan", b"plan", "plan_problem", b"plan_problem", "policy_version", b"policy_version", "reasons", b"reasons", "runs", b"runs", "status", b"status", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class DeviceStatus(_message.Message):
+    """DeviceStatus is what one process takes of a CUDA device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PEAK_BYTES_FIELD_NUMBER: _builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    COPY_IN_US_FIELD_NUMBER: _builtins.int
+    COMPUTE_US_FIELD_NUMBER: _builtins.int
+    COPY_OUT_US_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What the device calls itself."""
+    peak_bytes: _builtins.int
+    """The most memory that was taken for tensors and CUDA graphs, in bytes."""
+    budget_bytes: _builtins.int
+    """The most that may be taken."""
+    copy_in_us: _builtins.float
+    """Of the last step: how long its features took to the device, in microseconds."""
+    compute_us: _builtins.float
+    """How long the network took."""
+    copy_out_us: _builtins.float
+    """How long the outputs took back."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        peak_bytes: _builtins.int = ...,
+        budget_bytes: _builtins.int = ...,
+        copy_in_us: _builtins.float = ...,
+        compute_us: _builtins.float = ...,
+        copy_out_us: _builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "compute_us", b"compute_us", "copy_in_us", b"copy_in_us", "copy_out_us", b"copy_out_us", "name", b"name", "peak_bytes", b"peak_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___DeviceStatus: _TypeAlias = DeviceStatus  # noqa: Y015
 
 @_typing.final
 class AckFieldReportRequest(_message.Message):

@@ -176,6 +176,11 @@ class _ConstantPolicy:
         self._hash = hashlib.sha256
         self._work = bytes(self._bytes_in(work_seconds))
 
+    plan_problem, device_use = "", None
+
+    def prepare(self, *_: object) -> None:
+        """No device computes this."""
+
     def can_share(self, *_: object) -> bool:
         """As a compiled plan does not."""
         return False

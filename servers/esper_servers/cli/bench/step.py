@@ -14,6 +14,7 @@ from esper_rpc.errors import Unavailable
 from esper_rpc.guard import StepGuard
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import (
+    DeviceStatus,
     EvaluateStepRequest,
     GetPolicyRequest,
     GetStatusRequest,
@@ -235,8 +236,14 @@ async def _ask(home: Home, address: str, run_id: str) -> dict[str, Any]:
             "version": policy.policy_version,
             "architecture": policy.architecture_version,
             "plan": policy.plan,
+            "plan_problem": status.plan_problem,
             "parameters": policy.parameter_count,
             "digest": policy.policy_digest.hex(),
         },
         "decisions": dict(status.decisions),
+        "device": _figures(status.device) if status.HasField("device") else {},
     }
+
+
+def _figures(device: DeviceStatus) -> dict[str, Any]:
+    return {field.name: getattr(device, field.name) for field in device.DESCRIPTOR.fields}

@@ -15,9 +15,9 @@ from esper_rpc.errors import FailedPrecondition
 from esper_rpc.journal import JournalReader
 from esper_rpc.proto.leyline.v1 import AdaptationCommand
 from esper_rpc.proto.tamiyo.v1 import DecisionEvidence, ExplainDecisionResponse, NumberArray, RunStructure
-from esper_servers.policy import checkpoint, plan_package, schema
+from esper_servers.policy import checkpoint, cuda_plan, plan_package, schema
 from esper_servers.policy.graph import GraphInputs
-from esper_servers.policy.policy import Policy, PolicyOutput
+from esper_servers.policy.policy import CUDA, Policy, PolicyOutput
 from esper_servers.policy.prior import PriorConfig
 from esper_servers.tamiyo import choosing
 from esper_servers.tamiyo.choosing import UNDECIDED, Decided
@@ -169,7 +169,7 @@ def _skipped(recorded: ExplainDecisionResponse, now: ExplainDecisionResponse) ->
     skipped = DRAWN | {BATCH_SIZE} if same_batch else DRAWN
     if not ours.plan or not theirs.plan or (ours.plan == theirs.plan and same_batch):
         return skipped
-    tolerance = BATCH_TOLERANCE if ours.plan == theirs.plan else TOLERANCE
+    tolerance = _tolerance_between(ours.plan, theirs.plan)
     if not _are_near(ours.outputs, theirs.outputs, tolerance):
         return skipped
     return skipped | {OUTPUTS} | _near_parameters(recorded.command, now.command, tolerance)
@@ -189,6 +189,12 @@ def _near_parameters(ours: AdaptationCommand, theirs: AdaptationCommand, toleran
         for name in schema.PARAMETER_NAMES
         if name in one and name in other and math.isclose(one[name], other[name], rel_tol=tolerance, abs_tol=tolerance)
     }
+
+
+def _tolerance_between(recorded: str, now: str) -> float:
+    if recorded == now:
+        return BATCH_TOLERANCE
+    return cuda_plan.TOLERANCE if CUDA in (recorded, now) else TOLERANCE
 
 
 def _are_near(ours: Mapping[str, NumberArray], theirs: Mapping[str, NumberArray], tolerance: float) -> bool:

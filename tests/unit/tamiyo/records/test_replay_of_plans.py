@@ -4,12 +4,14 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.leyline.v1 import SeedOperation as Operation
-from esper_servers.policy import compiled_plan
+from esper_servers.policy import compiled_plan, cuda_plan
+from esper_servers.policy.cuda_plan import CudaPlan
 from esper_servers.policy.dense_plan import DensePlan
-from esper_servers.policy.policy import COMPILED, EAGER, Policy
+from esper_servers.policy.policy import COMPILED, CUDA, EAGER, Policy
 from esper_servers.policy.prior import PriorConfig
 
 GERMINATED = Stage.SEED_LIFECYCLE_STAGE_GERMINATED
@@ -51,6 +53,35 @@ def test_a_decision_of_the_eager_plan_is_replayed_by_it_also_when_the_compiled_o
     compiling.policy.serve_compiled(DensePlan(compiling.policy.network))
     assert plan_of(compiling, command_id) == EAGER
     assert compiling.replay.differences(command_id) == []
+
+
+@pytest.fixture
+def on_device(compiling):
+    """The same controller, with a CPU for a device."""
+    policy = compiling.policy
+    policy.serve_on_device(CudaPlan(policy.network, torch.device("cpu")))
+    policy.prepare(compiling.pipeline.runs.find("run").graph.inputs)
+    return compiling
+
+
+def test_a_decision_of_a_device_is_replayed_by_the_eager_plan_within_what_bfloat16_leaves(on_device):
+    commands = on_device.train(20, stage=GERMINATED)
+    assert {plan_of(on_device, command_id) for command_id in commands} == {CUDA}
+    told = ["evidence.plan: recorded 'cuda', now 'eager'"]
+    assert [on_device.replay.differences(command_id) for command_id in commands] == [told] * len(commands)
+
+
+@pytest.mark.parametrize(("drift", "is_named"), [(cuda_plan.TOLERANCE / 2, False), (3 * cuda_plan.TOLERANCE, True)])
+def test_outputs_beyond_what_bfloat16_leaves_are_named(on_device, drift, is_named):
+    (command_id,) = on_device.train(1, stage=GERMINATED)
+
+    def change(record):
+        values = np.frombuffer(record.evidence.outputs["risk"].values, "<f4") + np.float32(drift)
+        record.evidence.outputs["risk"].values = values.tobytes()
+
+    on_device.change(command_id, change)
+    names = {line.partition(":")[0] for line in on_device.replay.differences(command_id)}
+    assert ("evidence.outputs.risk" in names) == is_named
 
 
 def test_outputs_beyond_what_plans_may_differ_by_are_named(compiling):

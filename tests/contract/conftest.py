@@ -31,7 +31,7 @@ from esper_servers.tamiyo.field_reports.reports import FieldReports
 from esper_servers.tamiyo.pauses.pauses import Pauses
 from esper_servers.tamiyo.pauses.quota import PauseConfig
 from esper_servers.tamiyo.pipeline import StepPipeline
-from esper_servers.tamiyo.plan_switch import PlanConfig, PlanSwitch
+from esper_servers.tamiyo.plans.plan_switch import PlanConfig, PlanSwitch
 from esper_servers.tamiyo.policy_updates.assembly import updates_of
 from esper_servers.tamiyo.policy_updates.store import Entry, Lineage
 from esper_servers.tamiyo.records.decisions import DecisionLog

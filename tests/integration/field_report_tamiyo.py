@@ -14,7 +14,7 @@ from esper_rpc.errors import Unavailable
 from esper_rpc.logging import log_json_lines
 from esper_rpc.proto.leyline.v1 import FieldReport
 from esper_servers.tamiyo.field_reports.config import ReportConfig
-from esper_servers.tamiyo.plan_switch import PlanConfig
+from esper_servers.tamiyo.plans.plan_switch import PlanConfig
 from esper_servers.tamiyo.server import serve
 from esper_servers.tamiyo.server_config import TamiyoServerConfig
 

@@ -24,9 +24,9 @@ from esper_servers.policy import plan_package
 from esper_servers.policy.compiled_plan import plan_inputs
 from esper_servers.policy.edge_scores import EdgeScores
 from esper_servers.policy.policy import Policy
-from esper_servers.tamiyo import plan_switch
-from esper_servers.tamiyo.plan_check import sample_inputs
-from esper_servers.tamiyo.plan_switch import PlanConfig, PlanSwitch
+from esper_servers.tamiyo.plans import plan_switch
+from esper_servers.tamiyo.plans.plan_check import sample_inputs
+from esper_servers.tamiyo.plans.plan_switch import PlanConfig, PlanSwitch
 
 # A build takes half a minute of an idle core; anything that takes this long hangs.
 PATIENCE_SECONDS = 400.0

@@ -139,10 +139,10 @@ def settings_sections() -> dict[str, type]:
     from esper_servers.policy.prior import PriorConfig
     from esper_servers.tamiyo.field_reports.config import ReportConfig
     from esper_servers.tamiyo.pauses.quota import PauseConfig
-    from esper_servers.tamiyo.plan_switch import PlanConfig
+    from esper_servers.tamiyo.plans.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
     from esper_servers.tamiyo.step_processes.processes import StepProcessConfig
-    from esper_servers.tamiyo.step_queue import BatchConfig
+    from esper_servers.tamiyo.turns.step_queue import BatchConfig
 
     return {
         "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "risk": RiskConfig,

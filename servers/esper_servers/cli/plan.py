@@ -40,7 +40,7 @@ def build(context: typer.Context, home: HomeOption = None, as_json: JsonOption =
 def build_in(directory: Path) -> Path:
     """Build this machine's package in a directory unless it lies there; raises ConfigError."""
     from esper_servers.policy import plan_package
-    from esper_servers.tamiyo.plan_switch import build_beside
+    from esper_servers.tamiyo.plans.plan_switch import build_beside
 
     if not plan_package.has_compiler():
         raise ConfigError("A plan is compiled with a C++ compiler; install g++, or name yours in CXX.")

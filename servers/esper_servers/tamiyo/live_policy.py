@@ -8,7 +8,7 @@ from esper_servers.policy.prior import PriorConfig
 
 from .giving_way import giving_way
 from .pipeline import StepPipeline
-from .plan_switch import PlanSwitch
+from .plans.plan_switch import PlanSwitch
 
 
 class LivePolicy:

@@ -40,7 +40,6 @@ from .commands import build_command, sign_command
 from .conservative_mode import ConservativeMode
 from .field_reports.observations import Observations
 from .giving_way import giving_way
-from .inference import Evaluations, Inference
 from .policy_updates.shadow import Shadow
 from .records.decisions import DecisionLog
 from .records.evidence import Evidence
@@ -51,8 +50,9 @@ from .risk.config import RiskConfig
 from .risk.engine import Verdict
 from .risk.events import RiskEvents
 from .run_state import Runs, RunState, build_graph
-from .step_queue import BatchConfig, StepQueue
-from .stopwatch import Stopwatch
+from .turns.inference import Evaluations, Inference
+from .turns.step_queue import BatchConfig, StepQueue
+from .turns.stopwatch import Stopwatch
 
 EPOCH_BUDGET_SECONDS = 2.0
 Request = TypeVar("Request", EvaluateStepsRequest, EvaluateEpochRequest)

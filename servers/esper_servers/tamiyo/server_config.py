@@ -11,10 +11,10 @@ from esper_servers.policy.prior import PriorConfig
 from .field_reports.config import ReportConfig
 from .field_reports.publisher import ReportPublisher
 from .pauses.quota import PauseConfig
-from .plan_switch import PlanConfig
+from .plans.plan_switch import PlanConfig
 from .risk.config import RiskConfig
 from .step_processes.processes import StepProcessConfig
-from .step_queue import BatchConfig
+from .turns.step_queue import BatchConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

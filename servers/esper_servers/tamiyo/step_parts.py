@@ -14,7 +14,7 @@ from .conservative_mode import ConservativeMode
 from .field_reports.report_journal import KEPT
 from .giving_way import giving_way
 from .pipeline import StepPipeline
-from .plan_switch import PlanSwitch
+from .plans.plan_switch import PlanSwitch
 from .records.decisions import DecisionLog
 from .records.step_dumps import StepDumps
 from .run_state import Runs

@@ -14,7 +14,7 @@ from esper_rpc.proto.leyline.v1 import AdaptationCommand, CircuitState
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.tamiyo.v1 import EvaluateStepRequest, EvaluateStepsResponse, Step
 from esper_servers.policy.policy import Policy
-from esper_servers.tamiyo.step_queue import BatchConfig
+from esper_servers.tamiyo.turns.step_queue import BatchConfig
 
 STAGE = Stage.SEED_LIFECYCLE_STAGE_GERMINATED
 RUNS = ("run", "second", "third", "fourth")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper_servers.tamiyo.company import Company
+from esper_servers.tamiyo.turns.company import Company
 
 SOON = 5.0
 

@@ -15,11 +15,11 @@ from esper_servers.policy.cuda_device import MEGABYTE, VramBudget
 from esper_servers.policy.cuda_plan import CudaPlan
 from esper_servers.policy.dense_plan import DensePlan
 from esper_servers.policy.policy import Policy
-from esper_servers.tamiyo import cuda_switch
 from esper_servers.tamiyo.breakers import Breakers
 from esper_servers.tamiyo.conservative_mode import ConservativeMode
-from esper_servers.tamiyo.cuda_switch import CudaSwitch
-from esper_servers.tamiyo.plan_switch import PlanConfig, PlanSwitch
+from esper_servers.tamiyo.plans import cuda_switch
+from esper_servers.tamiyo.plans.cuda_switch import CudaSwitch
+from esper_servers.tamiyo.plans.plan_switch import PlanConfig, PlanSwitch
 from esper_servers.tamiyo.run_state import Runs
 from esper_servers.tamiyo.server_config import TamiyoServerConfig
 from esper_servers.tamiyo.status import merged, status_of

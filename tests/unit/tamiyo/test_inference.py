@@ -14,8 +14,8 @@ from grpc import StatusCode
 from esper_rpc.proto.leyline.v1 import AdaptationCommand
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.tamiyo.v1 import EvaluateStepRequest, EvaluateStepsResponse, Step
-from esper_servers.tamiyo import step_queue
 from esper_servers.tamiyo.giving_way import SWITCH_SECONDS, giving_way
+from esper_servers.tamiyo.turns import step_queue
 
 STAGE = Stage.SEED_LIFECYCLE_STAGE_GERMINATED
 SOON = 10.0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from esper_rpc.errors import ConfigError, ResourceExhausted
 from esper_rpc.testing import FakeClock
-from esper_servers.tamiyo.step_queue import FIRST_COST_SECONDS, RESERVE, BatchConfig, StepQueue
+from esper_servers.tamiyo.turns.step_queue import FIRST_COST_SECONDS, RESERVE, BatchConfig, StepQueue
 
 COST = FIRST_COST_SECONDS
 

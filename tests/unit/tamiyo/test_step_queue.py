@@ -6,7 +6,7 @@ import pytest
 
 from esper_rpc.errors import ResourceExhausted
 from esper_rpc.testing import FakeClock
-from esper_servers.tamiyo.step_queue import FIRST_COST_SECONDS, StepQueue
+from esper_servers.tamiyo.turns.step_queue import FIRST_COST_SECONDS, StepQueue
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_servers.tamiyo.turn_cost import TurnCost
+from esper_servers.tamiyo.turns.turn_cost import TurnCost
 
 
 def learned(*turns, times=400):

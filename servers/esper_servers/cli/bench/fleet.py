@@ -35,7 +35,7 @@ def fleet(
 
     The caller is one process, so that beyond some hundred steps a second its own time counts too.
     """
-    from esper_servers.tamiyo.step_queue import BatchConfig
+    from esper_servers.tamiyo.turns.step_queue import BatchConfig
 
     config = BatchConfig() if batch is None else BatchConfig(most=batch)
     with scratch_home() as home:

@@ -115,7 +115,7 @@ async def _serve(home: Home, work_seconds: float) -> None:
     from esper_servers.tamiyo.pauses.pauses import Pauses
     from esper_servers.tamiyo.pauses.quota import PauseConfig
     from esper_servers.tamiyo.pipeline import StepPipeline
-    from esper_servers.tamiyo.plan_switch import PlanConfig, PlanSwitch
+    from esper_servers.tamiyo.plans.plan_switch import PlanConfig, PlanSwitch
     from esper_servers.tamiyo.policy_updates.assembly import updates_of
     from esper_servers.tamiyo.records.decisions import DecisionLog
     from esper_servers.tamiyo.records.step_dumps import StepDumps

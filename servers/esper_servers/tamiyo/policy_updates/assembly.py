@@ -10,7 +10,7 @@ from esper_servers.tamiyo.aside import Aside
 from esper_servers.tamiyo.breakers import POLICY_UPDATES
 from esper_servers.tamiyo.live_policy import LivePolicy
 from esper_servers.tamiyo.pipeline import StepPipeline
-from esper_servers.tamiyo.plan_switch import PlanSwitch
+from esper_servers.tamiyo.plans.plan_switch import PlanSwitch
 
 from .shadow import Shadow
 from .store import Entry, Lineage, PolicyStore

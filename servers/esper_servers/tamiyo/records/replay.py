@@ -22,7 +22,7 @@ from esper_servers.policy.prior import PriorConfig
 from esper_servers.tamiyo import choosing
 from esper_servers.tamiyo.choosing import UNDECIDED, Decided
 from esper_servers.tamiyo.commands import build_command
-from esper_servers.tamiyo.plan_switch import TOLERANCE
+from esper_servers.tamiyo.plans.plan_switch import TOLERANCE
 from esper_servers.tamiyo.risk.config import RiskConfig
 from esper_servers.tamiyo.risk.engine import Verdict
 from esper_servers.tamiyo.run_state import RunState

@@ -23,7 +23,7 @@ from esper_rpc.testing import TemporaryMesh
 from esper_servers.policy import checkpoint
 from esper_servers.policy.policy import Policy
 from esper_servers.policy.prior import PriorConfig
-from esper_servers.tamiyo.plan_switch import PlanConfig, PlanSwitch
+from esper_servers.tamiyo.plans.plan_switch import PlanConfig, PlanSwitch
 from esper_servers.tamiyo.policy_updates.assembly import updates_of
 from esper_servers.tamiyo.policy_updates.verification import UPDATE_TYPE
 

@@ -10,10 +10,10 @@ import structlog
 import torch
 
 from esper_servers.policy.policy import Asked, Policy, PolicyOutput
+from esper_servers.tamiyo.giving_way import giving_way
 
 from .company import Company
 from .finishing import finished
-from .giving_way import giving_way
 from .step_queue import StepQueue
 from .stopwatch import Stopwatch
 

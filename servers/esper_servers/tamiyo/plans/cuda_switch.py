@@ -15,9 +15,9 @@ from esper_servers.policy.cuda_plan import CudaPlan
 from esper_servers.policy.graph import GraphInputs
 from esper_servers.policy.network import Heads
 from esper_servers.policy.policy import CUDA, Policy
+from esper_servers.tamiyo.risk.events import SOURCE
 
 from .plan_check import check_heads
-from .risk.events import SOURCE
 
 log = structlog.get_logger(__name__)
 

@@ -18,10 +18,10 @@ from esper_servers.policy import plan_package
 from esper_servers.policy.compiled_plan import Package
 from esper_servers.policy.cuda_device import AUTO, CPU, CUDA
 from esper_servers.policy.policy import COMPILED, Policy
+from esper_servers.tamiyo.risk.events import SOURCE
 
 from .cuda_switch import CudaSwitch
 from .plan_check import check_heads
-from .risk.events import SOURCE
 
 TOLERANCE = 1e-4
 _LAST_WORDS = 400

@@ -1,0 +1,1 @@
+"""Which plan the policy is served by: the compiled one, a CUDA device, or the eager one."""

@@ -58,6 +58,7 @@ BATCH_SIZE = Histogram(
     buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64),
 )
 DECISIONS = Counter("esper_decisions", "Answers to steps.", ["kind", "reason"])
+REHEARSALS = Counter("esper_rehearsals", "Steps that were rehearsed just before they were expected.")
 STEPS_REFUSED = Counter("esper_steps_refused", "Steps on streams that got an error.", ["reason"])
 BLENDING_METHODS = Counter("esper_blending_methods", "Commands that graft a seed, by how it is blended in.", ["method"])
 PAUSE_REQUESTS = Counter("esper_pause_requests", "Requests for a pause, by what was granted of them.", ["result"])

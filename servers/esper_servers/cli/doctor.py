@@ -142,13 +142,14 @@ def settings_sections() -> dict[str, type]:
     from esper_servers.tamiyo.plans.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
     from esper_servers.tamiyo.step_processes.processes import StepProcessConfig
+    from esper_servers.tamiyo.turns.anticipation import AnticipationConfig
     from esper_servers.tamiyo.turns.step_queue import BatchConfig
 
     return {
         "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "risk": RiskConfig,
-        "prior": PriorConfig, "plan": PlanConfig, "batch": BatchConfig, "pause": PauseConfig,
-        "reports": ReportConfig, "quota": QuotaConfig, "concurrency": ConcurrencyConfig, "pki": PkiConfig,
-        "step_processes": StepProcessConfig,
+        "prior": PriorConfig, "plan": PlanConfig, "batch": BatchConfig, "anticipation": AnticipationConfig,
+        "pause": PauseConfig, "reports": ReportConfig, "quota": QuotaConfig, "concurrency": ConcurrencyConfig,
+        "pki": PkiConfig, "step_processes": StepProcessConfig,
     }  # fmt: skip
 
 

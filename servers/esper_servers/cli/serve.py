@@ -78,6 +78,7 @@ def tamiyo(
     from esper_servers.tamiyo.server import serve
     from esper_servers.tamiyo.server_config import TamiyoServerConfig
     from esper_servers.tamiyo.step_processes.processes import StepProcessConfig
+    from esper_servers.tamiyo.turns.anticipation import AnticipationConfig
     from esper_servers.tamiyo.turns.step_queue import BatchConfig
 
     log_json_lines()
@@ -95,6 +96,7 @@ def tamiyo(
         prior=load(PriorConfig, "prior", path=place.settings_file, environ=environ),
         plan=load(PlanConfig, "plan", path=place.settings_file, environ=environ),
         batch=load(BatchConfig, "batch", path=place.settings_file, environ=environ),
+        anticipation=load(AnticipationConfig, "anticipation", path=place.settings_file, environ=environ),
         pause=load(PauseConfig, "pause", path=place.settings_file, environ=environ),
         reports=load(ReportConfig, "reports", path=place.settings_file, environ=environ),
         step_processes=load(StepProcessConfig, "step_processes", path=place.settings_file, environ=environ),

@@ -22,6 +22,7 @@ from .conservative_mode import ConservativeMode
 from .risk.config import RiskConfig
 from .risk.history import RiskHistory
 from .risk.step_signals import StepSignals
+from .turns.anticipation import Rhythm
 
 NEVER = 10**9
 LIVE = frozenset({
@@ -63,6 +64,7 @@ class RunState:
         self.attached = self.graph.attached
         """The blueprint that grows in each seed, by the last packet; the graph follows within a moment."""
         self.mode = ConservativeMode(run_id=self.request.run_id)
+        self.rhythm = Rhythm()
         self.has_left = False
         """Whether another process holds the run now, or nobody; then this is not what is known of it."""
         self._is_deciding = False

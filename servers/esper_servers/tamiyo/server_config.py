@@ -14,6 +14,7 @@ from .pauses.quota import PauseConfig
 from .plans.plan_switch import PlanConfig
 from .risk.config import RiskConfig
 from .step_processes.processes import StepProcessConfig
+from .turns.anticipation import AnticipationConfig
 from .turns.step_queue import BatchConfig
 
 
@@ -32,6 +33,7 @@ class TamiyoServerConfig:
     prior: PriorConfig = field(default_factory=PriorConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    anticipation: AnticipationConfig = field(default_factory=AnticipationConfig)
     pause: PauseConfig = field(default_factory=PauseConfig)
     reports: ReportConfig = field(default_factory=ReportConfig)
     publisher: ReportPublisher | None = None

@@ -48,6 +48,7 @@ class StepParts:
             breakers=breakers,
             risk_config=config.risk,
             batch=config.batch,
+            anticipation=config.anticipation,
         )
         self.dumps = StepDumps.of(self.pipeline.recorder, self.journal, clock_ns=self.pipeline.clock_ns)
 

@@ -120,7 +120,8 @@ class Layout:
         return torch.cat([inputs.edges[r][1] + start[r] for r in schema.ORDERED_RELATIONS])
 
 
-DENSE_LIMIT = 200_000
+DENSE_LIMIT = 500_000
+"""Cells, 2 MB a head. A host of 256 layers has 320 000, and takes 9 ms by the matrix, 19 by the scatter."""
 Relation = tuple[str, str, str]
 
 

@@ -247,7 +247,7 @@ class StepPipeline:
         request, version = run.request, self._blueprints.version
         candidates = self._blueprints.candidates(request.sites)
         with giving_way():
-            graph = await asyncio.to_thread(self.lay_out, request, candidates, run.graph.norms, run.attached)
+            graph = await asyncio.to_thread(self.lay_out, request, candidates, run.graph.norms, run.attached.copy())
         if run.request is request:  # Else it was opened again meanwhile, with a graph of its own.
             self.report()  # What is not recorded yet was decided with the graph before.
             run.take_graph(graph, version)

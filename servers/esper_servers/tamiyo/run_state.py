@@ -61,8 +61,8 @@ class RunState:
 
     def __post_init__(self) -> None:
         self.planted = {seed.seed_id: seed.blueprint_id for seed in self.request.seeds}
-        self.attached = self.graph.attached
-        """The blueprint that grows in each seed, by the last packet; the graph follows within a moment."""
+        self.attached = dict(self.graph.attached)
+        """The blueprint that grows in each seed, by the last packet that told; the graph follows within a moment."""
         self.mode = ConservativeMode(run_id=self.request.run_id)
         self.rhythm = Rhythm()
         self.has_left = False
@@ -126,14 +126,21 @@ class RunState:
     def observe(self, packet: SystemStatePacket, config: RiskConfig) -> StepSignals:
         """Take in the packet of a step."""
         seeds = packet.seed_states[:MAX_SEEDS]
-        planted = ((seed.seed_id, self.planted.get(seed.seed_id)) for seed in seeds if seed.stage in ATTACHED)
-        self.attached = {seed_id: blueprint_id for seed_id, blueprint_id in planted if blueprint_id}
+        for seed in seeds:
+            self._note_growth(seed.seed_id, seed.stage)
         return self.risk.observe(packet, seeds, self._grown(seeds), config)
 
     def ordered_seeds(self, packet: SystemStatePacket) -> Sequence[SeedState]:
         """The packet's seeds in the order of the graph's nodes; an unknown one is ignored, a missing one is blank."""
         by_id = {state.seed_id: state for state in packet.seed_states}
         return [by_id.get(seed_id) or SeedState(seed_id=seed_id) for seed_id in self.graph.seed_ids]
+
+    def _note_growth(self, seed_id: str, stage: Stage.ValueType) -> None:
+        planted = self.planted.get(seed_id) if stage in ATTACHED else ""
+        if planted:
+            self.attached[seed_id] = planted
+        else:
+            self.attached.pop(seed_id, None)
 
     def _grown(self, seeds: Sequence[SeedState]) -> list[BlueprintCandidate]:
         planted = {self.planted.get(seed.seed_id, "") for seed in seeds if seed.stage in LIVE}

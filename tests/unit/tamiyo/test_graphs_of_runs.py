@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
+from esper_rpc.proto.leyline.v1 import SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import OpenRunRequest
 from esper_rpc.proto.urza.v1 import BatchGetExtrasResponse
 from esper_servers.policy import sample
@@ -65,6 +66,8 @@ async def test_what_grows_in_a_seed_comes_into_the_graph_when_a_packet_tells_tha
     assert run.graph.attached == {"seed-0": "residual_mlp"}
     laid_out = run.graph
     assert await layers_after(Stage.SEED_LIFECYCLE_STAGE_FOSSILIZED) == grown
+    run.observe(SystemStatePacket(), pipeline._risk)  # It tells of no seed.
+    await pipeline.renew_graphs()
     assert run.graph is laid_out
     assert await layers_after(Stage.SEED_LIFECYCLE_STAGE_CULLED) == host
 

@@ -60,7 +60,7 @@ async def test_a_read_is_retried_when_the_server_pushes_back(mesh):
 
 async def test_an_error_that_is_an_answer_is_not_retried(mesh):
     urza = Moody(errors.NotFound("no such blueprint"))
-    _, error = await ask(mesh, urza)
+    _, error = await ask(mesh, urza, hedge=HedgeConfig(after_seconds=10))
     assert isinstance(error, errors.NotFound)
     assert urza.calls == 1
 

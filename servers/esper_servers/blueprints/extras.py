@@ -9,7 +9,7 @@ import orjson
 import torch
 from torch import nn
 
-from esper_servers.policy.vocabularies import SCHEDULES
+from esper_rpc.blending import BLENDING_METHODS
 
 from .catalogue import BlueprintFactory
 
@@ -32,7 +32,7 @@ def compute_extras(factory: BlueprintFactory) -> bytes:
          "default": float(config.get(name, (b.min_value + b.max_value) / 2))}
         for name, b in sorted(bounds.items())
     ]  # fmt: skip
-    topology["capabilities"] = {"allowed_blending_methods": list(SCHEDULES)}
+    topology["capabilities"] = {"allowed_blending_methods": list(BLENDING_METHODS)}
     return orjson.dumps(topology, option=orjson.OPT_SORT_KEYS)
 
 

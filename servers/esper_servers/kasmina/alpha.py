@@ -4,10 +4,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from esper_rpc.blending import BLENDING_METHODS
 from esper_rpc.proto.leyline.v1 import AdaptationCommand
 
-# The order is the schedule index that commands carry.
-SCHEDULES: tuple[str, ...] = ("linear", "cosine", "warmup_hold", "sigmoid")
 DEFAULT_STEPS = 20
 DEFAULT_TEMPERATURE = 2.0
 
@@ -59,5 +58,5 @@ def schedule_of(command: AdaptationCommand) -> AlphaSchedule:
     bounds = [parameters.get("blending_schedule_start", 0.0), parameters.get("blending_schedule_end", 1.0)]
     start, end = sorted(min(1.0, max(0.0, b)) for b in bounds)
     index = int(parameters.get("blending_method_index", 0))
-    method = SCHEDULES[index] if 0 <= index < len(SCHEDULES) else SCHEDULES[0]
+    method = BLENDING_METHODS[index] if 0 <= index < len(BLENDING_METHODS) else BLENDING_METHODS[0]
     return AlphaSchedule(method=method, start=start, end=end)

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper_rpc.blending import BLENDING_METHODS
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage, SeedState
 from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
 from esper_servers.blueprints.kernel import dtype_name
 
 from . import lifecycle
-from .alpha import SCHEDULES, AlphaSchedule
+from .alpha import AlphaSchedule
 from .site import Site
 
 SEED_LEARNING_RATE = 1e-3
@@ -168,7 +169,7 @@ class SeedSlot:
             "alpha_steps": float(schedule.step),
             "alpha_total_steps": float(schedule.total_steps),
             "alpha_temperature": schedule.temperature,
-            "alpha_schedule": float(SCHEDULES.index(schedule.method)),
+            "alpha_schedule": float(BLENDING_METHODS.index(schedule.method)),
             "blend_allowed": float(not self.site.failure),
             "risk_tolerance": DEFAULT_RISK_TOLERANCE,
             "steps_in_stage": float(self.steps_in_stage),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from esper_rpc.blending import BLENDING_METHODS
 from esper_rpc.proto.leyline.v1 import HazardBand
 
-SCHEDULES: tuple[str, ...] = ("linear", "cosine", "warmup_hold", "sigmoid")
+SCHEDULES = BLENDING_METHODS
 OPTIMIZER_FAMILIES: tuple[str, ...] = ("sgd", "adam", "adamw", "rmsprop", "adagrad")
 HAZARD_CLASSES: tuple[str, ...] = tuple(
     name.removeprefix("HAZARD_BAND_") for name, number in sorted(HazardBand.items(), key=lambda item: item[1]) if number

@@ -4,13 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esper_rpc.blending import BLENDING_METHODS
 from esper_rpc.proto.leyline.v1 import AdaptationCommand
-from esper_servers.kasmina.alpha import SCHEDULES, AlphaSchedule, schedule_of
+from esper_servers.kasmina.alpha import AlphaSchedule, schedule_of
 
 fraction = st.floats(0, 1)
 
 
-@given(st.sampled_from(SCHEDULES), fraction, fraction, st.integers(1, 50))
+@given(st.sampled_from(BLENDING_METHODS), fraction, fraction, st.integers(1, 50))
 def test_alpha_rises_from_zero_to_exactly_one_whatever_the_window(method, a, b, steps):
     schedule = AlphaSchedule(method=method, start=min(a, b), end=max(a, b), total_steps=steps)
     values = [schedule.advance() for _ in range(schedule.total_steps)]
@@ -19,7 +20,7 @@ def test_alpha_rises_from_zero_to_exactly_one_whatever_the_window(method, a, b, 
     assert values[-1] == 1.0
 
 
-@pytest.mark.parametrize("method", SCHEDULES)
+@pytest.mark.parametrize("method", BLENDING_METHODS)
 def test_alpha_stays_zero_until_the_window_opens(method):
     schedule = AlphaSchedule(method=method, start=0.5, end=1.0)
     values = [schedule.advance() for _ in range(20)]
@@ -30,9 +31,9 @@ def test_alpha_stays_zero_until_the_window_opens(method):
 def test_the_curves_differ():
     at_a_quarter = {
         method: [AlphaSchedule(method=method, step=5).value(), AlphaSchedule(method=method, step=12).value()]
-        for method in SCHEDULES
+        for method in BLENDING_METHODS
     }
-    assert len({tuple(values) for values in at_a_quarter.values()}) == len(SCHEDULES)
+    assert len({tuple(values) for values in at_a_quarter.values()}) == len(BLENDING_METHODS)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,6 @@ def test_runs_that_ask_at_once_share_batches_and_each_gets_the_command_of_its_ow
     assert [each.run_id for each in evidence] == [request.step.run_id for request, _ in found]
     assert {each.plan for each in evidence} == {"eager"}
     sizes = [each.batch_size for each in evidence]
-    assert set(sizes[:RUNS]) == {1}, "a graph is laid out at its first step, alone"
     assert max(sizes) > 1
     assert all(
         answer.decision.ledger.batch_wait_us == 0 for (_, answer), size in zip(found, sizes, strict=True) if size == 1

@@ -127,10 +127,10 @@ def test_what_is_not_finite_stays_with_its_own_graph(policy, graphs):
     assert [output.is_finite for output in policy.evaluate_many(asked)] == [True, False, True]
 
 
-def test_a_graph_shares_a_pass_only_after_its_first(policy, graphs):
+def test_a_graph_shares_a_pass_only_once_it_is_laid_out(policy, graphs):
     inputs = filled(graphs[0], 0.5)
     assert not policy.can_share(inputs)
-    policy.warm_up(inputs)
+    policy.prepare(inputs)
     assert policy.can_share(inputs)
 
 

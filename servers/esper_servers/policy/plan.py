@@ -40,7 +40,7 @@ class FusedPlan:
         return layout
 
     def can_share(self, inputs: GraphInputs) -> bool:
-        """Whether a graph gains by a pass with others: a large one is bound by its own arithmetic. It must be laid out."""
+        """Whether a graph that is laid out gains by a pass with others: a large one is bound by its own arithmetic."""
         layout = self._layouts.get(inputs)
         return layout is not None and layout.mean_matrix is not None
 

@@ -72,15 +72,19 @@ def test_overhead_compares_blocks_of_three_kinds(mesh):
     taken = 2 * (overhead.BLOCK_STEPS - overhead.SETTLING_STEPS)
     assert sum(found["answers"].values()) >= taken
     assert found["seeds"] == 4
-    assert all(found[kind]["p50_ms"] > 0 for kind in ("plain", "silent", "asking"))
-    # What asking adds is judged by neighbouring blocks, so that it can only differ by noise from all of them together.
-    assert found["with_seeds_percent"] != found["overhead_percent"]
+    assert all(found[kind]["p50_ms"] > 0 for kind in overhead.KINDS)
 
 
 def test_overhead_is_told_as_a_share_of_the_plain_step():
     times = overhead.Times()
-    for kind, values in {"plain": [10.0, 20.0], "silent": [11.0, 22.0], "asking": [12.0, 24.0]}.items():
+    for kind, values in {
+        "plain": [10.0, 20.0],
+        "silent": [11.0, 22.0],
+        "asking": [12.0, 24.0],
+        "ahead": [11.5, 23.0],
+    }.items():
         for value in values:
             times.add(kind, [value, value])
     assert times.overhead_percent() == pytest.approx(10.0)
+    assert times.ahead_percent() == pytest.approx(5.0)
     assert times.with_seeds_percent() == pytest.approx(20.0)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from esper_client import TrainingSession
 
-PLAIN, SILENT, ASKING = KINDS = ("plain", "silent", "asking")
+PLAIN, SILENT, ASKING, AHEAD = KINDS = ("plain", "silent", "asking", "ahead")
+SHARES = ("overhead_percent", "ahead_percent", "with_seeds_percent")
 LENGTHS_MS = [10, 50, 200]
 BLOCK_STEPS = 12
 # After a pause the first steps of a block are not yet in their rhythm.
@@ -45,16 +46,15 @@ def overhead(
 ) -> None:
     """Measure what a whole mesh adds to training steps of 10, 50 and 200 ms.
 
-    Blocks of a plain model, of one with sites and seeds that asks nobody, and of the same one that asks at every step
-    take turns in one process, so that a noisy minute hits all of them.
+    Blocks of a plain model, of one with sites and seeds that asks nobody, and of the same one that asks at the end of
+    every step, or before its backward pass, take turns in one process, so that a noisy minute hits all of them.
     """
     with scratch_home() as home:
         seed(home)
         with Supervisor(home, serving_plan(plan, home, environ_of(context))):
             rows = {f"{length}ms": measure(home, length, blocks) for length in step_ms}
     document = {
-        "overhead_percent": {name: row["overhead_percent"] for name, row in rows.items()},
-        "with_seeds_percent": {name: row["with_seeds_percent"] for name, row in rows.items()},
+        **{share: {name: row[share] for name, row in rows.items()} for share in SHARES},
         "steps": rows,
         "machine": machine(),
     }
@@ -77,6 +77,7 @@ def measure(home: Home, step_ms: float, blocks: int) -> dict[str, Any]:
         attached.close()
     return {
         "overhead_percent": times.overhead_percent(),
+        "ahead_percent": times.ahead_percent(),
         "with_seeds_percent": times.with_seeds_percent(),
         **{kind: percentiles(times.all(kind)) for kind in KINDS},
         "batch": batch,
@@ -101,15 +102,19 @@ class Times:
 
     def overhead_percent(self) -> float:
         """What asking adds to a step of the same model, as a share of a plain one."""
-        return self._added(SILENT)
+        return self._added(ASKING, SILENT)
+
+    def ahead_percent(self) -> float:
+        """The same of a step that asks before its backward pass."""
+        return self._added(AHEAD, SILENT)
 
     def with_seeds_percent(self) -> float:
         """What asking, sites and seeds add to a plain step."""
-        return self._added(PLAIN)
+        return self._added(ASKING, PLAIN)
 
-    def _added(self, without: str) -> float:
+    def _added(self, with_mesh: str, without: str) -> float:
         medians = {kind: [statistics.median(block) for block in self._blocks[kind]] for kind in KINDS}
-        rounds = zip(medians[ASKING], medians[without], medians[PLAIN], strict=True)
+        rounds = zip(medians[with_mesh], medians[without], medians[PLAIN], strict=True)
         return round(100 * statistics.median((long - short) / base for long, short, base in rounds), 2)
 
 
@@ -117,7 +122,8 @@ def _in_turns(plain: Training, attached: Training, blocks: int) -> Times:
     times = Times()
     for turn in range(blocks):
         kinds: list[tuple[str, Callable[[], float]]] = [
-            (PLAIN, plain.step), (SILENT, attached.step), (ASKING, attached.step_and_ask),
+            (PLAIN, plain.step), (SILENT, attached.step),
+            (ASKING, attached.step_and_ask), (AHEAD, attached.ask_and_step),
         ]  # fmt: skip
         for kind, step in _rotated(kinds, turn):
             times.add(kind, [step() for _ in range(BLOCK_STEPS)][SETTLING_STEPS:])
@@ -177,14 +183,26 @@ class Training:
     def step(self) -> float:
         """Train one step; returns milliseconds."""
         begun = time.perf_counter()
-        self._train()
+        self._improve(self._loss())
         return (time.perf_counter() - begun) * 1e3
 
     def step_and_ask(self) -> float:
-        """Train one step and ask the mesh; returns milliseconds."""
+        """Train one step and ask the mesh at its end; returns milliseconds."""
         assert self.session is not None
         begun = time.perf_counter()
-        self.session.step(self._train(), samples=self._batch)
+        loss = self._loss()
+        self._improve(loss)
+        self.session.step(loss, samples=self._batch)
+        return (time.perf_counter() - begun) * 1e3
+
+    def ask_and_step(self) -> float:
+        """Ask the mesh when the loss is known, and train meanwhile; returns milliseconds."""
+        assert self.session is not None
+        begun = time.perf_counter()
+        loss = self._loss()
+        self.session.begin_step(loss, samples=self._batch)
+        self._improve(loss)
+        self.session.finish_step()
         return (time.perf_counter() - begun) * 1e3
 
     def close(self) -> None:
@@ -192,14 +210,15 @@ class Training:
         if self.session is not None:
             self.session.close()
 
-    def _train(self) -> float:
+    def _loss(self) -> torch.Tensor:
         from torch import nn
 
-        loss = nn.functional.cross_entropy(self._model(self._inputs), self._labels)
+        return nn.functional.cross_entropy(self._model(self._inputs), self._labels)
+
+    def _improve(self, loss: torch.Tensor) -> None:
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        return float(loss.detach())
 
     def _connect(self) -> None:
         assert self.session is not None

@@ -23,6 +23,10 @@ class LearningRateAuthority(Protocol):
         """Train the parameters of a fossilised seed from here on, at 10 % of the base rate."""
         ...
 
+    def release(self, module: nn.Module) -> None:
+        """Train the parameters of an adopted seed no longer; a module that was not adopted is left alone."""
+        ...
+
     def step(self) -> None:
         """End a training step: update what the user's optimizer does not update by itself."""
         ...
@@ -74,6 +78,13 @@ class OptimizerAuthority:
         else:
             self._optimizer.add_param_group(group)
 
+    def release(self, module: nn.Module) -> None:
+        """Take these parameters out with what the optimizer remembered of them; all others keep their state."""
+        released = set(module.parameters())
+        for optimizer in (self._optimizer, *self._followers):
+            _take_out(optimizer, released)
+        self._followers = [follower for follower in self._followers if follower.param_groups]
+
     def step(self) -> None:
         """Step the followers at their share of the user's present learning rate."""
         for follower in self._followers:
@@ -94,3 +105,13 @@ class OptimizerAuthority:
     def _is_scheduled(self) -> bool:
         # Every torch scheduler sets it on the groups that it finds.
         return "initial_lr" in self._optimizer.param_groups[0]
+
+
+def _take_out(optimizer: Optimizer, released: set[nn.Parameter]) -> None:
+    # By parameter: load_state_dict puts other dictionaries in the place of the groups.
+    for group in [group for group in optimizer.param_groups if not released.isdisjoint(group["params"])]:
+        group["params"] = [parameter for parameter in group["params"] if parameter not in released]
+        if not group["params"]:
+            optimizer.param_groups[:] = [each for each in optimizer.param_groups if each is not group]
+    for parameter in released:
+        optimizer.state.pop(parameter, None)

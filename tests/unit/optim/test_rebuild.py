@@ -121,6 +121,7 @@ def test_a_wider_parameter_takes_over_the_momentum_of_the_one_in_whose_place_it_
     assert [p is wider for p in optimizer.param_groups[0]["params"]] == [True, False, False, False]
     assert old not in optimizer.state
     assert optimizer.state[kept] is other
+    assert optimizer.state[wider].keys() == state.keys()
     for key, part in optimizer.state[wider].items():
         expected = state[key]
         assert torch.equal(part[:, :4] if part.dim() else part, expected)

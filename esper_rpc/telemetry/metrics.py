@@ -89,6 +89,11 @@ STEP_PART = Histogram(
     "esper_step_part_seconds", "Where the time of a step went at the trainer.", ["part"], buckets=LATENCY_BUCKETS
 )
 STEP_ANSWERS = Counter("esper_step_answers", "Steps of a trainer, by what came of asking.", ["reason"])
+LEARNING_RATE_VIOLATIONS = Counter(
+    "esper_learning_rate_violations", "Learning rates that somebody else changed, and that were put back.", ["reason"]
+)
+GRADIENT_CONFLICTS = Counter("esper_gradient_conflicts", "Gradients that pulled against another.", ["source"])
+GRADIENTS_DROPPED = Counter("esper_gradients_dropped", "Gradients left out because they were not finite.", ["source"])
 OUTCOMES = Counter("esper_command_outcomes", "Commands at a seed host.", ["result", "reason"])
 
 _AUDIT_LOST = Counter("esper_audit_records_lost", "What the audit log could not keep.", ["cause"])

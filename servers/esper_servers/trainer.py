@@ -35,7 +35,7 @@ from esper_rpc.telemetry.tracing import configure_tracing
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina.host import InProcessSeedHost
 from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
-from esper_servers.kasmina.learning_rate import OptimizerAuthority
+from esper_servers.kasmina.learning_rate import LearningRateAuthority, OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.service import KasminaServicer
 from esper_servers.kasmina.site import Site
@@ -49,15 +49,18 @@ URZA_TIMEOUT_SECONDS = 2.0
 
 
 class DetachedSession:
-    """What a loop gets when there is no mesh: the same calls, and nothing happens."""
+    """What a loop gets when there is no mesh: the same calls, and nothing happens but what the loop asked for."""
 
     is_connected = False
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, learning_rate: LearningRateAuthority | None = None) -> None:
         self._model = model
+        self._learning_rate = learning_rate
 
     def step(self, *_: Any, **__: Any) -> list[Any]:
-        """Do nothing."""
+        """Let schedules go on."""
+        if self._learning_rate is not None:
+            self._learning_rate.step()
         return []
 
     def begin_step(self, *_: Any, **__: Any) -> None:
@@ -71,11 +74,13 @@ class DetachedSession:
         """Do nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing to restore."""
-        return {}
+        """Return where schedules are."""
+        return {} if self._learning_rate is None else {"host": {"learning_rate": self._learning_rate.state_dict()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing."""
+        """Restore where schedules were."""
+        if self._learning_rate is not None and state:
+            self._learning_rate.load_state_dict(state["host"]["learning_rate"])
 
     def export(self) -> nn.Module:
         """Return a copy of the model."""
@@ -101,22 +106,25 @@ def attach(
     run_id: str = "",
     step_budget_ms: float | None = None,
     limits: LocalLimits | None = None,
+    learning_rate: LearningRateAuthority | None = None,
     kasmina_address: str = "127.0.0.1:0",
 ) -> TrainingSession | DetachedSession:
     """Wrap sites of the model, open the run and serve Kasmina. See esper_client.attach.
 
-    Without `sites` every hidden Linear or convolution becomes one; the last layer does not. What is not given comes
-    from [session], [breaker] and [limits] of $ESPER_HOME/esper.toml or the environment.
+    Without `sites` every hidden Linear or convolution becomes one; the last layer does not. Without `learning_rate`
+    rates stay the user's, or those of the user's scheduler; a UnifiedLRController is the only one who sets them. What
+    is not given comes from [session], [breaker] and [limits] of $ESPER_HOME/esper.toml or the environment.
     """
     log_warnings_to_stderr()
     found = mesh or find_mesh(environ)
     if found is None:
         warnings.warn("No mesh found: training runs on without it. `esper up` starts one.", stacklevel=3)
-        return DetachedSession(model)
+        return DetachedSession(model, learning_rate)
     member = Membership.read(found, environ)
     config = member.session_config(step_budget_ms=step_budget_ms, optimizer_family=type(optimizer).__name__.lower())
     limits, thread = limits or member.limits(), LoopThread()
-    host = _make_host(model, optimizer, member, sites, limits, thread, has_training_thread=True)
+    authority = learning_rate or OptimizerAuthority(optimizer)
+    host = _make_host(model, authority, member, sites, limits, thread, has_training_thread=True)
     session = TrainingSession(
         host=host, identity=member.identity, tamiyo_address=found.tamiyo, run_id=run_id, config=config, thread=thread
     )
@@ -150,7 +158,8 @@ def serve(
         raise ConfigError("No mesh found: `esper up` starts one.")
     member = Membership.read(found, environ)
     limits, thread = limits or member.limits(), LoopThread("esper-kasmina")
-    host = _make_host(model, optimizer, member, sites, limits, thread, has_training_thread=False)
+    authority = OptimizerAuthority(optimizer)
+    host = _make_host(model, authority, member, sites, limits, thread, has_training_thread=False)
     server = thread.run(_serve_kasmina(host, member, address, run_id, lambda: None), timeout=10)
     return ServedModel(host, server, thread)
 
@@ -217,7 +226,7 @@ class Membership:
 
 def _make_host(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    learning_rate: LearningRateAuthority,
     member: Membership,
     site_names: Sequence[str] | None,
     limits: LocalLimits,
@@ -233,7 +242,7 @@ def _make_host(
         audience=str(member.identity.spiffe_id),
         library=library,
         factories=load_factories(),
-        learning_rate=OptimizerAuthority(optimizer),
+        learning_rate=learning_rate,
         limits=limits,
         has_training_thread=has_training_thread,
     )

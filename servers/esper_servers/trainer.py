@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 import structlog
 import torch
@@ -29,6 +30,7 @@ from esper_rpc.errors import ConfigError, DataLoss, EsperError
 from esper_rpc.identity import Identity
 from esper_rpc.logging import log_warnings_to_stderr
 from esper_rpc.proto.kasmina.v1 import kasmina_service_pb2
+from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType
 from esper_rpc.proto.urza.v1 import FetchKernelRequest, GetBlueprintRequest, ListBlueprintsRequest
 from esper_rpc.server import MeshServer, ServerConfig
 from esper_rpc.telemetry.tracing import configure_tracing
@@ -39,6 +41,10 @@ from esper_servers.kasmina.learning_rate import LearningRateAuthority, Optimizer
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.service import KasminaServicer
 from esper_servers.kasmina.site import Site
+from esper_servers.kasmina.verdict import Verdict
+from esper_servers.tolaria.assembly import keep_checkpoints
+from esper_servers.tolaria.rollback import RollbackConfig
+from esper_servers.tolaria.schedule import CheckpointConfig, CheckpointSchedule
 
 log = structlog.get_logger(__name__)
 
@@ -46,6 +52,7 @@ KASMINA = kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"]
 WRAPPABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
 OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 URZA_TIMEOUT_SECONDS = 2.0
+DEFAULT_CHECKPOINTS = Path("state") / "trainer" / "checkpoints"
 
 
 class DetachedSession:
@@ -128,6 +135,7 @@ def attach(
     session = TrainingSession(
         host=host, identity=member.identity, tamiyo_address=found.tamiyo, run_id=run_id, config=config, thread=thread
     )
+    _keep_checkpoints(model, optimizer, session, host, member, limits)
     kasmina = thread.run(_serve_kasmina(host, member, kasmina_address, session.run_id, session.move), timeout=10)
     session.kasmina_address = kasmina.address
     session.close_with(kasmina.drain)
@@ -213,6 +221,19 @@ class Membership:
         budget = config.step_budget_ms if step_budget_ms is None else step_budget_ms
         return replace(config, breaker=breaker, step_budget_ms=budget, optimizer_family=optimizer_family)
 
+    def checkpoint_config(self) -> CheckpointConfig:
+        """Read [checkpoints]."""
+        return load(CheckpointConfig, "checkpoints", path=self._settings, environ=self.environ)
+
+    def rollback_config(self) -> RollbackConfig:
+        """Read [rollback]."""
+        return load(RollbackConfig, "rollback", path=self._settings, environ=self.environ)
+
+    def checkpoint_directory(self, config: CheckpointConfig, run_id: str) -> Path:
+        """Where the checkpoints of a run are; its name may hold anything."""
+        parent = Path(config.directory) if config.directory else home_directory(self.environ) / DEFAULT_CHECKPOINTS
+        return parent / quote(run_id, safe="").replace(".", "%2E")
+
     def trace(self) -> Callable[[], object]:
         """Trace if the environment asks for it; a program that set up OpenTelemetry itself keeps its own provider."""
         if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
@@ -248,6 +269,34 @@ def _make_host(
     )
     thread.spawn(_prefetch(member.mesh.urza, member.identity, library))
     return host
+
+
+def _keep_checkpoints(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    session: TrainingSession,
+    host: InProcessSeedHost,
+    member: Membership,
+    limits: LocalLimits,
+) -> None:
+    """Make checkpoints as the settings say, and where there are any, let the mesh ask for a rollback."""
+    config = member.checkpoint_config()
+    session.checkpoints = keep_checkpoints(
+        model, optimizer, session=session, host=host, config=config, rollback=member.rollback_config(),
+        directory=member.checkpoint_directory(config, session.run_id),
+    )  # fmt: skip
+    session.close_with(partial(asyncio.to_thread, session.checkpoints.close))
+    schedule = CheckpointSchedule(session.checkpoints, session, config, rollbacks_per_epoch=limits.rollbacks_per_epoch)
+    session.after_step = schedule.end_step
+    if not config.is_enabled:
+        return
+
+    def carry_out(command: AdaptationCommand) -> Verdict | None:
+        answer = schedule.carry_out(command)
+        return None if answer is None else Verdict(*answer)
+
+    host.route(CommandType.COMMAND_TYPE_ROLLBACK, carry_out)
+    session.features = (*session.features, "rollback")
 
 
 def choose_sites(model: nn.Module) -> list[str]:

@@ -144,12 +144,15 @@ def settings_sections() -> dict[str, type]:
     from esper_servers.tamiyo.step_processes.processes import StepProcessConfig
     from esper_servers.tamiyo.turns.anticipation import AnticipationConfig
     from esper_servers.tamiyo.turns.step_queue import BatchConfig
+    from esper_servers.tolaria.rollback import RollbackConfig
+    from esper_servers.tolaria.schedule import CheckpointConfig
 
     return {
         "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "risk": RiskConfig,
         "prior": PriorConfig, "plan": PlanConfig, "batch": BatchConfig, "anticipation": AnticipationConfig,
         "pause": PauseConfig, "reports": ReportConfig, "quota": QuotaConfig, "concurrency": ConcurrencyConfig,
-        "pki": PkiConfig, "step_processes": StepProcessConfig,
+        "pki": PkiConfig, "step_processes": StepProcessConfig, "checkpoints": CheckpointConfig,
+        "rollback": RollbackConfig,
     }  # fmt: skip
 
 

@@ -13,11 +13,11 @@ from torch import nn
 from esper_client.seed_host import RunDescription
 from esper_rpc.envelope import Keyring, Verifier
 from esper_rpc.errors import FailedPrecondition, NotFound
-from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedState, SignedEnvelope, TelemetryPacket
+from esper_rpc.proto.leyline.v1 import CommandOutcome, CommandType, SeedState, SignedEnvelope, TelemetryPacket
 from esper_servers.blueprints.catalogue import BlueprintFactory
 from esper_servers.blueprints.extras import describe_module
 
-from . import lifecycle, step_packets
+from . import lifecycle, step_packets, verdict
 from .checkpoint import Checkpoint
 from .events import Listener, SeedEvents
 from .export import without_sites
@@ -31,7 +31,9 @@ from .progress import Progress
 from .safe_point import SafePoint
 from .seed_slot import SeedSlot
 from .site import Site
-from .surgery import Surgeon
+from .surgery import Route, Surgeon
+
+ROLLED_BACK = "rolled_back"
 
 
 class InProcessSeedHost:
@@ -218,10 +220,29 @@ class InProcessSeedHost:
         Raises:
             InvalidRequest: When the checkpoint is of other seeds.
             DataLoss: When the weights of a seed are not those that were saved.
-            FailedPrecondition: When a blueprint is not installed, or a seed is fossilised here already.
+            FailedPrecondition: When a blueprint is not installed.
         """
         with self._lock:
             self._checkpoint.restore(state)
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise what `load_state_dict` would raise, and change nothing."""
+        with self._lock:
+            self._checkpoint.check(state)
+
+    def roll_back(self, state: dict[str, Any]) -> None:
+        """Restore like `load_state_dict`, and refuse from here on what was decided on the seeds of until now.
+
+        The challenge changes, so that the controller has to open the run again. Commands for seeds that wait fail.
+        """
+        with self._lock:
+            self._checkpoint.restore(state)
+            self.verifier.receiver_epoch = os.urandom(16)
+
+    def route(self, command_type: CommandType.ValueType, carry_out: Route) -> None:
+        """Have commands of a type carried out by somebody else, at the safe point; call it before the first step."""
+        self._surgeon.routes[command_type] = carry_out
+        self._inbox.supported.add(command_type)
 
     def export(self) -> nn.Module:
         """Return a plain copy: each site is its host, followed by its seed if that is fossilised."""
@@ -234,7 +255,7 @@ class InProcessSeedHost:
         self._safe_point.close()
 
     def _settle(self, queued: Queued) -> CommandOutcome | None:
-        what = self._surgeon.carry_out(queued)
+        what = verdict.failed(ROLLED_BACK) if self._is_outdated(queued) else self._surgeon.carry_out(queued)
         if what is None:
             self._inbox.put_back(queued)
             return None
@@ -244,3 +265,8 @@ class InProcessSeedHost:
         outcome = what.on(command.command_id, self.global_step, command)
         self.verifier.record_outcome(command.command_id, outcome)
         return self._events.settled(outcome)
+
+    def _is_outdated(self, queued: Queued) -> bool:
+        """Whether a rollback came after it was verified; what is not for seeds may be the rollback itself."""
+        is_routed = queued.command.command_type in self._surgeon.routes
+        return not is_routed and queued.receiver_epoch != self.verifier.receiver_epoch

@@ -26,7 +26,7 @@ VIOLATIONS = 3
 DEFAULT_RISK_TOLERANCE = 0.5
 _SAVED = (
     "blueprint_id", "risk", "steps_in_stage", "age_epochs", "updates", "violations",
-    "gradient_norm", "loss_at_graft", "embargo_left", "is_fine_tuning",
+    "gradient_norm", "loss_at_graft", "embargo_left", "is_fine_tuning", "adopted_as",
 )  # fmt: skip
 
 
@@ -59,6 +59,8 @@ class SeedSlot:
     loss_at_graft: float | None = None
     is_fine_tuning: bool = False
     embargo_left: int = 0
+    adopted_as: int = 0
+    """Its number among the fossils that joined the user's optimizer, from 1; the groups there stand in this order."""
     paused_until: float = 0.0
 
     @property

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedLifecycleStage
@@ -24,6 +24,9 @@ ILLEGAL_TRANSITION = "illegal_transition"
 KERNEL_LATE = "kernel_late"
 COMMANDED = "commanded"
 _MULTIPLIER = "learning_rate_multiplier"
+
+Route = Callable[[AdaptationCommand], Verdict | None]
+"""Carries a command out at the safe point; None puts it off to the next one, where it is asked again."""
 
 
 class Surgeon:
@@ -49,10 +52,15 @@ class Surgeon:
         self._limits = limits
         self._events = events
         self._progress = progress
+        self.routes: dict[CommandType.ValueType, Route] = {}
+        """Who carries out the commands of a type that are not for seeds."""
 
     def carry_out(self, queued: Queued) -> Verdict | None:
         """Do what a command says; None when its kernel is still on its way."""
         command = queued.command
+        elsewhere = self.routes.get(command.command_type)
+        if elsewhere is not None:
+            return elsewhere(command)
         if command.command_type == CommandType.COMMAND_TYPE_PAUSE:
             return self._pauses.hold(command, self._seeds.values())
         if command.command_type == CommandType.COMMAND_TYPE_OPTIMIZER:
@@ -118,6 +126,7 @@ class Surgeon:
             slot.schedule, slot.loss_at_graft = schedule_of(command), self._progress.loss_or_none()
         if target == lifecycle.FOSSILIZED and slot.site.seed is not None:
             slot.optimizer = None
+            slot.adopted_as = 1 + max(each.adopted_as for each in self._seeds.values())
             self._learning_rate.adopt(slot.site.seed)
 
     def _cull(self, slot: SeedSlot, reason: str, command_id: str = "") -> None:

@@ -27,6 +27,8 @@ class Queued(NamedTuple):
     command: AdaptationCommand
     since: int
     """The global step at which it came."""
+    issuer: str = ""
+    """The role that signed it."""
 
 
 class CommandInbox:
@@ -54,7 +56,7 @@ class CommandInbox:
             return self._refuse(envelope.nonce, refusal.reason), False
         if accepted.duplicate:
             return accepted.outcome or self._outcome(verdict.QUEUED, accepted.nonce), True
-        outcome = self._enqueue(accepted.payload, accepted.nonce)
+        outcome = self._enqueue(accepted.payload, accepted.nonce, accepted.issuer)
         self.verifier.record_outcome(accepted.nonce, outcome)
         return outcome, False
 
@@ -66,7 +68,7 @@ class CommandInbox:
         """Let a command wait for another safe point."""
         self._queue.append(queued)
 
-    def _enqueue(self, payload: bytes, nonce: str) -> CommandOutcome:
+    def _enqueue(self, payload: bytes, nonce: str, issuer: str) -> CommandOutcome:
         command = _parse(payload)
         reason = MALFORMED if command is None else _why_not(command, nonce)
         if command is None or reason:
@@ -74,7 +76,7 @@ class CommandInbox:
             return self._refuse(nonce, reason)
         if command.seed_operation.operation == SeedOperation.SEED_OPERATION_GERMINATE:
             self._library.request(command.seed_operation.blueprint_id)
-        self._queue.append(Queued(command, self._progress.global_step))
+        self._queue.append(Queued(command, self._progress.global_step, issuer=issuer))
         return self._outcome(verdict.QUEUED, nonce, command)
 
     def _refuse(self, command_id: str, reason: str) -> CommandOutcome:

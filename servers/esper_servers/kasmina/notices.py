@@ -18,7 +18,7 @@ LONGEST_DETAIL = 256
 INFO = TelemetryLevel.TELEMETRY_LEVEL_INFO
 WARNING = TelemetryLevel.TELEMETRY_LEVEL_WARNING
 ERROR = TelemetryLevel.TELEMETRY_LEVEL_ERROR
-_LOG_LEVEL = {INFO: logging.INFO, WARNING: logging.WARNING, ERROR: logging.ERROR}
+_LOG_LEVEL = {WARNING: logging.WARNING, ERROR: logging.ERROR}
 
 
 class Tell(Protocol):
@@ -32,7 +32,7 @@ def tell_nobody(name: str, level: TelemetryLevel.ValueType, *, reason: str, **de
 
 
 class Notices:
-    """What happened since the last step, logged at once, and kept as events for the step's global packet.
+    """What happened since the last step, as events for its global packet; what is not in order is logged at once.
 
     Safe to use from any thread. The first ones are told each, the rest as a number by name.
     """
@@ -43,9 +43,10 @@ class Notices:
         self._rest: Counter[str] = Counter()
 
     def tell(self, name: str, level: TelemetryLevel.ValueType, *, reason: str, **details: str | float) -> None:
-        """Log an event and keep it until the end of the step."""
+        """Keep an event until the end of the step."""
         known = {"reason": reason, "priority": name_of(PRIORITY_OF[level]), **details}
-        log.log(_LOG_LEVEL[level], name, **known)
+        if level in _LOG_LEVEL:
+            log.log(_LOG_LEVEL[level], name, **known)
         attributes = {key: str(value)[:LONGEST_DETAIL] for key, value in known.items()}
         event = TelemetryEvent(event_id=str(uuid.uuid4()), description=name, level=level, attributes=attributes)
         with self._lock:

@@ -29,16 +29,19 @@ from esper_rpc.envelope import Keyring
 from esper_rpc.errors import ConfigError, DataLoss, EsperError
 from esper_rpc.identity import Identity
 from esper_rpc.logging import log_warnings_to_stderr
+from esper_rpc.pause_quota import PauseConfig
 from esper_rpc.proto.kasmina.v1 import kasmina_service_pb2
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType
 from esper_rpc.proto.urza.v1 import FetchKernelRequest, GetBlueprintRequest, ListBlueprintsRequest
 from esper_rpc.server import MeshServer, ServerConfig
 from esper_rpc.telemetry.tracing import configure_tracing
 from esper_servers.blueprints.catalogue import load_factories
+from esper_servers.kasmina.background import BackgroundWorker
 from esper_servers.kasmina.host import InProcessSeedHost
-from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
+from esper_servers.kasmina.kernel_library import Kernel, KernelConfig, KernelLibrary
 from esper_servers.kasmina.learning_rate import LearningRateAuthority, OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
+from esper_servers.kasmina.memory import MemoryConfig, reader_for
 from esper_servers.kasmina.service import KasminaServicer
 from esper_servers.kasmina.site import Site
 from esper_servers.kasmina.verdict import Verdict
@@ -53,6 +56,8 @@ WRAPPABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
 OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 URZA_TIMEOUT_SECONDS = 2.0
 DEFAULT_CHECKPOINTS = Path("state") / "trainer" / "checkpoints"
+CATALOGUE_PAGE = 1000
+CATALOGUE_RETRY_SECONDS = 30.0
 
 
 class DetachedSession:
@@ -120,7 +125,8 @@ def attach(
 
     Without `sites` every hidden Linear or convolution becomes one; the last layer does not. Without `learning_rate`
     rates stay the user's, or those of the user's scheduler; a UnifiedLRController is the only one who sets them. What
-    is not given comes from [session], [breaker] and [limits] of $ESPER_HOME/esper.toml or the environment.
+    is not given comes from [session], [breaker], [limits], [kernels], [memory] and [pause] of $ESPER_HOME/esper.toml or
+    the environment.
     """
     log_warnings_to_stderr()
     found = mesh or find_mesh(environ)
@@ -214,6 +220,18 @@ class Membership:
         """Read [limits]."""
         return load(LocalLimits, "limits", path=self._settings, environ=self.environ)
 
+    def kernels(self) -> KernelConfig:
+        """Read [kernels]."""
+        return load(KernelConfig, "kernels", path=self._settings, environ=self.environ)
+
+    def memory(self) -> MemoryConfig:
+        """Read [memory]."""
+        return load(MemoryConfig, "memory", path=self._settings, environ=self.environ)
+
+    def pause(self) -> PauseConfig:
+        """Read [pause]."""
+        return load(PauseConfig, "pause", path=self._settings, environ=self.environ)
+
     def session_config(self, *, step_budget_ms: float | None, optimizer_family: str) -> SessionConfig:
         """Read [session] and [breaker]; a budget that is given wins."""
         config = load(SessionConfig, "session", path=self._settings, environ=self.environ)
@@ -255,7 +273,7 @@ def _make_host(
     *,
     has_training_thread: bool,
 ) -> InProcessSeedHost:
-    library = KernelLibrary(_fetcher(member.mesh.urza, member.identity), thread.spawn)
+    library = KernelLibrary(_fetcher(member.mesh.urza, member.identity), thread.spawn, config=member.kernels())
     host = InProcessSeedHost(
         model=model,
         sites=wrap_sites(model, site_names if site_names is not None else choose_sites(model)),
@@ -265,9 +283,13 @@ def _make_host(
         factories=load_factories(),
         learning_rate=learning_rate,
         limits=limits,
+        pause=member.pause(),
+        memory=member.memory(),
+        read_memory=reader_for(next((p.device for p in model.parameters()), torch.device("cpu"))),
+        background=BackgroundWorker("esper-prewarm"),
         has_training_thread=has_training_thread,
     )
-    thread.spawn(_prefetch(member.mesh.urza, member.identity, library))
+    thread.spawn(_keep_catalogue(member.mesh.urza, member.identity, library))
     return host
 
 
@@ -350,17 +372,31 @@ async def _download(urza: UrzaClient, blueprint_id: str) -> bytes:
     return bytes(content)
 
 
+async def _keep_catalogue(address: str, identity: Identity, library: KernelLibrary) -> None:
+    """Take the manifests of the whole catalogue ahead, and again before they expire."""
+    is_told = False
+    while True:
+        try:
+            await _prefetch(address, identity, library)
+            is_told, pause = False, library.config.ttl_seconds / 2
+        except EsperError as error:
+            if not is_told:
+                log.warning("catalogue_prefetch_failed", error=str(error))
+            is_told, pause = True, min(CATALOGUE_RETRY_SECONDS, library.config.ttl_seconds / 2)
+        await asyncio.sleep(pause)
+
+
 async def _prefetch(address: str, identity: Identity, library: KernelLibrary) -> None:
-    """Take the manifests of the whole catalogue ahead, so that a germination needs no wait."""
-    try:
-        async with UrzaClient(address, identity=identity) as urza:
-            page = await urza.list_blueprints(ListBlueprintsRequest(page_size=1000), timeout=URZA_TIMEOUT_SECONDS)
-    except EsperError as error:
-        log.warning("catalogue_prefetch_failed", error=str(error))
-        return
-    for blueprint in page.blueprints:
-        if not blueprint.manifest.weights_sha256:
-            library.add(Kernel(blueprint))
+    request = ListBlueprintsRequest(page_size=CATALOGUE_PAGE)
+    async with UrzaClient(address, identity=identity) as urza:
+        while True:
+            page = await urza.list_blueprints(request, timeout=URZA_TIMEOUT_SECONDS)
+            for blueprint in page.blueprints:
+                if not blueprint.manifest.weights_sha256:
+                    library.add(Kernel(blueprint))
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return
 
 
 async def _serve_kasmina(

@@ -70,9 +70,9 @@ def tamiyo(
     place, environ = home_of(context, home), environ_of(context)
     # Before torch is imported, which on a full disk fails with a riddle about temporary directories.
     require_writable(place.state_dir("tamiyo"))
+    from esper_rpc.pause_quota import PauseConfig
     from esper_servers.policy.prior import PriorConfig
     from esper_servers.tamiyo.field_reports.config import ReportConfig
-    from esper_servers.tamiyo.pauses.quota import PauseConfig
     from esper_servers.tamiyo.plans.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
     from esper_servers.tamiyo.server import serve

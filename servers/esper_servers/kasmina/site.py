@@ -9,12 +9,17 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage
+from esper_servers.blueprints.out_of_memory import describe
 
 from . import lifecycle
 from .blending import convex, shadow
+from .guarded_branch import guard, leaves
 
 log = structlog.get_logger(__name__)
 
+LOOK_EACH = 64
+"""Branches from one look at what they would write to the next; the first ones of a seed are looked at each."""
+FIRST_LOOKS = 3
 _SHARED_WITH_HOST = (
     "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "_state_dict_hooks",
     "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
@@ -50,6 +55,9 @@ class Site(nn.Module):
         own = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
         self.dtype, self.device = own.dtype, own.device
         self._saw_non_finite: Tensor | None = None
+        self._branches = 0
+        self._foreign: list[Tensor] = []
+        self._own: list[Tensor] = []
 
     @property
     def host(self) -> nn.Module:
@@ -65,6 +73,8 @@ class Site(nn.Module):
         """Let a module grow here, or nothing, with alpha 0."""
         object.__setattr__(self, "_seed", seed)
         self.alpha, self.paused, self.failure, self._saw_non_finite = 0.0, False, "", None
+        self._branches, self._foreign = 0, []
+        self._own = [p for p in seed.parameters() if p.requires_grad] if seed is not None else []
         if seed is not None:
             seed.train(self.training)
 
@@ -89,21 +99,36 @@ class Site(nn.Module):
         try:
             return self._mixed(self._seed, h)
         except Exception as error:  # noqa: BLE001  # The seed is foreign code inside the user's forward pass.
-            self._fail(f"{type(error).__name__}: {error}")
+            self._fail(error)
             return h
 
     def _mixed(self, seed: nn.Module, h: Tensor) -> Tensor:
         if self.stage == lifecycle.FOSSILIZED:
             return self._through(seed, h)
         if self.stage == lifecycle.TRAINING and self.training and torch.is_grad_enabled():
-            return shadow(h, self._through(seed, h.detach()))
+            return shadow(h, self._beside(seed, h))
         if self.stage in lifecycle.BLENDED and self.alpha > 0.0:
-            s = self._through(seed, h.detach())
+            s = self._beside(seed, h)
             # A flag on the device, read at the safe point, so that no forward pass waits for it.
             broken = ~torch.isfinite(s.detach()).all()
             self._saw_non_finite = broken if self._saw_non_finite is None else self._saw_non_finite | broken
             return convex(h, s, self.alpha)
         return h
+
+    def _beside(self, seed: nn.Module, h: Tensor) -> Tensor:
+        """Run the seed where its backward pass can neither raise nor reach anything but the seed."""
+        s = self._through(seed, h.detach())
+        if s.requires_grad:
+            if self._branches < FIRST_LOOKS or self._branches % LOOK_EACH == 0:
+                known = {id(p) for p in self._own}
+                self._foreign += [leaf for leaf in leaves(s) if id(leaf) not in known]
+            self._branches += 1
+        return guard(s, self._own, self._fail)
+
+    def take_foreign(self) -> list[Tensor]:
+        """Return what the seed would have written to, and is none of its own, since the last call."""
+        found, self._foreign = self._foreign, []
+        return found
 
     @staticmethod
     def _through(seed: nn.Module, h: Tensor) -> Tensor:
@@ -112,9 +137,9 @@ class Site(nn.Module):
             raise ValueError(f"the seed turned {tuple(h.shape)} into {tuple(s.shape)}")
         return s
 
-    def _fail(self, failure: str) -> None:
-        self.failure = failure
-        log.error("seed_failed", failure=failure, stage=SeedLifecycleStage.Name(self.stage))
+    def _fail(self, error: Exception) -> None:
+        self.failure = describe(error)
+        log.error("seed_failed", failure=self.failure, stage=SeedLifecycleStage.Name(self.stage))
 
     def _learn_shapes(self, args: tuple[Any, ...], h: Tensor) -> None:
         # Of training: an evaluation may use another size of image or sequence.

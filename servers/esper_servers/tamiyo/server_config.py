@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from esper_rpc.envelope import Keyring
+from esper_rpc.pause_quota import PauseConfig
 from esper_rpc.server import ServerConfig
 from esper_servers.policy.prior import PriorConfig
 
 from .field_reports.config import ReportConfig
 from .field_reports.publisher import ReportPublisher
-from .pauses.quota import PauseConfig
 from .plans.plan_switch import PlanConfig
 from .risk.config import RiskConfig
 from .step_processes.processes import StepProcessConfig

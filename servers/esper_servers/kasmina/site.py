@@ -11,7 +11,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage
 
 from . import lifecycle
-from .blending import convex, shadow
+from .blending import convex, linked, shadow
 
 log = structlog.get_logger(__name__)
 
@@ -50,6 +50,8 @@ class Site(nn.Module):
         own = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
         self.dtype, self.device = own.dtype, own.device
         self._saw_non_finite: Tensor | None = None
+        self.keeps_graph = False
+        """The host gets gradients of zero where it would get none: DistributedDataParallel waits for one of each."""
 
     @property
     def host(self) -> nn.Module:
@@ -102,7 +104,8 @@ class Site(nn.Module):
             # A flag on the device, read at the safe point, so that no forward pass waits for it.
             broken = ~torch.isfinite(s.detach()).all()
             self._saw_non_finite = broken if self._saw_non_finite is None else self._saw_non_finite | broken
-            return convex(h, s, self.alpha)
+            mixed = convex(h, s, self.alpha)
+            return linked(mixed, h) if self.keeps_graph and h.requires_grad else mixed
         return h
 
     @staticmethod

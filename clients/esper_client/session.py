@@ -7,7 +7,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, Protocol, Self
+from typing import Annotated, Any, NamedTuple, Protocol, Self, TypeVar
 
 import structlog
 from opentelemetry import trace
@@ -27,7 +27,7 @@ from .connection import StepConnection
 from .decision_stream import DecisionStream
 from .event_loop import LoopThread
 from .packet import build_packet
-from .seed_host import SeedHost
+from .seed_host import OutOfStep, SeedHost
 from .step_exchange import MISSED, StepExchange
 
 log = structlog.get_logger(__name__)
@@ -36,6 +36,8 @@ PROTOCOL_VERSIONS = (1, 2)
 FEATURES = ("seed", "pause", "optimizer")
 CLOSE_SECONDS = 5.0
 REPORTING_DELAY_SECONDS = 0.001
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +119,7 @@ class TrainingSession:
         self._last_step_at: float | None = None
         self._failed = False
         self._begun: _BegunStep | None = None
+        self._is_in_step = False
         self._telemetry = telemetry
         self._thread = thread or LoopThread()
         self._exchange = StepExchange(
@@ -159,7 +162,8 @@ class TrainingSession:
         """End a training step: ask, verify, and carry out the answer on the model. Returns what became of commands.
 
         A command that came too late for its step is never carried out; the step after it returns it as RESULT_LATE.
-        Raises nothing that comes from the mesh; what failed is logged once and counted in `reasons`.
+        Raises nothing that comes from the mesh; what failed is logged once and counted in `reasons`. Where several
+        ranks train one model every rank calls it, and it raises OutOfStep when the other ranks are gone.
         """
         self.begin_step(loss, samples=samples, gradient_norm=gradient_norm, metrics=metrics)
         return self.finish_step()
@@ -179,23 +183,30 @@ class TrainingSession:
         """
         if self._thread.fork.is_child:
             return
-        if self._begun is not None:
+        if self._is_in_step:
             self.finish_step()
+        self._is_in_step = True
+        self.global_step += 1
         try:
-            self._begun = self._begin(_number(loss), samples, gradient_norm, metrics or {})
+            self._begun = self._begin(read_loss(loss), samples, gradient_norm, metrics or {})
         except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
             self._note_failure(error)
 
     def finish_step(self) -> list[CommandOutcome]:
         """Take the answer to the step that was begun, and carry it out. As `step` otherwise."""
         begun, self._begun = self._begun, None
-        if begun is None or self._thread.fork.is_child:
+        is_in_step, self._is_in_step = self._is_in_step, False
+        if not is_in_step or self._thread.fork.is_child:
             return []
         outcomes: list[CommandOutcome] = []
         try:
+            if begun is None:
+                return self._finish()
             with trace.use_span(begun.span, end_on_exit=True):
                 outcomes = self._complete(begun)
             self.after_step()
+        except OutOfStep:
+            raise
         except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
             self._note_failure(error)
         return outcomes
@@ -256,7 +267,6 @@ class TrainingSession:
     ) -> _BegunStep:
         begun = time.perf_counter()
         self._start()
-        self.global_step += 1
         outcomes = self._settle_late()
         self._remember(outcomes)
         self.host.observe(loss, self.global_step)
@@ -269,9 +279,9 @@ class TrainingSession:
 
     def _complete(self, step: _BegunStep) -> list[CommandOutcome]:
         resumed = time.perf_counter()
-        decision = self._receive(step.reason)
+        decision = self._guarded(lambda: self._receive(step.reason))
         answered = time.perf_counter()
-        settled = self._submit(decision, step.raw) if decision is not None else []
+        settled = (self._guarded(lambda: self._submit(decision, step.raw)) or []) if decision is not None else []
         verified = time.perf_counter()
         settled += self._finish()
         ended = time.perf_counter()
@@ -285,6 +295,14 @@ class TrainingSession:
         # Metrics and logs take as long as verifying a command. At once the loop would take the interpreter from here.
         self._thread.run_later(REPORTING_DELAY_SECONDS, self._report, self.global_step, timing, outcomes)
         return outcomes
+
+    def _guarded(self, work: Callable[[], Answer]) -> Answer | None:
+        """Do what may fail without keeping the host from ending its step, which other ranks wait for."""
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
+            self._note_failure(error)
+            return None
 
     def _note_failure(self, error: Exception) -> None:
         self._count("internal_error")
@@ -459,6 +477,6 @@ class TrainingSession:
         self.host.set_clock_offset(connection.server_clock_offset_ns)
 
 
-def _number(loss: Loss) -> float:
+def read_loss(loss: Loss) -> float:
     """Read a number, or a tensor of one element without its graph."""
     return float(loss.detach() if hasattr(loss, "detach") else loss)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
 
+import orjson
 import structlog
 import torch
 from opentelemetry import trace
@@ -21,6 +22,7 @@ from torch import nn
 from esper_client.client import UrzaClient
 from esper_client.discovery import SETTINGS_FILE, MeshAddress, find_mesh, home_directory
 from esper_client.event_loop import LoopThread
+from esper_client.follower_session import FollowerSession
 from esper_client.renewal import CHECK_SECONDS, CertificateRenewer
 from esper_client.session import SessionConfig, TrainingSession
 from esper_rpc.breaker import BreakerConfig
@@ -37,11 +39,14 @@ from esper_rpc.server import MeshServer, ServerConfig
 from esper_rpc.telemetry.tracing import configure_tracing
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina.background import BackgroundWorker
+from esper_servers.kasmina.following_host import FollowingSeedHost
 from esper_servers.kasmina.host import InProcessSeedHost
 from esper_servers.kasmina.kernel_library import Kernel, KernelConfig, KernelLibrary
+from esper_servers.kasmina.leading_host import LeadingSeedHost
 from esper_servers.kasmina.learning_rate import LearningRateAuthority, OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.memory import MemoryConfig, reader_for
+from esper_servers.kasmina.ranks import Ranks
 from esper_servers.kasmina.service import KasminaServicer
 from esper_servers.kasmina.site import Site
 from esper_servers.kasmina.verdict import Verdict
@@ -108,6 +113,9 @@ class DetachedSession:
         self.close()
 
 
+Session = TrainingSession | FollowerSession | DetachedSession
+
+
 def attach(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -120,33 +128,111 @@ def attach(
     limits: LocalLimits | None = None,
     learning_rate: LearningRateAuthority | None = None,
     kasmina_address: str = "127.0.0.1:0",
-) -> TrainingSession | DetachedSession:
+    distributed: bool | None = None,
+) -> Session:
     """Wrap sites of the model, open the run and serve Kasmina. See esper_client.attach.
 
     Without `sites` every hidden Linear or convolution becomes one; the last layer does not. Without `learning_rate`
     rates stay the user's, or those of the user's scheduler; a UnifiedLRController is the only one who sets them. What
     is not given comes from [session], [breaker], [limits], [kernels], [memory] and [pause] of $ESPER_HOME/esper.toml or
-    the environment.
+    the environment. Where torch.distributed has several ranks they train one model and must all call this; with
+    `distributed=False` each trains its own.
     """
     log_warnings_to_stderr()
+    attach_here = partial(
+        _attach, model, optimizer, environ=environ, mesh=mesh, sites=sites, run_id=run_id,
+        step_budget_ms=step_budget_ms, limits=limits, learning_rate=learning_rate, kasmina_address=kasmina_address,
+    )  # fmt: skip
+    ranks = _find_ranks(distributed)
+    if ranks is None:
+        return attach_here()
+    if learning_rate is not None:
+        raise ConfigError("A controller of learning rates serves one rank; leave learning_rate out for several.")
+    return _lead(attach_here, ranks) if ranks.is_first else _follow(model, optimizer, ranks)
+
+
+def _attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    environ: Mapping[str, str],
+    mesh: MeshAddress | None,
+    sites: Sequence[str] | None,
+    run_id: str,
+    step_budget_ms: float | None,
+    limits: LocalLimits | None,
+    learning_rate: LearningRateAuthority | None,
+    kasmina_address: str,
+    ranks: Ranks | None = None,
+) -> TrainingSession | DetachedSession:
     found = mesh or find_mesh(environ)
     if found is None:
-        warnings.warn("No mesh found: training runs on without it. `esper up` starts one.", stacklevel=3)
+        warnings.warn("No mesh found: training runs on without it. `esper up` starts one.", stacklevel=4)
         return DetachedSession(model, learning_rate)
     member = Membership.read(found, environ)
     config = member.session_config(step_budget_ms=step_budget_ms, optimizer_family=type(optimizer).__name__.lower())
+    config = config if ranks is None else replace(config, world_size=ranks.size)
     limits, thread = limits or member.limits(), LoopThread()
     authority = learning_rate or OptimizerAuthority(optimizer)
-    host = _make_host(model, authority, member, sites, limits, thread, has_training_thread=True)
+    host = _make_host(model, authority, member, sites, limits, thread, has_training_thread=True, ranks=ranks)
     session = TrainingSession(
         host=host, identity=member.identity, tamiyo_address=found.tamiyo, run_id=run_id, config=config, thread=thread
     )
-    _keep_checkpoints(model, optimizer, session, host, member, limits)
+    if ranks is None:
+        _keep_checkpoints(model, optimizer, session, host, member, limits)
+    else:  # Another rank would not go back with this one.
+        _keep_groups_apart(optimizer)
     kasmina = thread.run(_serve_kasmina(host, member, kasmina_address, session.run_id, session.move), timeout=10)
     session.kasmina_address = kasmina.address
     session.close_with(kasmina.drain)
     session.close_with(partial(asyncio.to_thread, member.trace()))
     return session
+
+
+def _find_ranks(distributed: bool | None) -> Ranks | None:
+    is_ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and not is_ready:
+        raise ConfigError("Call torch.distributed.init_process_group before attaching with distributed=True.")
+    if distributed is False or not is_ready or torch.distributed.get_world_size() == 1:
+        return None
+    return Ranks()
+
+
+def _lead(attach_here: Callable[..., TrainingSession | DetachedSession], ranks: Ranks) -> Session:
+    """Attach on the first rank, and tell the others what came of it."""
+    try:
+        session = attach_here(ranks=ranks)
+    except Exception as error:
+        ranks.share(orjson.dumps({"error": str(error)}))
+        raise
+    told: dict[str, Any] = {"run_id": ""}
+    if isinstance(session, TrainingSession):
+        told = {"run_id": session.run_id, "sites": [seed.site_id for seed in session.host.describe().seeds]}
+    ranks.share(orjson.dumps(told))
+    return session
+
+
+def _follow(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Session:
+    """Attach on another rank: it opens no connection, and serves nothing."""
+    told = orjson.loads(ranks.share())
+    if "error" in told:
+        raise ConfigError(f"The first rank could not attach: {told['error']}")
+    if not told["run_id"]:
+        return DetachedSession(model)
+    sites = wrap_sites(model, told["sites"])
+    for site in sites.values():
+        site.keeps_graph = True
+    _keep_groups_apart(optimizer)
+    host = FollowingSeedHost(
+        model=model, sites=sites, factories=load_factories(), learning_rate=OptimizerAuthority(optimizer), ranks=ranks
+    )
+    return FollowerSession(host, told["run_id"])
+
+
+def _keep_groups_apart(optimizer: torch.optim.Optimizer) -> None:
+    # Marked as scheduled it gets no group of a kept seed: it steps before the gradients of that are averaged.
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
 
 
 def serve(
@@ -272,11 +358,16 @@ def _make_host(
     thread: LoopThread,
     *,
     has_training_thread: bool,
+    ranks: Ranks | None = None,
 ) -> InProcessSeedHost:
     library = KernelLibrary(_fetcher(member.mesh.urza, member.identity), thread.spawn, config=member.kernels())
-    host = InProcessSeedHost(
+    sites = wrap_sites(model, site_names if site_names is not None else choose_sites(model))
+    for site in sites.values():
+        site.keeps_graph = ranks is not None
+    kind = InProcessSeedHost if ranks is None else partial(LeadingSeedHost, ranks=ranks)
+    host = kind(
         model=model,
-        sites=wrap_sites(model, site_names if site_names is not None else choose_sites(model)),
+        sites=sites,
         keyring=member.keyring,
         audience=str(member.identity.spiffe_id),
         library=library,

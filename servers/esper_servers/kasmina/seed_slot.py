@@ -186,6 +186,14 @@ class SeedSlot:
         """Return what a resume needs, as tensors and plain values."""
         module = self.site.seed
         return {
+            **self.plain_state(),
+            "module": copy.deepcopy(dict(module.state_dict())) if module is not None else None,
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()) if self.optimizer is not None else None,
+        }
+
+    def plain_state(self) -> dict[str, Any]:
+        """Return all of it but the tensors, in plain values."""
+        return {
             **{name: getattr(self, name) for name in _SAVED},
             # In hexadecimal: torch.load(weights_only=True) reads no bytes.
             "extras_digest": self.extras_digest.hex(),
@@ -195,8 +203,6 @@ class SeedSlot:
             "schedule": dataclasses.asdict(self.schedule),
             "feature_shape": list(self.site.output_shape),
             "input_shape": list(self.site.input_shape),
-            "module": copy.deepcopy(dict(module.state_dict())) if module is not None else None,
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()) if self.optimizer is not None else None,
         }
 
     def load_state_dict(self, saved: dict[str, Any], module: nn.Module | None) -> None:
@@ -204,16 +210,20 @@ class SeedSlot:
         self.uproot()
         if module is not None:
             self.plant(module, saved["blueprint_id"], bytes.fromhex(saved["extras_digest"]))
-            self.manifest = bytes.fromhex(saved["manifest"])
+        self.load_plain_state(saved)
+        if saved["optimizer"] is None:
+            self.optimizer = None
+        elif self.optimizer is not None:
+            self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+
+    def load_plain_state(self, saved: dict[str, Any]) -> None:
+        """Restore what `plain_state` returned, around the module that is here."""
+        self.extras_digest, self.manifest = bytes.fromhex(saved["extras_digest"]), bytes.fromhex(saved["manifest"])
         self.site.output_shape, self.site.input_shape = tuple(saved["feature_shape"]), tuple(saved["input_shape"])
         for name in _SAVED:
             setattr(self, name, saved[name])
         self.site.stage, self.site.alpha = saved["stage"], saved["alpha"]
         self.schedule = AlphaSchedule(**saved["schedule"])
-        if saved["optimizer"] is None:
-            self.optimizer = None
-        elif self.optimizer is not None:
-            self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
 
 
 def _all_finite(tensors: Iterable[Tensor]) -> bool:

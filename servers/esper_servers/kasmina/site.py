@@ -12,7 +12,7 @@ from esper_rpc.proto.leyline.v1 import SeedLifecycleStage
 from esper_servers.blueprints.out_of_memory import describe
 
 from . import lifecycle
-from .blending import convex, shadow
+from .blending import convex, linked, shadow
 from .guarded_branch import guard, leaves
 
 log = structlog.get_logger(__name__)
@@ -58,6 +58,8 @@ class Site(nn.Module):
         self._branches = 0
         self._foreign: list[Tensor] = []
         self._own: list[Tensor] = []
+        self.keeps_graph = False
+        """The host gets gradients of zero where it would get none: DistributedDataParallel waits for one of each."""
 
     @property
     def host(self) -> nn.Module:
@@ -112,7 +114,8 @@ class Site(nn.Module):
             # A flag on the device, read at the safe point, so that no forward pass waits for it.
             broken = ~torch.isfinite(s.detach()).all()
             self._saw_non_finite = broken if self._saw_non_finite is None else self._saw_non_finite | broken
-            return convex(h, s, self.alpha)
+            mixed = convex(h, s, self.alpha)
+            return linked(mixed, h) if self.keeps_graph and h.requires_grad else mixed
         return h
 
     def _beside(self, seed: nn.Module, h: Tensor) -> Tensor:

@@ -170,19 +170,23 @@ class UnifiedLRController:
     def rebuild(self, change: OptimizerChange) -> None:
         """Change which parameters are trained; all others keep what is remembered of them (L2). All or nothing.
 
-        `rate` of what joins is its base: it warms up to that, and follows the schedule of the first group that learns.
+        `rate` of what joins is its base: it warms up to that, and follows the schedule of the first group that learns,
+        or none where the whole model is frozen.
 
         Raises:
             InvalidRequest, FailedPrecondition: See `rebuild`; nothing was changed.
         """
         self.check()
-        before = [(group, rule) for group, rule in self._governed()]
-        like = next(index for index, (_, rule) in enumerate(before) if rule is self._leader())
-        rebuild(self._optimizer, change, like=self._place(before[like][0]))
+        before, leader = list(self._governed()), self._leader()
+        like = next(group for group, rule in before if rule is leader)
+        rebuild(self._optimizer, change, like=self._place(like))
         # A group may have another first parameter than before.
         self._rules = {group["params"][0]: rule for group, rule in before if group["params"]}
+        schedule = Constant() if isinstance(leader.schedule, Frozen) else leader.schedule
         for joining in change.joining:
-            self._rules[joining.parameters[0]] = self._joined(joining)
+            self._rules[joining.parameters[0]] = _Rule(
+                joining.rate, schedule, plateau=leader.plateau, joined_at=self._step
+            )
         self._write(JOINED if change.joining else LEFT)
 
     def metrics(self) -> dict[str, float]:
@@ -251,11 +255,7 @@ class UnifiedLRController:
     def _leader(self) -> _Rule:
         """The rule that what joins follows: of the first group that learns."""
         rules = [rule for _, rule in self._governed()]
-        return min(rules, key=lambda rule: (isinstance(rule.schedule, Frozen), rule.joined_at is not None))
-
-    def _joined(self, joining: Joining) -> _Rule:
-        leader = self._leader()
-        return _Rule(joining.rate, leader.schedule, plateau=leader.plateau, joined_at=self._step)
+        return min(rules, key=lambda rule: (rule.joined_at is not None, isinstance(rule.schedule, Frozen)))
 
     def _place(self, group: dict[str, Any]) -> int:
         return next(index for index, each in enumerate(self._optimizer.param_groups) if each is group)

@@ -60,6 +60,8 @@ def rebuild(optimizer: Optimizer, change: OptimizerChange, *, like: int = 0) -> 
 def _check(optimizer: Optimizer, change: OptimizerChange) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise FailedPrecondition("L-BFGS remembers all parameters as one; it cannot take in or let go of any.")
+    if not all(joining.parameters for joining in change.joining):
+        raise InvalidRequest("A group that joins has one parameter at least.")
     present = groups.held(optimizer)
     gone = [*change.leaving, *change.replaced]
     new = [*change.replaced.values(), *(each for joining in change.joining for each in joining.parameters)]

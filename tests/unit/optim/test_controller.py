@@ -212,6 +212,14 @@ def test_what_joins_follows_the_first_group_that_learns(make_model):
     assert optimizer.param_groups[2]["betas"] == (0.5, 0.6)
 
 
+def test_where_the_whole_model_is_frozen_what_joins_learns_all_the_same():
+    optimizer = sgd(0.1)
+    controller = UnifiedLRController(optimizer, schedule=Frozen(), config=LearningRateConfig(warm_up_epochs=0))
+    for _ in range(2):
+        controller.adopt(nn.Linear(2, 2))
+    assert controller.rates == pytest.approx((0.0, 0.01, 0.01))
+
+
 def test_what_joins_falls_with_the_plateau_of_the_group_it_follows():
     optimizer, seed = sgd(0.1), nn.Linear(2, 2)
     config = LearningRateConfig(warm_up_epochs=0)
@@ -224,7 +232,7 @@ def test_what_joins_falls_with_the_plateau_of_the_group_it_follows():
     assert controller.rates == pytest.approx((0.001, 0.0001))
 
 
-def test_a_released_module_leaves_all_else_as_it_was(make_model, train):
+def test_a_released_module_leaves_all_else_as_it_was(make_model, train, told):
     model, seeds = make_model(), [nn.Linear(4, 4), nn.Linear(4, 4)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     controller = UnifiedLRController(optimizer)
@@ -240,6 +248,7 @@ def test_a_released_module_leaves_all_else_as_it_was(make_model, train):
     assert controller.rates == (rates[0], rates[2])
     train(model, optimizer, 3, through=seeds, after=controller.step)
     assert controller.violations == 0
+    assert told() == []
 
 
 def test_a_module_is_adopted_once_and_without_what_does_not_learn(make_model):

@@ -81,6 +81,7 @@ def test_training_goes_on_as_if_nothing_had_joined_and_left_again(make, make_mod
 def test_what_joins_learns_at_its_rate_and_with_the_options_of_the_group(make, make_model, train):
     model, newcomer = make_model(), nn.Linear(4, 4)
     optimizer = make(model.parameters())
+    optimizer.param_groups[0]["weight_decay"] = 0.125
     train(model, optimizer)
     rebuild(optimizer, OptimizerChange(joining=[Joining(parameters=list(newcomer.parameters()), rate=0.01)]))
     ours, joined = optimizer.param_groups
@@ -162,8 +163,17 @@ def test_named_parameters_stay_named(make_model, train):
         lambda own, new: OptimizerChange(joining=[Joining(parameters=[own], rate=0.1)]),
         lambda own, new: OptimizerChange(joining=[Joining(parameters=[new, new], rate=0.1)]),
         lambda own, new: OptimizerChange(replaced={own: new}, leaving=[own]),
+        lambda own, new: OptimizerChange(joining=[Joining(parameters=[], rate=0.1)]),
     ],
-    ids=["stranger leaves", "leaves twice", "stranger replaced", "joins again", "joins twice", "replaced and leaves"],
+    ids=[
+        "stranger leaves",
+        "leaves twice",
+        "stranger replaced",
+        "joins again",
+        "joins twice",
+        "replaced and leaves",
+        "nobody joins",
+    ],
 )
 def test_a_change_that_makes_no_sense_is_refused_and_changes_nothing(change, make_model, train):
     model = make_model()

@@ -7,6 +7,7 @@ from esper_rpc.proto.kasmina.v1 import SeedEvent
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage
 
 from . import lifecycle
+from .blend_events import BlendEvents
 from .progress import Progress
 from .rejections import Rejections
 from .seed_slot import SeedSlot
@@ -26,6 +27,7 @@ class SeedEvents:
         self._listeners: list[Listener] = []
         self.outcomes: deque[CommandOutcome] = deque(maxlen=REMEMBERED_OUTCOMES)
         self.rejections = Rejections()
+        self.blends = BlendEvents()
 
     def listen(self, listener: Listener) -> Callable[[], None]:
         """Call a function at every event, from whatever thread it happens in; returns how to stop."""

@@ -179,13 +179,14 @@ class InProcessSeedHost:
             return slot.advance_alpha()
 
     def finalize_step(self, step_index: int) -> list[TelemetryPacket]:
-        """Step the seeds' optimizers, let time pass for them, and return their packets and what was rejected."""
+        """Step the seeds' optimizers, let time pass for them, and return their packets with what happened."""
         with self._lock:
             self._progress.global_step = max(self._progress.global_step, step_index)
             self._learning_rate.step()
             for slot in self.seeds.values():
                 self._surgeon.finalize(slot)
-            return step_packets.flush(self.seeds.values(), step_index, self._events.rejections.take(step_index))
+            events = self._events.rejections.take(step_index) + self._events.blends.take(step_index)
+            return step_packets.flush(self.seeds.values(), step_index, events)
 
     def export_seed_states(self) -> list[SeedState]:
         """Return the state of every seed."""

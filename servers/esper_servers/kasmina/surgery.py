@@ -116,6 +116,7 @@ class Surgeon:
         self._move(slot, target, COMMANDED, command.command_id)
         if target == lifecycle.BLENDING:
             slot.schedule, slot.loss_at_graft = schedule_of(command), self._progress.loss_or_none()
+            self._events.blends.note(slot, slot.blend_as(command.annotations))
         if target == lifecycle.FOSSILIZED and slot.site.seed is not None:
             slot.optimizer = None
             self._learning_rate.adopt(slot.site.seed)

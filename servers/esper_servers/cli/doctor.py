@@ -137,6 +137,7 @@ def settings_sections() -> dict[str, type]:
     from esper_client.session import SessionConfig
     from esper_servers.kasmina.limits import LocalLimits
     from esper_servers.policy.prior import PriorConfig
+    from esper_servers.tamiyo.blend_modes import BlendModeConfig
     from esper_servers.tamiyo.field_reports.config import ReportConfig
     from esper_servers.tamiyo.pauses.quota import PauseConfig
     from esper_servers.tamiyo.plans.plan_switch import PlanConfig
@@ -149,7 +150,7 @@ def settings_sections() -> dict[str, type]:
         "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "risk": RiskConfig,
         "prior": PriorConfig, "plan": PlanConfig, "batch": BatchConfig, "anticipation": AnticipationConfig,
         "pause": PauseConfig, "reports": ReportConfig, "quota": QuotaConfig, "concurrency": ConcurrencyConfig,
-        "pki": PkiConfig, "step_processes": StepProcessConfig,
+        "pki": PkiConfig, "step_processes": StepProcessConfig, "blending": BlendModeConfig,
     }  # fmt: skip
 
 

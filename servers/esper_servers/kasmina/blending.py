@@ -125,8 +125,10 @@ class Confidence(_Shared):
         return best.narrow(self.dim, 0, 1) - best.narrow(self.dim, 1, 1)
 
     def _stability(self, h: Tensor, s: Tensor) -> Tensor:
-        before: Tensor = torch.linalg.vector_norm(h, dim=self.dim, keepdim=True) + _LEAST_NORM
-        return before / (before + torch.linalg.vector_norm(s - h, dim=self.dim, keepdim=True))
+        before = torch.linalg.vector_norm(h, dim=self.dim, keepdim=True) + _LEAST_NORM
+        change = torch.linalg.vector_norm(s - h, dim=self.dim, keepdim=True)
+        signal: Tensor = before / (before + change)
+        return signal
 
 
 class Blend(nn.Module):

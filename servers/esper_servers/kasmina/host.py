@@ -185,8 +185,7 @@ class InProcessSeedHost:
             self._learning_rate.step()
             for slot in self.seeds.values():
                 self._surgeon.finalize(slot)
-            events = self._events.rejections.take(step_index) + self._events.blends.take(step_index)
-            return step_packets.flush(self.seeds.values(), step_index, events)
+            return step_packets.flush(self.seeds.values(), step_index, self._events.take(step_index))
 
     def export_seed_states(self) -> list[SeedState]:
         """Return the state of every seed."""

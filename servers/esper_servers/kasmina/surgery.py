@@ -7,6 +7,7 @@ from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedLifec
 
 from . import gates, lifecycle, verdict
 from .alpha import schedule_of
+from .blend_report import report_blend
 from .events import SeedEvents
 from .germination import Nursery
 from .inbox import Queued
@@ -116,7 +117,7 @@ class Surgeon:
         self._move(slot, target, COMMANDED, command.command_id)
         if target == lifecycle.BLENDING:
             slot.schedule, slot.loss_at_graft = schedule_of(command), self._progress.loss_or_none()
-            self._events.blends.note(slot, slot.blend_as(command.annotations))
+            report_blend(self._events, slot, slot.blend_as(command.annotations))
         if target == lifecycle.FOSSILIZED and slot.site.seed is not None:
             slot.optimizer = None
             self._learning_rate.adopt(slot.site.seed)

@@ -414,10 +414,14 @@ def _keep_checkpoints(
 
 def choose_sites(model: nn.Module) -> list[str]:
     """Name every layer that can be a site, except the last one."""
+    return _layers(model)[:-1]
+
+
+def _layers(model: nn.Module) -> list[str]:
     # These read the weights of their children past any forward, so that a site inside would do nothing.
     opaque = [name for name, module in model.named_modules() if isinstance(module, OPAQUE)]
     names = [name for name, module in model.named_modules() if name and isinstance(module, WRAPPABLE)]
-    return [name for name in names if not name.startswith(tuple(f"{each}." for each in opaque))][:-1]
+    return [name for name in names if not name.startswith(tuple(f"{each}." for each in opaque))]
 
 
 def wrap_sites(model: nn.Module, names: Sequence[str]) -> dict[str, Site]:
@@ -432,10 +436,10 @@ def wrap_sites(model: nn.Module, names: Sequence[str]) -> dict[str, Site]:
         raise ConfigError(f"The model has no submodule {unknown[0]!r}.")
     if any(isinstance(module, Site) for module in known.values()):
         raise ConfigError("This model has been attached already.")
-    sites = {}
+    sites, head = {}, _layers(model)[-1:]
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        sites[name] = Site(known[name])
+        sites[name] = Site(known[name], is_head=name in head)
         setattr(known[parent], leaf, sites[name])
     return sites
 

@@ -140,6 +140,7 @@ def settings_sections() -> dict[str, type]:
     from esper_servers.kasmina.limits import LocalLimits
     from esper_servers.kasmina.memory import MemoryConfig
     from esper_servers.policy.prior import PriorConfig
+    from esper_servers.tamiyo.blend_modes import BlendModeConfig
     from esper_servers.tamiyo.field_reports.config import ReportConfig
     from esper_servers.tamiyo.plans.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
@@ -154,7 +155,7 @@ def settings_sections() -> dict[str, type]:
         "memory": MemoryConfig, "risk": RiskConfig, "prior": PriorConfig, "plan": PlanConfig, "batch": BatchConfig,
         "anticipation": AnticipationConfig, "pause": PauseConfig, "reports": ReportConfig, "quota": QuotaConfig,
         "concurrency": ConcurrencyConfig, "pki": PkiConfig, "step_processes": StepProcessConfig,
-        "checkpoints": CheckpointConfig, "rollback": RollbackConfig,
+        "checkpoints": CheckpointConfig, "rollback": RollbackConfig, "blending": BlendModeConfig,
     }  # fmt: skip
 
 

@@ -217,7 +217,7 @@ class InProcessSeedHost:
             return slot.advance_alpha()
 
     def finalize_step(self, step_index: int) -> list[TelemetryPacket]:
-        """Step the seeds' optimizers, let time pass for them, and return their packets and what was rejected."""
+        """Step the seeds' optimizers, let time pass for them, and return their packets with what happened."""
         with self._lock:
             self._progress.global_step = max(self._progress.global_step, step_index)
             self._learning_rate.step()
@@ -225,7 +225,7 @@ class InProcessSeedHost:
                 self._surgeon.finalize(slot)
             self._pauses.tick()
             has_looked = self._governor.look()
-            events = [*self._events.rejections.take(step_index), *self._notices.take(step_index)]
+            events = [*self._events.take(step_index), *self._notices.take(step_index)]
             packets = step_packets.flush(self.seeds.values(), step_index, events)
             if has_looked:
                 packets[-1].metrics.extend([*self._nursery.metrics(), *self._governor.metrics()])

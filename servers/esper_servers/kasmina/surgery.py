@@ -8,6 +8,7 @@ from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY, describe
 
 from . import gates, lifecycle, verdict
 from .alpha import schedule_of
+from .blend_report import report_blend
 from .events import SeedEvents
 from .germination import Nursery
 from .inbox import Queued
@@ -157,6 +158,7 @@ class Surgeon:
         self._move(slot, target, COMMANDED, command.command_id)
         if target == lifecycle.BLENDING:
             slot.schedule, slot.loss_at_graft = schedule_of(command), self._progress.loss_or_none()
+            report_blend(self._events, slot, slot.blend_as(command.annotations))
         if target == lifecycle.FOSSILIZED and slot.site.seed is not None:
             slot.optimizer = None
             slot.adopted_as = 1 + max(each.adopted_as for each in self._seeds.values())

@@ -6,10 +6,27 @@ import typer
 
 from esper_servers.cli.console import Commands
 
-from . import apply, echo, fleet, germinate, growth, optim, overhead, overload, rotate, runtime, soak, start, step, urza
+from . import (
+    apply,
+    blend,
+    echo,
+    fleet,
+    germinate,
+    growth,
+    optim,
+    overhead,
+    overload,
+    rotate,
+    runtime,
+    soak,
+    start,
+    step,
+    urza,
+)
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Measure the mesh on this machine.")
 app.command("apply", epilog="Example: esper bench apply --json")(apply.apply)
+app.command("blend", epilog="Example: esper bench blend --rounds 60 --json")(blend.blend)
 app.command("echo", epilog="Example: esper bench echo --json")(echo.echo)
 app.command("echo-server", hidden=True, epilog="Example: esper bench echo-server --home ~/.esper")(echo.echo_server)
 app.command("constant-server", hidden=True, epilog="Example: esper bench constant-server")(runtime.constant_server)

@@ -16,6 +16,7 @@ from . import (
     optim,
     overhead,
     overload,
+    rollback,
     rotate,
     runtime,
     soak,
@@ -36,6 +37,7 @@ app.command("growth", epilog="Example: esper bench growth --plot growth.svg --js
 app.command("overhead", epilog="Example: esper bench overhead --step-ms 50 --json")(overhead.overhead)
 app.command("optim", epilog="Example: esper bench optim --json")(optim.optim)
 app.command("overload", epilog="Example: esper bench overload --seconds 10 --json")(overload.overload)
+app.command("rollback", epilog="Example: esper bench rollback --parameters 25 --json")(rollback.rollback)
 app.command("rotate", epilog="Example: esper bench rotate --certificates 10 --keys 5 --json")(rotate.rotate)
 app.command("soak", epilog="Example: esper bench soak --steps 1000000 --json")(soak.soak)
 app.command("start", epilog="Example: esper bench start --json")(start.start)

@@ -19,7 +19,6 @@ import torch
 from opentelemetry import trace
 from torch import nn
 
-from esper_client.client import UrzaClient
 from esper_client.discovery import SETTINGS_FILE, MeshAddress, find_mesh, home_directory
 from esper_client.event_loop import LoopThread
 from esper_client.follower_session import FollowerSession
@@ -28,20 +27,20 @@ from esper_client.session import SessionConfig, TrainingSession
 from esper_rpc.breaker import BreakerConfig
 from esper_rpc.config import load
 from esper_rpc.envelope import Keyring
-from esper_rpc.errors import ConfigError, DataLoss, EsperError
+from esper_rpc.errors import ConfigError
 from esper_rpc.identity import Identity
 from esper_rpc.logging import log_warnings_to_stderr
 from esper_rpc.pause_quota import PauseConfig
 from esper_rpc.proto.kasmina.v1 import kasmina_service_pb2
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType
-from esper_rpc.proto.urza.v1 import FetchKernelRequest, GetBlueprintRequest, ListBlueprintsRequest
 from esper_rpc.server import MeshServer, ServerConfig
 from esper_rpc.telemetry.tracing import configure_tracing
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina.background import BackgroundWorker
 from esper_servers.kasmina.following_host import FollowingSeedHost
 from esper_servers.kasmina.host import InProcessSeedHost
-from esper_servers.kasmina.kernel_library import Kernel, KernelConfig, KernelLibrary
+from esper_servers.kasmina.kernel_library import KernelConfig, KernelLibrary
+from esper_servers.kasmina.kernel_source import KernelSource
 from esper_servers.kasmina.leading_host import LeadingSeedHost
 from esper_servers.kasmina.learning_rate import LearningRateAuthority, OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
@@ -59,10 +58,7 @@ log = structlog.get_logger(__name__)
 KASMINA = kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"]
 WRAPPABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
 OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-URZA_TIMEOUT_SECONDS = 2.0
 DEFAULT_CHECKPOINTS = Path("state") / "trainer" / "checkpoints"
-CATALOGUE_PAGE = 1000
-CATALOGUE_RETRY_SECONDS = 30.0
 
 
 class DetachedSession:
@@ -360,7 +356,8 @@ def _make_host(
     has_training_thread: bool,
     ranks: Ranks | None = None,
 ) -> InProcessSeedHost:
-    library = KernelLibrary(_fetcher(member.mesh.urza, member.identity), thread.spawn, config=member.kernels())
+    source = KernelSource(member.mesh.urza, member.identity)
+    library = KernelLibrary(source.fetch, thread.spawn, config=member.kernels())
     sites = wrap_sites(model, site_names if site_names is not None else choose_sites(model))
     for site in sites.values():
         site.keeps_graph = ranks is not None
@@ -380,7 +377,7 @@ def _make_host(
         background=BackgroundWorker("esper-prewarm"),
         has_training_thread=has_training_thread,
     )
-    thread.spawn(_keep_catalogue(member.mesh.urza, member.identity, library))
+    thread.spawn(source.keep_catalogue(library))
     return host
 
 
@@ -442,56 +439,6 @@ def wrap_sites(model: nn.Module, names: Sequence[str]) -> dict[str, Site]:
         sites[name] = Site(known[name], is_head=name in head)
         setattr(known[parent], leaf, sites[name])
     return sites
-
-
-def _fetcher(address: str, identity: Identity) -> Any:
-    async def fetch(blueprint_id: str) -> Kernel:
-        async with UrzaClient(address, identity=identity) as urza:
-            response = await urza.get_blueprint(
-                GetBlueprintRequest(blueprint_id=blueprint_id), timeout=URZA_TIMEOUT_SECONDS
-            )
-            blueprint = response.blueprint
-            weights = await _download(urza, blueprint_id) if blueprint.manifest.weights_sha256 else None
-            return Kernel(blueprint, weights)
-
-    return fetch
-
-
-async def _download(urza: UrzaClient, blueprint_id: str) -> bytes:
-    content, size = bytearray(), 0
-    async for part in urza.fetch_kernel(FetchKernelRequest(blueprint_id=blueprint_id), timeout=60):
-        size = part.header.size_bytes or size
-        content += part.chunk
-    if len(content) != size:
-        raise DataLoss("The kernel ended before its size.")
-    return bytes(content)
-
-
-async def _keep_catalogue(address: str, identity: Identity, library: KernelLibrary) -> None:
-    """Take the manifests of the whole catalogue ahead, and again before they expire."""
-    is_told = False
-    while True:
-        try:
-            await _prefetch(address, identity, library)
-            is_told, pause = False, library.config.ttl_seconds / 2
-        except EsperError as error:
-            if not is_told:
-                log.warning("catalogue_prefetch_failed", error=str(error))
-            is_told, pause = True, min(CATALOGUE_RETRY_SECONDS, library.config.ttl_seconds / 2)
-        await asyncio.sleep(pause)
-
-
-async def _prefetch(address: str, identity: Identity, library: KernelLibrary) -> None:
-    request = ListBlueprintsRequest(page_size=CATALOGUE_PAGE)
-    async with UrzaClient(address, identity=identity) as urza:
-        while True:
-            page = await urza.list_blueprints(request, timeout=URZA_TIMEOUT_SECONDS)
-            for blueprint in page.blueprints:
-                if not blueprint.manifest.weights_sha256:
-                    library.add(Kernel(blueprint))
-            request.page_token = page.next_page_token
-            if not request.page_token:
-                return
 
 
 async def _serve_kasmina(

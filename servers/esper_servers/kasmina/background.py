@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 
 import structlog
@@ -9,30 +9,39 @@ import structlog
 log = structlog.get_logger(__name__)
 
 Work = Callable[[], object]
+IDLE_SECONDS = 10.0
 
 
 class BackgroundWorker:
-    """Does work in order on one daemon thread, which is started with the first of it and never holds up an exit."""
+    """Does work in order on one daemon thread, which comes with work, never holds up an exit, and ends when idle."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, idle_seconds: float = IDLE_SECONDS) -> None:
         self._name = name
-        self._waiting: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._idle_seconds = idle_seconds
+        self._arrival = threading.Condition()
+        self._waiting: deque[Work] = deque()
         self._thread: threading.Thread | None = None
 
     def __call__(self, work: Work) -> None:
         """Leave work."""
-        self._waiting.put(work)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread when what was left is done."""
-        self._waiting.put(None)
+        with self._arrival:
+            self._waiting.append(work)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+            self._arrival.notify()
 
     def _run(self) -> None:
-        while (work := self._waiting.get()) is not None:
+        while (work := self._next()) is not None:
             try:
                 work()
             except Exception as error:
                 log.error("background_work_failed", exc_info=error)
+
+    def _next(self) -> Work | None:
+        with self._arrival:
+            self._arrival.wait_for(lambda: self._waiting, self._idle_seconds)
+            if self._waiting:
+                return self._waiting.popleft()
+            self._thread = None
+            return None

@@ -108,12 +108,18 @@ def test_a_worker_does_what_was_left_in_order_on_a_thread_of_its_own_and_survive
         done.append("failed")
         raise ValueError("once")
 
-    worker(lambda: done.append(threading.current_thread().name))
-    worker(fail)
-    worker(lambda: done.append("after"))
-    worker(ended.set)
+    for work in (lambda: done.append(threading.current_thread().name), fail, lambda: done.append("after"), ended.set):
+        worker(work)
     assert ended.wait(30)
     assert done == ["test", "failed", "after"]
-    worker.stop()
-    worker._thread.join(30)
-    assert not worker._thread.is_alive()
+
+
+def test_the_thread_of_a_worker_ends_when_there_is_nothing_to_do_and_another_comes_with_work():
+    worker, threads = BackgroundWorker("test", idle_seconds=0.0), []
+    for _ in range(2):
+        done = threading.Event()
+        worker(lambda done=done: (threads.append(threading.current_thread()), done.set()))
+        assert done.wait(30)
+        threads[-1].join(30)
+        assert not threads[-1].is_alive()
+    assert threads[0] is not threads[1]

@@ -40,10 +40,7 @@ def _plant_each(home: Home, seeds: int) -> list[float]:
 
     worker = BackgroundWorker("bench")
     bench = HostBench(home, sites=seeds, background=worker)
-    try:
-        return [_plant(bench, seed_id, worker) for seed_id in bench.seed_ids]
-    finally:
-        worker.stop()
+    return [_plant(bench, seed_id, worker) for seed_id in bench.seed_ids]
 
 
 def _plant_in_turn(home: Home, seeds: int) -> list[float]:

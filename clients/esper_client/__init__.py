@@ -12,8 +12,9 @@ from .blocking import BlockingIdentityClient, BlockingKasminaClient, BlockingTam
 from .client import IdentityClient, KasminaClient, TamiyoClient, UrzaClient
 from .discovery import MeshAddress, find_mesh
 from .event_loop import LoopThread
+from .follower_session import FollowerSession
 from .remote_seed_host import RemoteHostConfig, RemoteSeedHost
-from .seed_host import RunDescription, SeedHost
+from .seed_host import OutOfStep, RunDescription, SeedHost
 from .session import SessionConfig, TrainingSession
 
 __all__ = [
@@ -21,10 +22,12 @@ __all__ = [
     "BlockingKasminaClient",
     "BlockingTamiyoClient",
     "BlockingUrzaClient",
+    "FollowerSession",
     "IdentityClient",
     "KasminaClient",
     "LoopThread",
     "MeshAddress",
+    "OutOfStep",
     "RemoteHostConfig",
     "RemoteSeedHost",
     "RunDescription",

@@ -147,6 +147,24 @@ def convolution(rank, directory):
     life(rank, directory, seed=0)
 
 
+def operator(rank, directory):
+    """Somebody moves an alpha by hand, and somebody ends a step, by the first rank's KasminaService."""
+    with mesh_of(rank, directory) as (fake, address):
+        training = Training(rank, address)
+        Orders(training, fake, LIFE, 1).run(20)
+        host, said = training.session.host, ""
+        if rank == 0:
+            moved = host.at_safe_point(lambda: host.advance_alpha("seed-3"))
+            ended = host.at_safe_point(host.apply_pending)
+        training.step()
+        if rank == 0:
+            assert moved.result() > 0
+            error = ended.exception()
+            said = f"{type(error).__name__}: {error}"
+        training.save(directory, said=said)
+        training.session.close()
+
+
 def unbroken(rank, directory):
     with mesh_of(rank, directory) as (fake, address):
         training = Training(rank, address)

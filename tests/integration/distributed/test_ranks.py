@@ -71,6 +71,26 @@ def assert_alike(results):
     assert not differences(first, second)
 
 
+@pytest.mark.parametrize("framework", ["lightning", "huggingface"])
+def test_a_seed_grows_on_all_ranks_of_a_framework_alike(tmp_path, framework):
+    pytest.importorskip({"lightning": "lightning", "huggingface": "transformers"}[framework])
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    finished = subprocess.run(
+        [*torchrun, str(SCRIPT.with_name("framework_rank.py")), framework, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in range(SIZE))
+    assert first["stages"][0] == lifecycle.FOSSILIZED
+    assert not differences(first, second)
+
+
+def test_what_an_operator_does_on_the_first_rank_happens_on_all_and_none_ends_their_step(tmp_path):
+    first, second = run("operator", tmp_path)
+    assert first["said"].startswith("FailedPrecondition: Several ranks train this model")
+    assert_alike([first, second])
+
+
 @pytest.mark.parametrize("scenario", ["life", "convolution"])
 def test_a_seed_grows_on_all_ranks_alike(tmp_path, scenario):
     first, second = run(scenario, tmp_path)

@@ -67,6 +67,13 @@ class DetachedSession:
         """Do nothing."""
         return []
 
+    def begin_step(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
+
+    def finish_step(self) -> list[Any]:
+        """Do nothing."""
+        return []
+
     def start_epoch(self, epoch: int) -> None:
         """Do nothing."""
 

@@ -1,3 +1,3 @@
-"""Tolaria, the trainer's side of a run: checkpoints, rollback and emergencies."""
+"""Tolaria, the training orchestrator: the loop, its emergencies, checkpoints and what it measures."""
 
 from __future__ import annotations

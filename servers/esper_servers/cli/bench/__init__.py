@@ -6,7 +6,7 @@ import typer
 
 from esper_servers.cli.console import Commands
 
-from . import apply, echo, fleet, growth, overload, rollback, rotate, runtime, soak, start, step, urza
+from . import apply, echo, fleet, growth, overhead, overload, rollback, rotate, runtime, soak, start, step, urza
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Measure the mesh on this machine.")
 app.command("apply", epilog="Example: esper bench apply --json")(apply.apply)
@@ -15,6 +15,7 @@ app.command("echo-server", hidden=True, epilog="Example: esper bench echo-server
 app.command("constant-server", hidden=True, epilog="Example: esper bench constant-server")(runtime.constant_server)
 app.command("fleet", epilog="Example: esper bench fleet --seconds 5 --json")(fleet.fleet)
 app.command("growth", epilog="Example: esper bench growth --plot growth.svg --json")(growth.growth)
+app.command("overhead", epilog="Example: esper bench overhead --step-ms 50 --json")(overhead.overhead)
 app.command("overload", epilog="Example: esper bench overload --seconds 10 --json")(overload.overload)
 app.command("rollback", epilog="Example: esper bench rollback --parameters 25 --json")(rollback.rollback)
 app.command("rotate", epilog="Example: esper bench rotate --certificates 10 --keys 5 --json")(rotate.rotate)

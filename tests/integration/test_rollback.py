@@ -84,13 +84,14 @@ def once(mesh, **payload):
 
 def test_the_mesh_rolls_a_run_back_and_is_told_of_it_anew(mesh, make_loop):
     loop = make_loop(ESPER_CHECKPOINTS_SNAPSHOT_EVERY_STEPS="5")
-    loop.step_until(lambda _: loop.session.is_connected and loop.session.global_step % 5 == 2)
+    loop.step_until(
+        lambda _: loop.session.is_connected and loop.session.global_step % 5 == 2 < loop.session.global_step
+    )
     opened = mesh.tamiyo.runs["../a run"]
     assert "rollback" in opened.features
     kept, before = loop.session.global_step - 2, loop.session.global_step
     once(mesh, reason="loss_spike")
-    while loop.session.global_step >= before:
-        loop.step()
+    assert loop.step_until(lambda _: loop.session.global_step < before) == []
     assert loop.session.global_step == kept
     assert repr(list(loop.model.parameters())) == loop.pictures[kept]
     outcomes = loop.step_until(lambda outcomes: outcomes)

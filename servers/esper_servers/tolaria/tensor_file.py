@@ -30,6 +30,11 @@ def can_hold(tensor: Tensor) -> bool:
 
 def chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     """Yield the content of a file that holds these tensors; of those on a device one at a time is copied."""
+    # A write waits for the disk, so that each tensor by itself would cost as much as some megabytes.
+    return _gathered(_contents(tensors))
+
+
+def _contents(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     # Wide elements first keep every tensor aligned to its own.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     yield memoryview(_header(ordered))
@@ -53,6 +58,21 @@ def read(path: Path, size_bytes: int, sha256: str, on_chunk: Callable[[], None])
         return dict(_tensors_in(content))
     except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise ValueError("unreadable") from error
+
+
+def _gathered(contents: Iterator[memoryview]) -> Iterator[memoryview]:
+    """Yield what is small together, and what is large as it is."""
+    small = bytearray()
+    for content in contents:
+        if small and len(small) + len(content) > CHUNK_BYTES:
+            yield memoryview(small)
+            small = bytearray()
+        if len(content) == CHUNK_BYTES:
+            yield content
+        else:
+            small += content
+    if small:
+        yield memoryview(small)
 
 
 def _header(ordered: list[tuple[str, Tensor]]) -> bytes:

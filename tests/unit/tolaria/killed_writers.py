@@ -23,6 +23,7 @@ def state_of(step):
     return {
         "model": {"weight": torch.randn(40, 5, generator=generator), "bias": torch.randn(5, generator=generator)},
         "optimizer": {"state": moments, "param_groups": [{"lr": 0.1 / step, "betas": (0.9, 0.999)}]},
+        "random": {"torch": torch.full((7,), step % 251, dtype=torch.uint8)},
     }
 
 

@@ -7,7 +7,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol, Self
+from typing import Annotated, Any, NamedTuple, Protocol, Self
 
 import structlog
 from opentelemetry import trace
@@ -28,7 +28,7 @@ from .decision_stream import DecisionStream
 from .event_loop import LoopThread
 from .packet import build_packet
 from .seed_host import SeedHost
-from .step_exchange import StepExchange
+from .step_exchange import MISSED, StepExchange
 
 log = structlog.get_logger(__name__)
 
@@ -58,11 +58,25 @@ class Loss(Protocol):
     def __float__(self) -> float: ...
 
 
+class _BegunStep(NamedTuple):
+    """A step whose answer is on its way, and when its parts were done."""
+
+    span: trace.Span
+    raw: bytes
+    reason: str
+    """Why it was not sent, empty when it was."""
+    outcomes: list[CommandOutcome]
+    begun: float
+    built: float
+    sent: float
+
+
 class TrainingSession:
     """Asks the mesh after every training step and carries out its answer.
 
     `step` never raises because of the mesh and never waits longer than its budget. Call it from the training thread,
-    after optimizer.step().
+    after optimizer.step(). Or call `begin_step` when the loss is known and `finish_step` there: the mesh then decides
+    while backward and optimizer work.
     """
 
     def __init__(
@@ -96,6 +110,7 @@ class TrainingSession:
         self._hook_latency_ms = 0.0
         self._last_step_at: float | None = None
         self._failed = False
+        self._begun: _BegunStep | None = None
         self._telemetry = telemetry
         self._thread = thread or LoopThread()
         self._exchange = StepExchange(
@@ -140,16 +155,41 @@ class TrainingSession:
         A command that came too late for its step is never carried out; the step after it returns it as RESULT_LATE.
         Raises nothing that comes from the mesh; what failed is logged once and counted in `reasons`.
         """
+        self.begin_step(loss, samples=samples, gradient_norm=gradient_norm, metrics=metrics)
+        return self.finish_step()
+
+    def begin_step(
+        self,
+        loss: Loss,
+        *,
+        samples: int | None = None,
+        gradient_norm: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Ask as soon as the loss is known, so that the mesh decides while backward and optimizer work.
+
+        `finish_step` must follow, after optimizer.step(). A step that was begun and not finished is finished first.
+        Reading the loss of a CUDA tensor waits for the device, as it does in `step`.
+        """
         if self._thread.fork.is_child:
+            return
+        if self._begun is not None:
+            self.finish_step()
+        try:
+            self._begun = self._begin(_number(loss), samples, gradient_norm, metrics or {})
+        except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
+            self._note_failure(error)
+
+    def finish_step(self) -> list[CommandOutcome]:
+        """Take the answer to the step that was begun, and carry it out. As `step` otherwise."""
+        begun, self._begun = self._begun, None
+        if begun is None or self._thread.fork.is_child:
             return []
         try:
-            with TRACER.start_as_current_span("esper.step"):
-                return self._step(_number(loss), samples, gradient_norm, metrics or {})
-        except Exception as error:  # The trainer's loop never sees a mesh exception.
-            self._count("internal_error")
-            if not self._failed:
-                log.error("session_step_failed", exc_info=error)
-            self._failed = True
+            with trace.use_span(begun.span, end_on_exit=True):
+                return self._complete(begun)
+        except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
+            self._note_failure(error)
             return []
 
     def start_epoch(self, epoch: int) -> None:
@@ -199,34 +239,46 @@ class TrainingSession:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _step(
+    def _begin(
         self, loss: float, samples: int | None, gradient_norm: float | None, metrics: Mapping[str, float]
-    ) -> list[CommandOutcome]:
+    ) -> _BegunStep:
         begun = time.perf_counter()
         self._start()
         self.global_step += 1
         outcomes = self._settle_late()
         self._remember(outcomes)
         self.host.observe(loss, self.global_step)
-        packet = self._packet(loss, samples, gradient_norm, metrics)
-        raw = self._request(packet)
+        span = TRACER.start_span("esper.step")
+        with trace.use_span(span):
+            raw = self._request(self._packet(loss, samples, gradient_norm, metrics))
         built = time.perf_counter()
-        decision = self._ask(raw)
+        reason = self._exchange.send(self._sequence, raw)
+        return _BegunStep(span, raw, reason, outcomes, begun, built, time.perf_counter())
+
+    def _complete(self, step: _BegunStep) -> list[CommandOutcome]:
+        resumed = time.perf_counter()
+        decision = self._receive(step.reason)
         answered = time.perf_counter()
-        settled = self._submit(decision, raw) if decision is not None else []
+        settled = self._submit(decision, step.raw) if decision is not None else []
         verified = time.perf_counter()
         settled += self._finish()
         ended = time.perf_counter()
         self._remember(settled)
-        outcomes += settled
+        outcomes = step.outcomes + settled
         self.outcomes += outcomes
         self._tell_of_new_host()
         if step_span := current_traceparent():
             self._trace(step_span, outcomes, ended - answered)
-        timing = self._time(begun, built, answered, verified, ended, decision)
+        timing = self._time(step, resumed, answered, verified, ended, decision)
         # Metrics and logs take as long as verifying a command. At once the loop would take the interpreter from here.
         self._thread.run_later(REPORTING_DELAY_SECONDS, self._report, self.global_step, timing, outcomes)
         return outcomes
+
+    def _note_failure(self, error: Exception) -> None:
+        self._count("internal_error")
+        if not self._failed:
+            log.error("session_step_failed", exc_info=error)
+        self._failed = True
 
     def _start(self) -> None:
         # Only now: after the first forward the sites know their shapes.
@@ -266,9 +318,10 @@ class TrainingSession:
         )
         return EvaluateStepsRequest(step=step).SerializeToString()
 
-    def _ask(self, raw: bytes) -> StepDecision | None:
-        decision, reason = self._exchange.ask(self._sequence, raw)
+    def _receive(self, reason: str) -> StepDecision | None:
+        decision = None if reason else self._exchange.receive()
         if decision is None:
+            reason = reason or MISSED
             self._count(reason)
             self._remember_fallback(reason)
         else:
@@ -332,22 +385,24 @@ class TrainingSession:
 
     def _time(
         self,
-        begun: float,
-        built: float,
+        step: _BegunStep,
+        resumed: float,
         answered: float,
         verified: float,
         ended: float,
         decision: StepDecision | None,
     ) -> StepTiming:
-        self._hook_latency_ms = (ended - begun) * 1e3
+        # What the loop did between the halves of a step is its own.
+        away = resumed - step.sent
+        self._hook_latency_ms = (ended - step.begun - away) * 1e3
         self.last_ledger = decision.ledger if decision is not None else StepLedger()
         timing = StepTiming(
-            build=(built - begun) * 1e6,
-            exchange=(answered - built) * 1e6,
+            build=(step.built - step.begun) * 1e6,
+            exchange=(answered - step.built - away) * 1e6,
             server=float(self.last_ledger.total_us),
             verify=(verified - answered) * 1e6,
             apply=(ended - verified) * 1e6,
-            total=(ended - begun) * 1e6,
+            total=(ended - step.begun - away) * 1e6,
         )
         self.timings.add(timing)
         return timing

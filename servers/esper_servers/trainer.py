@@ -59,6 +59,13 @@ class DetachedSession:
 
     def step(self, *_: Any, **__: Any) -> list[Any]:
         """Let schedules go on."""
+        return self.finish_step()
+
+    def begin_step(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
+
+    def finish_step(self) -> list[Any]:
+        """Let schedules go on."""
         if self._learning_rate is not None:
             self._learning_rate.step()
         return []

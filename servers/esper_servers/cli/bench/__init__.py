@@ -6,7 +6,7 @@ import typer
 
 from esper_servers.cli.console import Commands
 
-from . import apply, echo, fleet, growth, optim, overload, rotate, runtime, soak, start, step, urza
+from . import apply, echo, fleet, growth, optim, overhead, overload, rotate, runtime, soak, start, step, urza
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Measure the mesh on this machine.")
 app.command("apply", epilog="Example: esper bench apply --json")(apply.apply)
@@ -16,6 +16,7 @@ app.command("constant-server", hidden=True, epilog="Example: esper bench constan
 app.command("fleet", epilog="Example: esper bench fleet --seconds 5 --json")(fleet.fleet)
 app.command("growth", epilog="Example: esper bench growth --plot growth.svg --json")(growth.growth)
 app.command("optim", epilog="Example: esper bench optim --json")(optim.optim)
+app.command("overhead", epilog="Example: esper bench overhead --step-ms 50 --json")(overhead.overhead)
 app.command("overload", epilog="Example: esper bench overload --seconds 10 --json")(overload.overload)
 app.command("rotate", epilog="Example: esper bench rotate --certificates 10 --keys 5 --json")(rotate.rotate)
 app.command("soak", epilog="Example: esper bench soak --steps 1000000 --json")(soak.soak)

@@ -182,11 +182,13 @@ def test_a_short_gradient_keeps_its_bits_and_its_norm_is_told():
     assert found.norm == pytest.approx(norm(host))
 
 
-def test_only_what_is_shared_is_compared_and_limited():
+@pytest.mark.parametrize(("sign", "opposed"), [(1.0, ()), (-1.0, ("a",))])
+def test_only_what_is_shared_is_compared_projected_and_limited(sign, opposed):
     host = [torch.tensor([1.0, 0.0]), torch.tensor([-100.0])]
-    seed = [torch.tensor([1.0, 0.0]), torch.tensor([300.0])]
+    seed = [torch.tensor([sign, 0.0]), torch.tensor([300.0])]
     found = GradientAggregator().combine(host, {"a": SeedGradients(seed, 1.0)}, shared=1)
-    assert found.conflicts == ()
+    assert found.conflicts == opposed
+    torch.testing.assert_close(found.gradients[0], torch.tensor([1.0 + max(0.0, sign), 0.0]))
     torch.testing.assert_close(found.gradients[1], torch.tensor([200.0]))
 
 

@@ -72,15 +72,15 @@ class DetachedSession:
 
     def step(self, *_: Any, **__: Any) -> list[Any]:
         """Let schedules go on."""
-        if self._learning_rate is not None:
-            self._learning_rate.step()
-        return []
+        return self.finish_step()
 
     def begin_step(self, *_: Any, **__: Any) -> None:
         """Do nothing."""
 
     def finish_step(self) -> list[Any]:
-        """Do nothing."""
+        """Let schedules go on."""
+        if self._learning_rate is not None:
+            self._learning_rate.step()
         return []
 
     def start_epoch(self, epoch: int) -> None:

@@ -77,9 +77,9 @@ class GradientAggregator:
         names = sorted(name for name, seed in seeds.items() if seed.share)
         given = {name: list(seeds[name].gradients) for name in names}
         check(host, *given.values())
-        *angles, own = conflicts.angles([*given.values(), host], host, shared=shared)
+        angles, is_finite = conflicts.angles(list(given.values()), host, shared=shared)
         total, lying = list(host), dict(zip(names, angles, strict=True))
-        if not own.is_finite:
+        if not is_finite:
             return Aggregated(total, norm=math.nan)
         dropped = [name for name in names if not lying[name].is_finite]
         opposed = [n for n in names if lying[n].is_finite and lying[n].cosine < self.config.threshold]

@@ -54,7 +54,7 @@ class BatchAggregator:
         check(own, total)
         step.total = total
         name, step.batches = str(step.batches), step.batches + 1
-        angle = conflicts.angles([own], total, shared=len(own))[0]
+        [angle], _ = conflicts.angles([own], total, shared=len(own))
         if not angle.is_finite:
             step.dropped.append(name)
             return

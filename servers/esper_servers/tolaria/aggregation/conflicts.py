@@ -12,6 +12,9 @@ from torch import Tensor
 Gradients = Sequence[Tensor | None]
 """None where a loss does not reach a parameter, which counts as zero."""
 
+_Squares = dict[int, Tensor]
+"""The squared norms of the gradients of parameters, by the place of the parameter."""
+
 PCGRAD, AVERAGE, PRIORITY, KEEP = "pcgrad", "average", "priority", "keep"
 """How a conflict is settled, see `settle`."""
 WAYS: Final = (PCGRAD, AVERAGE, PRIORITY, KEEP)
@@ -36,13 +39,23 @@ class Angle(NamedTuple):
         return self.dot / length if length > 0 else 0.0
 
 
-def angles(gradients: Sequence[Gradients], reference: Gradients, *, shared: int) -> list[Angle]:
-    """Compare gradients with a reference over the first `shared` parameters. Reads from the device once."""
-    rows = [row for each in gradients for row in _measured(each, reference, shared)]
-    device = next((row.device for row in rows if row.device.type != "cpu"), rows[0].device)
-    numbers = torch.stack([row.to(device) for row in rows]).tolist()
-    found = zip(numbers[0::4], numbers[1::4], numbers[2::4], numbers[3::4], strict=True)
-    return [Angle(dot, squared, of_reference, math.isfinite(largest)) for dot, squared, of_reference, largest in found]
+def angles(gradients: Sequence[Gradients], reference: Gradients, *, shared: int) -> tuple[list[Angle], bool]:
+    """Compare gradients with a reference over the first `shared` parameters, and tell whether that is finite itself.
+
+    Reads from the device once, unless something is not finite.
+    """
+    squares = _squares(reference)
+    rows = [row for each in gradients for row in _measured(each, reference, squares, shared)]
+    *numbers, overall = _read([*rows, _sum(list(squares.values()))])
+    found = zip(gradients, *(numbers[part::4] for part in range(4)), strict=True)
+    # Squares overflow long before the numbers themselves.
+    lying = [Angle(dot, own, other, math.isfinite(whole) or is_finite(each)) for each, dot, own, other, whole in found]
+    return lying, math.isfinite(overall) or is_finite(reference)
+
+
+def is_finite(gradient: Gradients) -> bool:
+    """Whether every number is one."""
+    return math.isfinite(float(_largest([each for each in gradient if each is not None])))
 
 
 def settle(way: str, gradient: list[Tensor | None], reference: Gradients, angle: Angle, *, shared: int) -> bool:
@@ -74,9 +87,8 @@ def add(total: list[Tensor | None], gradient: Gradients, share: float) -> None:
 def clip(gradients: Gradients, most: float) -> float:
     """Scale gradients down to a norm, in place; returns their norm before. What is not finite is left alone."""
     present = [each for each in gradients if each is not None]
-    norm = _norm(present)
+    norm = math.sqrt(float(_sum(list(_squares(present).values()))))
     if norm == math.inf:
-        # Squares overflow long before the numbers themselves.
         largest = float(_largest(present))
         if math.isfinite(largest):
             torch._foreach_mul_(present, most / largest)
@@ -93,22 +105,26 @@ def common(one: Gradients, other: Gradients) -> tuple[list[Tensor], list[Tensor]
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def _measured(gradient: Gradients, reference: Gradients, shared: int) -> list[Tensor]:
-    mine, theirs = common(gradient[:shared], reference[:shared])
-    present = [each for each in gradient if each is not None]
-    products = [_dot(one, other) for one, other in zip(mine, theirs, strict=True)]
-    return [_sum(products), _squared(mine), _squared(theirs), _largest(present)]
+def _measured(gradient: Gradients, reference: Gradients, of_reference: _Squares, shared: int) -> list[Tensor]:
+    squares = _squares(gradient)
+    both = [place for place in squares if place in of_reference and place < shared]
+    products = [_dot(*pair) for pair in zip(*common(gradient[:shared], reference[:shared]), strict=True)]
+    mine, theirs = [squares[place] for place in both], [of_reference[place] for place in both]
+    return [_sum(products), _sum(mine), _sum(theirs), _sum(list(squares.values()))]
+
+
+def _squares(gradient: Gradients) -> _Squares:
+    present = {place: each for place, each in enumerate(gradient) if each is not None}
+    if not present:
+        return {}
+    tensors = list(present.values())
+    norms = torch._foreach_norm(tensors, 2, dtype=_precision(tensors))
+    return {place: norm.square() for place, norm in zip(present, norms, strict=True)}
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
     precision = _precision([one])
     return torch.dot(one.to(precision).flatten(), other.to(precision).flatten())
-
-
-def _squared(tensors: list[Tensor]) -> Tensor:
-    if not tensors:
-        return torch.zeros(())
-    return _sum([norm.square() for norm in torch._foreach_norm(tensors, 2, dtype=_precision(tensors))])
 
 
 def _largest(tensors: list[Tensor]) -> Tensor:
@@ -125,8 +141,10 @@ def _sum(numbers: list[Tensor]) -> Tensor:
     return torch.stack([number.to(numbers[0].device) for number in numbers]).sum()
 
 
-def _norm(tensors: list[Tensor]) -> float:
-    return math.sqrt(float(_squared(tensors)))
+def _read(numbers: list[Tensor]) -> list[float]:
+    device = next((number.device for number in numbers if number.device.type != "cpu"), numbers[0].device)
+    found: list[float] = torch.stack([number.to(device) for number in numbers]).tolist()
+    return found
 
 
 def _precision(tensors: list[Tensor]) -> torch.dtype:

@@ -59,7 +59,7 @@ def same(one, other):
 def test_after_the_projection_a_seed_does_not_pull_against_the_model(host, seed, is_opposed):
     seed = against(host, seed) if is_opposed else seed
     before = copies(seed)
-    [angle] = conflicts.angles([seed], host, shared=3)
+    [angle], _ = conflicts.angles([seed], host, shared=3)
     if angle.cosine >= -0.5:
         return
     assert conflicts.settle(conflicts.PCGRAD, seed, host, angle, shared=3)
@@ -78,7 +78,7 @@ def test_without_a_conflict_gradients_are_added_as_they_are(host, seed, share):
     for index, each in enumerate(seed):
         if each is not None:
             plain[index] = each * share if plain[index] is None else plain[index].add(each, alpha=share)
-    [angle] = conflicts.angles([seed], host, shared=3)
+    [angle], _ = conflicts.angles([seed], host, shared=3)
     kept = copies(seed)
     aggregator = GradientAggregator(AggregationConfig(max_norm=UNLIMITED))
     found = aggregator.combine(copies(host), {"a": SeedGradients(kept, share)})
@@ -170,8 +170,10 @@ def test_a_gradient_of_the_model_that_is_no_number_comes_back_as_it_is():
     assert found.dropped == ()
 
 
-def test_a_gradient_whose_square_overflows_is_limited_too():
-    found = GradientAggregator().combine([torch.tensor([3e25, 4e25])], {})
+@pytest.mark.parametrize("seeds", [{}, {"a": SeedGradients([torch.tensor([6e25, 8e25])], 0.5)}])
+def test_a_gradient_whose_square_overflows_is_limited_too(seeds):
+    found = GradientAggregator().combine([torch.tensor([3e25, 4e25])], seeds)
+    assert found.dropped == ()
     torch.testing.assert_close(found.gradients[0], torch.tensor([6.0, 8.0]))
 
 
@@ -182,11 +184,13 @@ def test_a_short_gradient_keeps_its_bits_and_its_norm_is_told():
     assert found.norm == pytest.approx(norm(host))
 
 
-def test_only_what_is_shared_is_compared_and_limited():
+@pytest.mark.parametrize(("sign", "opposed"), [(1.0, ()), (-1.0, ("a",))])
+def test_only_what_is_shared_is_compared_projected_and_limited(sign, opposed):
     host = [torch.tensor([1.0, 0.0]), torch.tensor([-100.0])]
-    seed = [torch.tensor([1.0, 0.0]), torch.tensor([300.0])]
+    seed = [torch.tensor([sign, 0.0]), torch.tensor([300.0])]
     found = GradientAggregator().combine(host, {"a": SeedGradients(seed, 1.0)}, shared=1)
-    assert found.conflicts == ()
+    assert found.conflicts == opposed
+    torch.testing.assert_close(found.gradients[0], torch.tensor([1.0 + max(0.0, sign), 0.0]))
     torch.testing.assert_close(found.gradients[1], torch.tensor([200.0]))
 
 

@@ -161,8 +161,10 @@ class Blend(nn.Module):
     def forward(self, h: Tensor, s: Tensor, is_finite: Tensor) -> Tensor:
         """Mix s into h; where s is not finite, h alone."""
         h = h.detach()
+        # The backward pass needs the alpha of this one, and may come after it has changed.
+        alpha = self.alpha.clone()
         # The product is taken after the choice, so that no NaN reaches the gradient either.
-        return self.mixing.at(self.alpha, h, torch.where(is_finite, s, self.mixing.nothing(h)))
+        return self.mixing.at(alpha, h, torch.where(is_finite, s, self.mixing.nothing(h)))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         # It moves with its model, and is not cast with it: bfloat16 would round alpha to one part in 256.

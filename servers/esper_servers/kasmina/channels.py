@@ -21,7 +21,7 @@ def channel_dim(host: nn.Module, dims: int) -> int:
     if not layers:
         return 1 if dims >= _IMAGE_DIMS else -1
     deciding = layers if dims >= _IMAGE_DIMS else layers[-1:]
-    return 1 if dims > 2 and any(isinstance(module, _FIRST) for module in deciding) else -1
+    return 1 if any(isinstance(module, _FIRST) for module in deciding) else -1
 
 
 def channel_count(feature_shape: tuple[int, ...], dim: int) -> int:

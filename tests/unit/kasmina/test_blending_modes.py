@@ -140,6 +140,18 @@ def test_alpha_is_a_buffer_that_changes_in_place():
     assert not list(blend.parameters())
 
 
+@models
+@modes
+def test_alpha_may_change_between_a_forward_and_its_backward_pass(kind, mode):
+    expected, grown = Grown(kind, mode), Grown(kind, mode)
+    expected.loss().backward()
+    loss = grown.loss()
+    grown.site.alpha = 0.9
+    loss.backward()
+    for one, other in zip(expected.site.seed.parameters(), grown.site.seed.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
 class Named(nn.Module):
     """A host with parameters that are named like what a site knows of itself."""
 
@@ -279,6 +291,11 @@ def test_only_the_last_layer_is_taken_for_a_classifier(kind, is_classifier):
     assert Grown(kind, "CONFIDENCE").site.is_classifier == is_classifier
 
 
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
 @pytest.mark.parametrize(
     ("host", "shape", "channels"),
     [
@@ -289,10 +306,11 @@ def test_only_the_last_layer_is_taken_for_a_classifier(kind, is_classifier):
         (nn.Linear(3, 8), (2, 5, 5, 3), 8),
         (nn.BatchNorm1d(3), (2, 3), 3),
         (nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Flatten(2)), (2, 3, 4, 4), 8),
+        (nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Flatten(2), Turned(), nn.LayerNorm(8)), (2, 3, 4, 6), 8),
         (nn.MaxPool2d(2), (2, 3, 4, 4), 3),
         (nn.Identity(), (2, 5, 7), 7),
     ],
-    ids=["conv2d", "conv1d", "rows", "sequence", "image of features", "batch norm", "flat image", "pool", "unknown"],
+    ids=["conv2d", "conv1d", "rows", "sequence", "image of features", "batch norm", "flat image", "patches", "pool", "unknown"],
 )
 def test_channels_are_found(host, shape, channels):
     site = wrap_sites(nn.Sequential(host), ["0"])["0"]

@@ -8,10 +8,17 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from .attach import attach
-from .blocking import BlockingIdentityClient, BlockingKasminaClient, BlockingTamiyoClient, BlockingUrzaClient
-from .client import IdentityClient, KasminaClient, TamiyoClient, UrzaClient
+from .blocking import (
+    BlockingIdentityClient,
+    BlockingKasminaClient,
+    BlockingTamiyoClient,
+    BlockingTolariaClient,
+    BlockingUrzaClient,
+)
+from .client import IdentityClient, KasminaClient, TamiyoClient, TolariaClient, UrzaClient
 from .discovery import MeshAddress, find_mesh
 from .event_loop import LoopThread
+from .halt import HaltSwitch
 from .remote_seed_host import RemoteHostConfig, RemoteSeedHost
 from .seed_host import RunDescription, SeedHost
 from .session import SessionConfig, TrainingSession
@@ -20,7 +27,9 @@ __all__ = [
     "BlockingIdentityClient",
     "BlockingKasminaClient",
     "BlockingTamiyoClient",
+    "BlockingTolariaClient",
     "BlockingUrzaClient",
+    "HaltSwitch",
     "IdentityClient",
     "KasminaClient",
     "LoopThread",
@@ -31,6 +40,7 @@ __all__ = [
     "SeedHost",
     "SessionConfig",
     "TamiyoClient",
+    "TolariaClient",
     "TrainingSession",
     "UrzaClient",
     "attach",

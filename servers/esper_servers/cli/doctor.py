@@ -144,12 +144,16 @@ def settings_sections() -> dict[str, type]:
     from esper_servers.tamiyo.step_processes.processes import StepProcessConfig
     from esper_servers.tamiyo.turns.anticipation import AnticipationConfig
     from esper_servers.tamiyo.turns.step_queue import BatchConfig
+    from esper_servers.tolaria.epoch_guard import EpochGuardConfig
+    from esper_servers.tolaria.escalation import EmergencyConfig
+    from esper_servers.tolaria.step_metrics import TolariaConfig
 
     return {
         "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "risk": RiskConfig,
         "prior": PriorConfig, "plan": PlanConfig, "batch": BatchConfig, "anticipation": AnticipationConfig,
         "pause": PauseConfig, "reports": ReportConfig, "quota": QuotaConfig, "concurrency": ConcurrencyConfig,
         "pki": PkiConfig, "step_processes": StepProcessConfig,
+        "tolaria": TolariaConfig, "emergency": EmergencyConfig, "epoch_guard": EpochGuardConfig,
     }  # fmt: skip
 
 

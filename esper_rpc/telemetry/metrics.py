@@ -104,6 +104,12 @@ ROLLBACK_SECONDS = Histogram(
 )
 ROLLBACKS = Counter("esper_rollbacks", "Rollbacks of a trainer, by what came of them.", ["result"])
 
+EMERGENCIES = Counter("esper_emergencies", "Emergency signals of a run that were acted on or told.", ["level"])
+
+EPOCH_HOOK = Histogram(
+    "esper_epoch_hook_seconds", "What the end of an epoch took at the trainer.", buckets=LATENCY_BUCKETS
+)
+
 _AUDIT_LOST = Counter("esper_audit_records_lost", "What the audit log could not keep.", ["cause"])
 # Made now: on a disk that is full already there may be no room for a new one.
 AUDIT_LOST = {cause: _AUDIT_LOST.labels(cause) for cause in ("queue", "disk")}

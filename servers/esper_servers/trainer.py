@@ -33,6 +33,7 @@ from esper_rpc.logging import log_warnings_to_stderr
 from esper_rpc.pause_quota import PauseConfig
 from esper_rpc.proto.kasmina.v1 import kasmina_service_pb2
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType
+from esper_rpc.proto.tolaria.v1 import tolaria_service_pb2
 from esper_rpc.server import MeshServer, ServerConfig
 from esper_rpc.telemetry.tracing import configure_tracing
 from esper_servers.blueprints.catalogue import load_factories
@@ -50,12 +51,23 @@ from esper_servers.kasmina.service import KasminaServicer
 from esper_servers.kasmina.site import Site
 from esper_servers.kasmina.verdict import Verdict
 from esper_servers.tolaria.assembly import keep_checkpoints
+from esper_servers.tolaria.checkpoint_keeper import CheckpointKeeper
+from esper_servers.tolaria.conservative_mode import ConservativeMode
+from esper_servers.tolaria.emergency import SWITCHED_OFF, Emergencies
+from esper_servers.tolaria.epoch_guard import EpochGuard, EpochGuardConfig
+from esper_servers.tolaria.escalation import EmergencyConfig
+from esper_servers.tolaria.metrics_feed import MetricsFeed
 from esper_servers.tolaria.rollback import RollbackConfig
 from esper_servers.tolaria.schedule import CheckpointConfig, CheckpointSchedule
+from esper_servers.tolaria.service import TolariaServicer
+from esper_servers.tolaria.shared_signal import SharedSignal, place_for
+from esper_servers.tolaria.step_metrics import StepMetrics, TolariaConfig
+from esper_servers.tolaria.trainer import Trainer
 
 log = structlog.get_logger(__name__)
 
 KASMINA = kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"]
+TOLARIA = tolaria_service_pb2.DESCRIPTOR.services_by_name["TolariaService"]
 WRAPPABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
 OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 DEFAULT_CHECKPOINTS = Path("state") / "trainer" / "checkpoints"
@@ -65,14 +77,22 @@ class DetachedSession:
     """What a loop gets when there is no mesh: the same calls, and nothing happens but what the loop asked for."""
 
     is_connected = False
+    halted = False
 
     def __init__(self, model: nn.Module, learning_rate: LearningRateAuthority | None = None) -> None:
         self._model = model
         self._learning_rate = learning_rate
 
+    def hold(self, timeout: float | None = None) -> bool:
+        """Go on at once: nobody halts it."""
+        return True
+
     def step(self, *_: Any, **__: Any) -> list[Any]:
         """Let schedules go on."""
         return self.finish_step()
+
+    def end_epoch(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
 
     def begin_step(self, *_: Any, **__: Any) -> None:
         """Do nothing."""
@@ -168,6 +188,7 @@ def _attach(
     member = Membership.read(found, environ)
     config = member.session_config(step_budget_ms=step_budget_ms, optimizer_family=type(optimizer).__name__.lower())
     config = config if ranks is None else replace(config, world_size=ranks.size)
+    settings = member.tolaria_settings()
     limits, thread = limits or member.limits(), LoopThread()
     authority = learning_rate or OptimizerAuthority(optimizer)
     host = _make_host(model, authority, member, sites, limits, thread, has_training_thread=True, ranks=ranks)
@@ -178,8 +199,13 @@ def _attach(
         _keep_checkpoints(model, optimizer, session, host, member, limits)
     else:  # Another rank would not go back with this one.
         _keep_groups_apart(optimizer)
-    kasmina = thread.run(_serve_kasmina(host, member, kasmina_address, session.run_id, session.move), timeout=10)
+    session.tolaria = tolaria = _make_tolaria(session, host, member, settings)
+    kasmina = thread.run(
+        _serve_kasmina(host, member, kasmina_address, session.run_id, session.move, tolaria=tolaria.servicer),
+        timeout=10,
+    )
     session.kasmina_address = kasmina.address
+    session.close_with(tolaria.servicer.close)
     session.close_with(kasmina.drain)
     session.close_with(partial(asyncio.to_thread, member.trace()))
     return session
@@ -314,6 +340,14 @@ class Membership:
         """Read [pause]."""
         return load(PauseConfig, "pause", path=self._settings, environ=self.environ)
 
+    def tolaria_settings(self) -> TolariaSettings:
+        """Read [emergency], [epoch_guard] and [tolaria]."""
+        return TolariaSettings(
+            load(EmergencyConfig, "emergency", path=self._settings, environ=self.environ),
+            load(EpochGuardConfig, "epoch_guard", path=self._settings, environ=self.environ),
+            load(TolariaConfig, "tolaria", path=self._settings, environ=self.environ),
+        )
+
     def session_config(self, *, step_budget_ms: float | None, optimizer_family: str) -> SessionConfig:
         """Read [session] and [breaker]; a budget that is given wins."""
         config = load(SessionConfig, "session", path=self._settings, environ=self.environ)
@@ -441,12 +475,107 @@ def wrap_sites(model: nn.Module, names: Sequence[str]) -> dict[str, Site]:
     return sites
 
 
+@dataclass(frozen=True, slots=True)
+class TolariaSettings:
+    """What a trainer reads for its emergencies, epochs and metrics."""
+
+    emergency: EmergencyConfig
+    epoch_guard: EpochGuardConfig
+    metrics: TolariaConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Tolaria:
+    """What runs beside a session for its emergencies and epochs."""
+
+    servicer: TolariaServicer
+    emergencies: Emergencies
+    mode: ConservativeMode
+    guard: EpochGuard
+    config: TolariaConfig
+
+
+def orchestrate(
+    session: TrainingSession | DetachedSession,
+    optimizer: torch.optim.Optimizer,
+    *,
+    checkpoints: CheckpointKeeper | None = None,
+) -> Trainer | DetachedSession:
+    """Have Tolaria end the steps and epochs of a loop with an attached session; without a mesh the session itself.
+
+    The loop then calls `step` and `end_epoch` of what is returned instead of `step` and `start_epoch` of the session.
+    `checkpoints` is what CreateCheckpoint, Rollback and emergencies use. Settings come from [tolaria], [emergency] and
+    [epoch_guard].
+    """
+    if isinstance(session, DetachedSession):
+        return session
+    parts: Tolaria = session.tolaria
+    if checkpoints is not None:
+        parts.servicer.keep(checkpoints)
+    return Trainer(
+        session=session,
+        optimizer=optimizer,
+        emergencies=parts.emergencies,
+        mode=parts.mode,
+        metrics=StepMetrics(optimizer=optimizer, config=parts.config),
+        guard=parts.guard,
+        checkpoints=checkpoints,
+        controller=session,
+    )
+
+
+def _make_tolaria(
+    session: TrainingSession, host: InProcessSeedHost, member: Membership, settings: TolariaSettings
+) -> Tolaria:
+    """Let a session be halted, watched, and told of emergencies."""
+    mode, feed = ConservativeMode(lambda: session.global_step), MetricsFeed()
+    shared, problem = _share(session.run_id, member) if settings.emergency.share else (None, SWITCHED_OFF)
+    emergencies = Emergencies(
+        run_id=session.run_id,
+        keyring=member.keyring,
+        audience=str(member.identity.spiffe_id),
+        halt=session.halt,
+        mode=mode,
+        config=settings.emergency,
+        shared=shared,
+        problem=problem,
+        now_ns=host.verifier.now_ns,
+        step_of=lambda: session.global_step,
+    )
+    emergencies.begin()
+    session.listen(feed.publish)
+    session.halt.meanwhile(host.reach_safe_point)
+    guard = EpochGuard(mode=mode, config=settings.epoch_guard)
+    servicer = TolariaServicer(
+        session, emergencies, at_safe_point=host.at_safe_point, mode=mode, feed=feed, guard=guard
+    )
+    return Tolaria(servicer, emergencies, mode, guard, settings.metrics)
+
+
+def _share(run_id: str, member: Membership) -> tuple[SharedSignal | None, str]:
+    """Open the memory that processes of this run share on the host, or say why there is none."""
+    try:
+        place = place_for(run_id, home=home_directory(member.environ))
+        return SharedSignal(place, run_id=run_id, keyring=member.keyring), ""
+    except OSError as error:
+        log.warning("shared_signal_unavailable", problem=str(error))
+        return None, str(error)
+
+
 async def _serve_kasmina(
-    host: InProcessSeedHost, member: Membership, address: str, run_id: str, on_renewed: Callable[[], object]
+    host: InProcessSeedHost,
+    member: Membership,
+    address: str,
+    run_id: str,
+    on_renewed: Callable[[], object],
+    *,
+    tolaria: TolariaServicer | None = None,
 ) -> MeshServer:
     config = ServerConfig(address=address, drain_seconds=0.5, deny_list=member.mesh.deny_list)
     server = MeshServer(config=config, identity=member.identity)
     server.add_service(KASMINA, KasminaServicer(host, run_id))
+    if tolaria is not None:
+        server.add_service(TOLARIA, tolaria)
     await server.start()
     renewer = CertificateRenewer(
         member.identity, address=member.mesh.weatherlight, on_renewed=lambda _identity: on_renewed()

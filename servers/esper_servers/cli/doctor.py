@@ -147,8 +147,11 @@ def settings_sections() -> dict[str, type]:
     from esper_servers.tamiyo.step_processes.processes import StepProcessConfig
     from esper_servers.tamiyo.turns.anticipation import AnticipationConfig
     from esper_servers.tamiyo.turns.step_queue import BatchConfig
+    from esper_servers.tolaria.epoch_guard import EpochGuardConfig
+    from esper_servers.tolaria.escalation import EmergencyConfig
     from esper_servers.tolaria.rollback import RollbackConfig
     from esper_servers.tolaria.schedule import CheckpointConfig
+    from esper_servers.tolaria.step_metrics import TolariaConfig
 
     return {
         "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "kernels": KernelConfig,
@@ -156,6 +159,7 @@ def settings_sections() -> dict[str, type]:
         "anticipation": AnticipationConfig, "pause": PauseConfig, "reports": ReportConfig, "quota": QuotaConfig,
         "concurrency": ConcurrencyConfig, "pki": PkiConfig, "step_processes": StepProcessConfig,
         "checkpoints": CheckpointConfig, "rollback": RollbackConfig, "blending": BlendModeConfig,
+        "tolaria": TolariaConfig, "emergency": EmergencyConfig, "epoch_guard": EpochGuardConfig,
     }  # fmt: skip
 
 

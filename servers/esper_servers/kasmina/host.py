@@ -199,6 +199,10 @@ class InProcessSeedHost:
         """Do work that changes the model: by the training thread at its next safe point, or at once without one."""
         return self._safe_point.submit(work)
 
+    def reach_safe_point(self) -> None:
+        """Do what `at_safe_point` left, and no command: for a training that stands still."""
+        self._safe_point.reach()
+
     def advance_alphas(self) -> None:
         """Move every blending seed one step on."""
         with self._lock:

@@ -310,7 +310,18 @@ class Turned(nn.Module):
         (nn.MaxPool2d(2), (2, 3, 4, 4), 3),
         (nn.Identity(), (2, 5, 7), 7),
     ],
-    ids=["conv2d", "conv1d", "rows", "sequence", "image of features", "batch norm", "flat image", "patches", "pool", "unknown"],
+    ids=[
+        "conv2d",
+        "conv1d",
+        "rows",
+        "sequence",
+        "image of features",
+        "batch norm",
+        "flat image",
+        "patches",
+        "pool",
+        "unknown",
+    ],
 )
 def test_channels_are_found(host, shape, channels):
     site = wrap_sites(nn.Sequential(host), ["0"])["0"]

@@ -10,6 +10,7 @@ from . import (
     apply,
     blend,
     echo,
+    emergency,
     fleet,
     germinate,
     growth,
@@ -31,6 +32,7 @@ app.command("blend", epilog="Example: esper bench blend --rounds 60 --json")(ble
 app.command("echo", epilog="Example: esper bench echo --json")(echo.echo)
 app.command("echo-server", hidden=True, epilog="Example: esper bench echo-server --home ~/.esper")(echo.echo_server)
 app.command("constant-server", hidden=True, epilog="Example: esper bench constant-server")(runtime.constant_server)
+app.command("emergency", epilog="Example: esper bench emergency --processes 8 --json")(emergency.emergency)
 app.command("fleet", epilog="Example: esper bench fleet --seconds 5 --json")(fleet.fleet)
 app.command("germinate", epilog="Example: esper bench germinate --json")(germinate.germinate)
 app.command("growth", epilog="Example: esper bench growth --plot growth.svg --json")(growth.growth)

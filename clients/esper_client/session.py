@@ -215,12 +215,16 @@ class TrainingSession:
             return
         if self._is_in_step:
             self.finish_step()
+        is_halted = self._is_halted()
+        if is_halted:
+            self._count("halted")
+            if self.config.world_size == 1:
+                return
         self._is_in_step = True
         self.global_step += 1
+        if is_halted:
+            return
         try:
-            if self.halt.check():
-                self._count("halted")
-                return
             self._begun = self._begin(read_loss(loss), samples, gradient_norm, metrics or {})
         except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
             self._note_failure(error)
@@ -359,6 +363,13 @@ class TrainingSession:
         except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
             self._note_failure(error)
             return None
+
+    def _is_halted(self) -> bool:
+        try:
+            return self.halt.check()
+        except Exception as error:  # noqa: BLE001  # As above.
+            self._note_failure(error)
+            return self.halt.is_engaged
 
     def _end_for_others(self) -> list[CommandOutcome]:
         """End a step in which nothing was asked: a halted run stands still, unless other ranks wait for this one."""

@@ -11,7 +11,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage
 
 from . import lifecycle
-from .blending import convex, linked, shadow
+from .blending import convex, shadow
+from .zero_gradient import tie
 
 log = structlog.get_logger(__name__)
 
@@ -89,7 +90,7 @@ class Site(nn.Module):
         if self._seed is None or self.paused or self.failure:
             return h
         try:
-            return self._mixed(self._seed, h)
+            return self._tied(self._mixed(self._seed, h), h)
         except Exception as error:  # noqa: BLE001  # The seed is foreign code inside the user's forward pass.
             self._fail(f"{type(error).__name__}: {error}")
             return h
@@ -104,9 +105,12 @@ class Site(nn.Module):
             # A flag on the device, read at the safe point, so that no forward pass waits for it.
             broken = ~torch.isfinite(s.detach()).all()
             self._saw_non_finite = broken if self._saw_non_finite is None else self._saw_non_finite | broken
-            mixed = convex(h, s, self.alpha)
-            return linked(mixed, h) if self.keeps_graph and h.requires_grad else mixed
+            return convex(h, s, self.alpha)
         return h
+
+    def _tied(self, mixed: Tensor, h: Tensor) -> Tensor:
+        is_detached = self.stage in lifecycle.BLENDED and mixed is not h
+        return tie(mixed, h) if self.keeps_graph and is_detached and h.requires_grad else mixed
 
     @staticmethod
     def _through(seed: nn.Module, h: Tensor) -> Tensor:

@@ -102,6 +102,12 @@ class TrainingSession:
         """Steps without a command by reason, commands as `command`."""
         self.outcomes: deque[CommandOutcome] = deque(maxlen=1024)
         self.policy_version = ""
+        self.features: tuple[str, ...] = FEATURES
+        """What Tamiyo may ask for; set before the first step."""
+        self.checkpoints: Any = None
+        """What keeps checkpoints of this run, where the trainer runtime does: esper_servers.tolaria.Checkpoints."""
+        self.after_step: Callable[[], None] = lambda: None
+        """Called by the training thread when a step is done; what it raises ends in the log."""
         self.kasmina_address = ""
         """Where KasminaService of this process listens, when it is served."""
         self.epoch = 0
@@ -192,16 +198,18 @@ class TrainingSession:
         is_in_step, self._is_in_step = self._is_in_step, False
         if not is_in_step or self._thread.fork.is_child:
             return []
+        outcomes: list[CommandOutcome] = []
         try:
             if begun is None:
                 return self._finish()
             with trace.use_span(begun.span, end_on_exit=True):
-                return self._complete(begun)
+                outcomes = self._complete(begun)
+            self.after_step()
         except OutOfStep:
             raise
         except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
             self._note_failure(error)
-            return []
+        return outcomes
 
     def start_epoch(self, epoch: int) -> None:
         """Note that an epoch begins."""
@@ -224,6 +232,10 @@ class TrainingSession:
     def move(self) -> None:
         """Move to a new connection without a pause, for example with a renewed certificate; call it on the loop."""
         self._stream.replace()
+
+    def open_again(self) -> None:
+        """Have Tamiyo told of the run as it is, on a new connection; returns at once."""
+        self._thread.loop.call_soon_threadsafe(self._stream.replace)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run a coroutine beside the training, on the session's loop."""
@@ -367,7 +379,7 @@ class TrainingSession:
 
     def _tell_of_new_host(self) -> None:
         if self._exchange.is_connected and self.host.receiver_epoch != self._told_epoch:
-            self._thread.loop.call_soon_threadsafe(self._stream.replace)
+            self.open_again()
 
     def _settle_late(self) -> list[CommandOutcome]:
         return [
@@ -449,7 +461,7 @@ class TrainingSession:
         return OpenRunRequest(
             run_id=self.run_id,
             protocol_versions=PROTOCOL_VERSIONS,
-            features=FEATURES,
+            features=self.features,
             receiver_epoch=self._told_epoch,
             host_topology=run.host_topology,
             sites=run.sites,

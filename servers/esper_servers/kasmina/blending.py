@@ -36,23 +36,6 @@ def shadow(h: Tensor, s: Tensor) -> Tensor:
     return cast("Tensor", _Shadow.apply(h, s))  # type: ignore[no-untyped-call]
 
 
-class _Link(torch.autograd.Function):
-    """Forwards the mixture, and gives h a gradient of zero."""
-
-    @staticmethod
-    def forward(_ctx: Any, mixed: Tensor, _h: Tensor) -> Tensor:
-        return mixed.clone()
-
-    @staticmethod
-    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, torch.zeros_like(gradient)
-
-
-def linked(mixed: Tensor, h: Tensor) -> Tensor:
-    """Return the mixture bit for bit; the graph still leads to h, whose gradient is zero."""
-    return cast("Tensor", _Link.apply(mixed, h))  # type: ignore[no-untyped-call]
-
-
 class Mixing(nn.Module):
     """One of the modes: CONVEX, alpha·s + (1 - alpha)·h, unless a subclass says otherwise."""
 

@@ -13,9 +13,10 @@ from esper_servers.blueprints.out_of_memory import describe
 
 from . import lifecycle
 from .blend_config import BlendConfig
-from .blending import Blend, Mixing, linked, mixing_of, shadow
+from .blending import Blend, Mixing, mixing_of, shadow
 from .channels import channel_count, channel_dim
 from .guarded_branch import guard, leaves
+from .zero_gradient import tie
 
 log = structlog.get_logger(__name__)
 
@@ -157,7 +158,7 @@ class Site(nn.Module):
             is_finite = torch.isfinite(s.detach())
             self._note(is_finite)
             mixed: Tensor = self._blend(h, s, is_finite)
-            return linked(mixed, h) if self.keeps_graph and h.requires_grad else mixed
+            return tie(mixed, h) if self.keeps_graph and h.requires_grad else mixed
         return h
 
     def _note(self, is_finite: Tensor) -> None:

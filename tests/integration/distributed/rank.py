@@ -25,6 +25,7 @@ from esper_rpc.proto.urza.v1 import Blueprint
 from esper_rpc.testing import fake_mesh
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina.kernel_library import Kernel
+from esper_servers.kasmina.limits import LocalLimits
 
 SIZE = 2
 PATIENCE_SECONDS = 60.0
@@ -98,14 +99,14 @@ class Orders:
                 self.give(name, blueprint)
             self.training.step()
 
-    def give(self, name, blueprint):
+    def give(self, name, blueprint, pause_ms=1):
         command = AdaptationCommand(version=1, command_id=str(uuid.UUID(int=self.sequence)))
         if name == "OPTIMIZER":
             command.command_type = CommandType.COMMAND_TYPE_OPTIMIZER
             command.optimizer_adjustment.hyperparameters["learning_rate_multiplier"] = 0.7
         elif name == "PAUSE":
             command.command_type = CommandType.COMMAND_TYPE_PAUSE
-            command.execution_deadline_ms = 1
+            command.execution_deadline_ms = pause_ms
         else:
             command.command_type, command.target_seed_id = CommandType.COMMAND_TYPE_SEED, self.seed_id
             command.seed_operation.operation = SeedOperation.Value(f"SEED_OPERATION_{name}")
@@ -150,8 +151,9 @@ def convolution(rank, directory):
 def operator(rank, directory):
     """Somebody moves an alpha by hand, and somebody ends a step, by the first rank's KasminaService."""
     with mesh_of(rank, directory) as (fake, address):
-        training = Training(rank, address)
-        Orders(training, fake, LIFE, 1).run(20)
+        training = Training(rank, address, limits=LocalLimits(max_pause_ms=600_000))
+        orders = Orders(training, fake, LIFE, 1)
+        orders.run(20)
         host, said = training.session.host, ""
         if rank == 0:
             moved = host.at_safe_point(lambda: host.advance_alpha("seed-3"))
@@ -161,7 +163,9 @@ def operator(rank, directory):
             assert moved.result() > 0
             error = ended.exception()
             said = f"{type(error).__name__}: {error}"
-        training.save(directory, said=said)
+            orders.give("PAUSE", "", pause_ms=600_000)
+        training.step()
+        training.save(directory, said=said, paused=[slot.site.paused for slot in host.seeds.values()])
         training.session.close()
 
 

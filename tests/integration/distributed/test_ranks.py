@@ -88,6 +88,7 @@ def test_a_seed_grows_on_all_ranks_of_a_framework_alike(tmp_path, framework):
 def test_what_an_operator_does_on_the_first_rank_happens_on_all_and_none_ends_their_step(tmp_path):
     first, second = run("operator", tmp_path)
     assert first["said"].startswith("FailedPrecondition: Several ranks train this model")
+    assert first["paused"] == second["paused"] == [False, True]
     assert_alike([first, second])
 
 

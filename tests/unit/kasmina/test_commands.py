@@ -171,6 +171,15 @@ def test_a_seed_that_is_too_big_is_refused_by_the_local_limit(make_rig):
     assert rig.slot.site.seed is None
 
 
+def test_a_culled_seed_makes_room_for_another(make_rig):
+    rig = make_rig(limits=LocalLimits(live_seeds=1))
+    first, second = rig.seed_ids
+    assert rig.do("GERMINATE", blueprint="residual_mlp", seed_id=first).result == APPLIED
+    assert rig.do("GERMINATE", blueprint="residual_mlp", seed_id=second).reason == "local_limit"
+    rig.do("CULL", seed_id=first)
+    assert rig.do("GERMINATE", blueprint="residual_mlp", seed_id=second).result == APPLIED
+
+
 def test_a_culled_seed_comes_back_after_its_embargo(rig):
     rig.grow(lifecycle.TRAINING)
     assert rig.do("CULL").result == APPLIED

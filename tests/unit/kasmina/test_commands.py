@@ -171,6 +171,31 @@ def test_a_seed_that_is_too_big_is_refused_by_the_local_limit(make_rig):
     assert rig.slot.site.seed is None
 
 
+def test_a_culled_seed_makes_room_for_another(make_rig):
+    rig = make_rig(limits=LocalLimits(live_seeds=1))
+    first, second = rig.seed_ids
+    assert rig.do("GERMINATE", blueprint="residual_mlp", seed_id=first).result == APPLIED
+    assert rig.do("GERMINATE", blueprint="residual_mlp", seed_id=second).reason == "local_limit"
+    rig.do("CULL", seed_id=first)
+    assert rig.do("GERMINATE", blueprint="residual_mlp", seed_id=second).result == APPLIED
+
+
+def test_the_local_limit_counts_the_parameters_of_all_seeds(make_rig):
+    alone = make_rig()
+    alone.do("GERMINATE", blueprint="residual_mlp")
+    rig = make_rig(limits=LocalLimits(added_parameters=2 * alone.slot.parameter_count - 1))
+    outcomes = [rig.do("GERMINATE", blueprint="residual_mlp", seed_id=seed_id) for seed_id in rig.seed_ids]
+    assert [outcome.reason for outcome in outcomes] == ["", "local_limit"]
+
+
+def test_a_restored_host_counts_the_seeds_that_live(make_rig):
+    first, second = make_rig(), make_rig(limits=LocalLimits(live_seeds=1))
+    first.grow(lifecycle.TRAINING)
+    second.model.load_state_dict(first.model.state_dict())
+    second.host.load_state_dict(first.host.state_dict())
+    assert second.do("GERMINATE", blueprint="residual_mlp", seed_id=second.seed_ids[0]).reason == "local_limit"
+
+
 def test_a_culled_seed_comes_back_after_its_embargo(rig):
     rig.grow(lifecycle.TRAINING)
     assert rig.do("CULL").result == APPLIED

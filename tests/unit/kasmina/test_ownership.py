@@ -170,6 +170,18 @@ def test_added_parameters_are_those_of_the_seeds_that_are_there():
     assert ownership.added_parameters == 2
 
 
+def test_violations_are_counted_for_as_long_as_a_seed_is_there():
+    model, seed = nn.Linear(2, 2), nn.Linear(2, 2)
+    ownership = Ownership(model)
+    ownership.register_seed("a", seed)
+    assert [(ownership.validate("a", [model.weight]), ownership.is_repeated("a")) for _ in range(3)] == [
+        ("host", False), ("host", False), ("host", True),
+    ]  # fmt: skip
+    ownership.release("a")
+    ownership.register_seed("a", seed)
+    assert not ownership.is_repeated("a")
+
+
 def test_asking_costs_what_is_asked_about_however_many_are_registered():
     ownership = Ownership(nn.Linear(2, 2))
     looks = []

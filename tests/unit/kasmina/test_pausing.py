@@ -111,6 +111,14 @@ class Raising(nn.Module):
         raise RuntimeError("no")
 
 
+class Hoarding(nn.Linear):
+    """Runs, and has a weight that is no number where a run does not show it."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.spare = nn.Parameter(torch.full((1,), float("nan")))
+
+
 def spoil_weights(rig):
     with torch.no_grad():
         next(rig.slot.site.seed.parameters()).fill_(float("nan"))
@@ -128,10 +136,11 @@ def swap(module):
     ("spoil", "reason"),
     [
         (spoil_weights, "g1_gradient_health"),
+        (swap(Hoarding()), "g1_gradient_health"),
         (swap(nn.Sequential(nn.Linear(8, 8), Flattening())), "shape_mismatch"),
         (swap(nn.Sequential(nn.Linear(8, 8), Raising())), "seed_failed"),
     ],
-    ids=["weights", "shape", "raises"],
+    ids=["weights", "hidden weights", "shape", "raises"],
 )
 def test_a_seed_that_cannot_take_part_any_more_is_culled_when_its_pause_ends(rig, spoil, reason):
     rig.grow(lifecycle.BLENDING)
@@ -159,9 +168,10 @@ def test_a_seed_in_order_keeps_its_mode_and_its_weights_when_its_pause_ends(rig)
     assert all(torch.equal(before[name], value) for name, value in rig.slot.site.seed.state_dict().items())
 
 
-def test_a_fossil_that_was_named_goes_on_after_its_pause(rig):
+def test_a_fossil_is_a_part_of_the_model_and_goes_on_as_it_is_after_its_pause(rig):
     rig.grow(lifecycle.FOSSILIZED)
     rig.order(rig.pause(rig.seed_id, units=500))
+    spoil_weights(rig)
     rig.clock.advance(0.6)
-    rig.host.finalize_step(99)
+    assert [each["reason"] for each in rig.told("resume")] == ["pause_is_over"]
     assert (rig.slot.stage, rig.slot.site.paused) == (lifecycle.FOSSILIZED, False)

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import threading
 import time
 import uuid
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,7 +27,6 @@ from esper_servers.cli.home import Home
 from .measure import CountOption, machine, percentiles, scratch_home, show, timed_ms
 
 if TYPE_CHECKING:
-    from esper_servers.kasmina.background import Work
     from esper_servers.kasmina.kernel_library import KernelLibrary
 
 KASMINA = kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"]
@@ -37,6 +36,7 @@ _LIFE = ("GERMINATE", "START_TRAINING", "START_GRAFTING", "CULL")
 _LIFE_TO_PROBATION = ("GERMINATE", "START_TRAINING", "START_GRAFTING", "STABILIZE", "EVALUATE")
 _BLUEPRINT = "residual_mlp"
 _BLENDING_STEPS = 32
+_BUILD_SECONDS = 30.0
 # After a cull the slot is embargoed, reset and dormant again.
 _REST_STEPS = 128
 
@@ -124,10 +124,11 @@ def _envelope(home: Home, count: int) -> dict[str, float]:
 class HostBench:
     """A seed host on a small model, and the commands for it."""
 
-    def __init__(self, home: Home, *, sites: int = 1, background: Callable[[Work], None] | None = None) -> None:
+    def __init__(self, home: Home, *, sites: int = 1) -> None:
         import torch
 
         from esper_servers.blueprints.catalogue import load_factories
+        from esper_servers.kasmina.background import BackgroundWorker
         from esper_servers.kasmina.host import InProcessSeedHost
         from esper_servers.kasmina.learning_rate import OptimizerAuthority
         from esper_servers.kasmina.limits import LocalLimits
@@ -137,6 +138,7 @@ class HostBench:
         hidden = [torch.nn.Linear(64, 64) for _ in range(sites)]
         self._model = torch.nn.Sequential(*hidden, torch.nn.ReLU(), torch.nn.Linear(64, 10))
         optimizer = torch.optim.SGD(self._model.parameters(), lr=0.1)
+        self._worker = BackgroundWorker("bench")
         self._keyring, self._audience = home.keyring("tamiyo"), str(home.identity("trainer").spiffe_id)
         self.host = InProcessSeedHost(
             model=self._model,
@@ -147,19 +149,27 @@ class HostBench:
             factories=load_factories(),
             learning_rate=OptimizerAuthority(optimizer),
             limits=LocalLimits(live_seeds=10_000, added_parameters=10**12),
-            background=background,
+            background=self._worker,
         )
         self._model(torch.zeros(8, 64)).sum().backward()
         self.seed_ids = list(self.host.seeds)
         self._sequence = 0
 
-    def apply(self, operation: str) -> float:
-        """Submit and carry out one command; returns milliseconds. Raises RuntimeError unless it was applied."""
-        envelope = self.seal(operation)
+    def apply(self, operation: str, *, seed_id: str = "") -> float:
+        """Submit and carry out one command; returns the milliseconds that the training waited.
+
+        Raises RuntimeError unless it was applied.
+        """
+        envelope = self.seal(operation, seed_id=seed_id)
         begun = time.perf_counter()
         self.host.submit(envelope)
         outcomes = self.host.apply_pending()
-        elapsed = (time.perf_counter() - begun) * 1e3
+        elapsed = time.perf_counter() - begun
+        if not outcomes:
+            self._wait_for_the_module()
+            begun = time.perf_counter()
+            outcomes = self.host.apply_pending()
+            elapsed += time.perf_counter() - begun
         for _ in range(_BLENDING_STEPS if operation == "START_GRAFTING" else 0):
             self.host.advance_alphas()
         if operation == "START_TRAINING":
@@ -167,7 +177,13 @@ class HostBench:
         results = [outcome.result for outcome in outcomes]
         if results != [CommandOutcome.RESULT_APPLIED]:
             raise RuntimeError(f"{operation} was not applied: {outcomes}")
-        return elapsed
+        return elapsed * 1e3
+
+    def _wait_for_the_module(self) -> None:
+        built = threading.Event()
+        self._worker(built.set)
+        if not built.wait(_BUILD_SECONDS):
+            raise RuntimeError("The module was not built.")
 
     def _train_once(self) -> None:
         """Give the seed one update: its gate asks whether it has learned at all."""

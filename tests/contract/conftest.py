@@ -15,6 +15,7 @@ from esper_rpc.identity import Authority
 from esper_rpc.identity.enrolment import EnrolmentTokens
 from esper_rpc.identity.service import IdentityServicer
 from esper_rpc.journal import Journal
+from esper_rpc.pause_quota import PauseConfig
 from esper_rpc.server import MeshServer, ServerConfig
 from esper_rpc.testing import TemporaryMesh, serving
 from esper_servers.contract.methods import CLIENTS, SERVICES
@@ -29,7 +30,6 @@ from esper_servers.tamiyo.conservative_mode import ConservativeMode
 from esper_servers.tamiyo.field_reports.config import ReportConfig
 from esper_servers.tamiyo.field_reports.reports import FieldReports
 from esper_servers.tamiyo.pauses.pauses import Pauses
-from esper_servers.tamiyo.pauses.quota import PauseConfig
 from esper_servers.tamiyo.pipeline import StepPipeline
 from esper_servers.tamiyo.plans.plan_switch import PlanConfig, PlanSwitch
 from esper_servers.tamiyo.policy_updates.assembly import updates_of
@@ -43,7 +43,7 @@ from esper_servers.tamiyo.step_service import RAW_METHODS
 from esper_servers.urza.library import BlueprintLibrary
 from esper_servers.urza.service import UrzaServicer
 
-IDENTITY, KASMINA, TAMIYO, URZA = sorted(SERVICES)
+IDENTITY, KASMINA, TAMIYO, TOLARIA, URZA = sorted(SERVICES)
 
 
 def load_beside(name):
@@ -115,13 +115,17 @@ def make_servicers(mesh, policy, directory):
     authority = Authority.load(mesh.directory / "pki")
     library = BlueprintLibrary(directory / "urza")
     host = seed_host_process.make_host(mesh.identity("trainer"), mesh.keyring("trainer"), mesh.keyring("operator"))
-    with make_pipeline(mesh, policy, directory) as pipeline, make_tamiyo(pipeline) as tamiyo:
+    with contextlib.ExitStack() as stack:
+        pipeline = stack.enter_context(make_pipeline(mesh, policy, directory))
+        tamiyo = stack.enter_context(make_tamiyo(pipeline))
         # A rollback needs a policy to return to.
         tamiyo._updates._lineage = Lineage((Entry("gnn_v1-heuristic-0"), Entry(policy.version)))
+        loop = stack.enter_context(seed_host_process.TrainingLoop(mesh.identity("trainer"), mesh.keyring("trainer")))
         yield {
             IDENTITY: IdentityServicer(lambda: authority, EnrolmentTokens(mesh.directory / "tokens")),
             KASMINA: KasminaServicer(host, "run"),
             TAMIYO: tamiyo,
+            TOLARIA: loop.servicer,
             URZA: UrzaServicer(library),
         }
     library.close()

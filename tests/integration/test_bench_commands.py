@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from esper_rpc.proto.tamiyo.v1 import StepLedger
-from esper_servers.cli.bench import growth, overhead
+from esper_servers.cli.bench import emergency, growth, overhead
 from esper_servers.cli.bench.growth import Size
 from esper_servers.cli.bench.measure import at_once
 from esper_servers.cli.bench.step import StepBench
@@ -65,6 +65,13 @@ def test_a_step_without_an_answer_has_no_ledger(mesh):
             os.kill(pid, signal.SIGCONT)
         assert session.reasons["deadline_missed"] > 0
         assert session.last_ledger == StepLedger()
+
+
+def test_every_process_of_a_run_stands_still_by_an_alarm_and_by_a_signal(mesh):
+    found = emergency.measure(mesh.home, processes=2, rounds=3, step_ms=1.0)
+    for way in ("alarm", "signal"):
+        assert 0 < found[way]["frozen"]["p50_ms"] <= found[way]["all_frozen"]["max_ms"]
+        assert 0 <= found[way]["over_target_share"] <= 1
 
 
 def test_overhead_compares_blocks_of_three_kinds(mesh):

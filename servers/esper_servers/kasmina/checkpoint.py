@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,11 +30,13 @@ class Checkpoint:
         factories: Mapping[str, BlueprintFactory],
         learning_rate: LearningRateAuthority,
         progress: Progress,
+        on_restored: Callable[[], object] = lambda: None,
     ) -> None:
         self._seeds = seeds
         self._factories = factories
         self._learning_rate = learning_rate
         self._progress = progress
+        self._on_restored = on_restored
 
     def save(self) -> dict[str, Any]:
         """Return everything as tensors and plain values."""
@@ -59,6 +61,7 @@ class Checkpoint:
             self._seeds[seed_id].load_state_dict(saved, modules[seed_id])
         self._adopt_fossils()
         self._learning_rate.load_state_dict(state["learning_rate"])
+        self._on_restored()
 
     def check(self, state: dict[str, Any]) -> dict[str, nn.Module | None]:
         """Return the modules that `restore` would plant; raises what it raises."""

@@ -7,6 +7,7 @@ from google.protobuf.message import DecodeError
 
 from esper_rpc import rules
 from esper_rpc.envelope import Rejected, Verifier, reasons
+from esper_rpc.envelope.verification import Accepted
 from esper_rpc.errors import InvalidRequest
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, SeedOperation, SignedEnvelope
 
@@ -29,6 +30,8 @@ class Queued(NamedTuple):
     """The global step at which it came."""
     receiver_epoch: bytes = b""
     """The challenge that it was issued for."""
+    issuer: str = ""
+    """The role that signed it."""
 
 
 class CommandInbox:
@@ -58,7 +61,7 @@ class CommandInbox:
             return self._refuse(envelope.nonce, refusal.reason), False
         if accepted.duplicate:
             return accepted.outcome or self._outcome(verdict.QUEUED, accepted.nonce), True
-        outcome = self._enqueue(accepted.payload, accepted.nonce, envelope.receiver_epoch)
+        outcome = self._enqueue(accepted, envelope.receiver_epoch)
         self.verifier.record_outcome(accepted.nonce, outcome)
         return outcome, False
 
@@ -70,15 +73,15 @@ class CommandInbox:
         """Let a command wait for another safe point."""
         self._queue.append(queued)
 
-    def _enqueue(self, payload: bytes, nonce: str, receiver_epoch: bytes) -> CommandOutcome:
-        command = _parse(payload)
+    def _enqueue(self, accepted: Accepted, receiver_epoch: bytes) -> CommandOutcome:
+        command, nonce = _parse(accepted.payload), accepted.nonce
         reason = MALFORMED if command is None else self._why_not(command, nonce)
         if command is None or reason:
             self.verifier.count(reason)
             return self._refuse(nonce, reason)
         if command.seed_operation.operation == SeedOperation.SEED_OPERATION_GERMINATE:
             self._library.request(command.seed_operation.blueprint_id)
-        self._queue.append(Queued(command, self._progress.global_step, receiver_epoch))
+        self._queue.append(Queued(command, self._progress.global_step, receiver_epoch, accepted.issuer))
         return self._outcome(verdict.QUEUED, nonce, command)
 
     def _why_not(self, command: AdaptationCommand, nonce: str) -> str:

@@ -199,8 +199,10 @@ class CheckpointStore:
     ) -> Manifest:
         self._files.make_directory(scratch)
         structure = json.dumps(documents, allow_nan=False).encode()
-        contents: dict[str, Iterator[memoryview]] = {file: tensor_file.chunks(held) for file, held in parts.items()}
-        contents[manifests.STRUCTURE] = iter([memoryview(structure)])
+        contents: dict[str, Iterator[list[memoryview]]] = {
+            file: tensor_file.chunks(held) for file, held in parts.items()
+        }
+        contents[manifests.STRUCTURE] = iter([[memoryview(structure)]])
         written = tuple(self._write_part(scratch / file, content) for file, content in contents.items())
         manifest = Manifest(
             name=name,
@@ -210,18 +212,19 @@ class CheckpointStore:
             torch_version=str(torch.__version__),
             parts=written,
         )
-        self._write_part(scratch / manifests.FILE, iter([memoryview(manifests.write(manifest))]))
+        self._write_part(scratch / manifests.FILE, iter([[memoryview(manifests.write(manifest))]]))
         self._files.sync_directory(scratch)
         return manifest
 
-    def _write_part(self, path: Path, content: Iterator[memoryview]) -> Part:
+    def _write_part(self, path: Path, content: Iterator[list[memoryview]]) -> Part:
         digest, size = hashlib.sha256(), 0
         file: DurableFile = self._files.create(path)
         try:
-            for chunk in content:
-                file.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
+            for chunks in content:
+                file.write(chunks)
+                for chunk in chunks:
+                    digest.update(chunk)
+                    size += len(chunk)
         except BaseException:
             file.give_up()
             raise

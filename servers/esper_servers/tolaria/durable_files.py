@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 _REFUSED = frozenset({errno.EINVAL, errno.ENOTSUP})
@@ -25,10 +26,15 @@ class DurableFile:
             self._is_synchronous = False
             self._descriptor = os.open(path, flags, 0o600)
 
-    def write(self, content: memoryview) -> None:
-        """Write all of it; raises OSError."""
-        while content:
-            content = content[os.write(self._descriptor, content) :]
+    def write(self, contents: Sequence[memoryview]) -> None:
+        """Write all of them, one behind the other; raises OSError."""
+        left = [content for content in contents if content]
+        while left:
+            written = os.writev(self._descriptor, left)
+            while left and written >= len(left[0]):
+                written -= len(left.pop(0))
+            if written:
+                left[0] = left[0][written:]
 
     def close(self) -> None:
         """Have on the disk what is not there yet; raises OSError."""

@@ -32,11 +32,12 @@ class DyingFile(DurableFile):
         super().__init__(path)
         self.files = files
 
-    def write(self, content):
+    def write(self, contents):
         if self.files.is_last():
-            super().write(content[: len(content) // 2])
+            whole = memoryview(b"".join(contents))
+            super().write([whole[: len(whole) // 2]])
             die()
-        super().write(content)
+        super().write(contents)
 
     def close(self):
         self.files.live()

@@ -131,3 +131,12 @@ def test_a_weight_that_is_no_number_is_named(training, broken):
     with torch.no_grad():
         training.model[3].bias[1] = broken
     assert first_not_finite(training.state.capture()) == "3.bias"
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_narrow_and_wide_weights_are_looked_at_too(dtype):
+    weights = torch.ones(9).to(dtype)
+    assert first_not_finite({"model": {"w": weights, "empty": torch.empty(0), "count": torch.tensor(3)}}) == ""
+    assert first_not_finite({"model": {"w": torch.tensor([1.0, torch.nan]).to(dtype)}}) == "w"

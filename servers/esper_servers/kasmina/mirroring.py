@@ -18,6 +18,7 @@ from esper_servers.blueprints.catalogue import BlueprintFactory
 from esper_servers.blueprints.kernel import instantiate
 
 from . import lifecycle
+from .alpha import gradient_clip
 from .checkpoint import digest
 from .learning_rate import LearningRateAuthority
 from .lockstep import Lockstep, sizes_of
@@ -153,7 +154,9 @@ class Mirror:
     def _learn(self, slot: SeedSlot, plain: dict[str, Any]) -> None:
         # The gradients are averaged already, so that the same is done to the same numbers.
         if slot.site.seed is not None and slot.optimizer is not None and plain["updates"] == slot.updates + 1:
-            clip_grad_norm_(slot.site.seed.parameters(), CLIP_NORM)
+            is_blending = plain["stage"] == lifecycle.BLENDING
+            most = gradient_clip(plain["alpha"]) if is_blending else CLIP_NORM
+            clip_grad_norm_(slot.site.seed.parameters(), most)
             slot.optimizer.step()
 
     def _rebuild(self, slot: SeedSlot, state: dict[str, Any], told_digest: str) -> None:

@@ -34,7 +34,7 @@ class Orders:
         if operation == "GERMINATE":
             factory = load_factories()["residual_mlp"]
             kernel = Kernel(Blueprint(descriptor=factory.descriptor(), manifest=factory.manifest()))
-            host._surgeon._library.add(kernel)
+            host._library.add(kernel)
         command = AdaptationCommand(
             version=1, command_id=str(uuid.UUID(int=step)), target_seed_id=next(iter(host.seeds)),
             command_type=CommandType.COMMAND_TYPE_SEED,

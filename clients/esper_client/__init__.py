@@ -18,9 +18,10 @@ from .blocking import (
 from .client import IdentityClient, KasminaClient, TamiyoClient, TolariaClient, UrzaClient
 from .discovery import MeshAddress, find_mesh
 from .event_loop import LoopThread
+from .follower_session import FollowerSession
 from .halt import HaltSwitch
 from .remote_seed_host import RemoteHostConfig, RemoteSeedHost
-from .seed_host import RunDescription, SeedHost
+from .seed_host import OutOfStep, RunDescription, SeedHost
 from .session import SessionConfig, TrainingSession
 
 __all__ = [
@@ -29,11 +30,13 @@ __all__ = [
     "BlockingTamiyoClient",
     "BlockingTolariaClient",
     "BlockingUrzaClient",
+    "FollowerSession",
     "HaltSwitch",
     "IdentityClient",
     "KasminaClient",
     "LoopThread",
     "MeshAddress",
+    "OutOfStep",
     "RemoteHostConfig",
     "RemoteSeedHost",
     "RunDescription",

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, Protocol, Self
+from typing import Annotated, Any, NamedTuple, Protocol, Self, TypeVar
 
 import structlog
 from opentelemetry import trace
@@ -37,7 +37,7 @@ from .epoch_exchange import EpochExchange
 from .event_loop import LoopThread
 from .halt import HaltSwitch
 from .packet import build_packet
-from .seed_host import SeedHost
+from .seed_host import OutOfStep, SeedHost
 from .step_exchange import MISSED, StepExchange
 
 log = structlog.get_logger(__name__)
@@ -47,6 +47,8 @@ FEATURES = ("seed", "pause", "optimizer")
 CLOSE_SECONDS = 5.0
 REPORTING_DELAY_SECONDS = 0.001
 StepListener = Callable[[int, int, Mapping[str, float]], None]
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +113,12 @@ class TrainingSession:
         """Steps without a command by reason, commands as `command`."""
         self.outcomes: deque[CommandOutcome] = deque(maxlen=1024)
         self.policy_version = ""
+        self.features: tuple[str, ...] = FEATURES
+        """What Tamiyo may ask for; set before the first step."""
+        self.checkpoints: Any = None
+        """What keeps checkpoints of this run, where the trainer runtime does: esper_servers.tolaria.Checkpoints."""
+        self.after_step: Callable[[], None] = lambda: None
+        """Called by the training thread when a step is done; what it raises ends in the log."""
         self.kasmina_address = ""
         """Where KasminaService of this process listens, when it is served."""
         self.tolaria: Any = None
@@ -130,6 +138,7 @@ class TrainingSession:
         self._last_step_at: float | None = None
         self._failed = False
         self._begun: _BegunStep | None = None
+        self._is_in_step = False
         self._telemetry = telemetry
         self._thread = thread or LoopThread()
         self._exchange = StepExchange(
@@ -183,7 +192,8 @@ class TrainingSession:
 
         A command that came too late for its step is never carried out; the step after it returns it as RESULT_LATE.
         Raises nothing that comes from the mesh; what failed is logged once and counted in `reasons`. While the run is
-        halted nothing is asked and nothing of the mesh changes the model.
+        halted nothing is asked and nothing of the mesh changes the model. Where several ranks train one model every
+        rank calls it, and it raises OutOfStep when the other ranks are gone.
         """
         self.begin_step(loss, samples=samples, gradient_norm=gradient_norm, metrics=metrics)
         return self.finish_step()
@@ -203,32 +213,45 @@ class TrainingSession:
         """
         if self._thread.fork.is_child:
             return
-        if self._begun is not None:
+        if self._is_in_step:
             self.finish_step()
-        try:
-            if self.halt.check():
-                self._count("halted")
+        is_halted = self._is_halted()
+        if is_halted:
+            self._count("halted")
+            if self.config.world_size == 1:
                 return
-            self._begun = self._begin(_number(loss), samples, gradient_norm, metrics or {})
+        self._is_in_step = True
+        self.global_step += 1
+        if is_halted:
+            return
+        try:
+            self._begun = self._begin(read_loss(loss), samples, gradient_norm, metrics or {})
         except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
             self._note_failure(error)
 
     def finish_step(self) -> list[CommandOutcome]:
         """Take the answer to the step that was begun, and carry it out. As `step` otherwise."""
         begun, self._begun = self._begun, None
-        if begun is None or self._thread.fork.is_child:
+        is_in_step, self._is_in_step = self._is_in_step, False
+        if not is_in_step or self._thread.fork.is_child:
             return []
+        outcomes: list[CommandOutcome] = []
         try:
+            if begun is None:
+                return self._end_for_others()
             with trace.use_span(begun.span, end_on_exit=True):
-                return self._complete(begun)
+                outcomes = self._complete(begun)
+            self.after_step()
+        except OutOfStep:
+            raise
         except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
             self._note_failure(error)
-            return []
+        return outcomes
 
     def describe_epoch(self, loss: Loss, metrics: Mapping[str, float] | None = None) -> EvaluateEpochRequest:
         """Build the question for the end of an epoch; on the training thread, between two steps."""
         self._sequence = max(self._sequence, self.host.last_sequence) + 1
-        packet = self._packet(_number(loss), None, None, metrics or {})
+        packet = self._packet(read_loss(loss), None, None, metrics or {})
         return EvaluateEpochRequest(run_id=self.run_id, packet=packet, sequence=self._sequence)
 
     def ask_epoch(self, question: EvaluateEpochRequest, *, timeout: float = 2.0) -> Future[StepDecision]:
@@ -260,6 +283,10 @@ class TrainingSession:
     def move(self) -> None:
         """Move to a new connection without a pause, for example with a renewed certificate; call it on the loop."""
         self._stream.replace()
+
+    def open_again(self) -> None:
+        """Have Tamiyo told of the run as it is, on a new connection; returns at once."""
+        self._thread.loop.call_soon_threadsafe(self._stream.replace)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run a coroutine beside the training, on the session's loop."""
@@ -295,7 +322,6 @@ class TrainingSession:
     ) -> _BegunStep:
         begun = time.perf_counter()
         self._start()
-        self.global_step += 1
         outcomes = self._settle_late()
         self._remember(outcomes)
         self.host.observe(loss, self.global_step)
@@ -311,13 +337,13 @@ class TrainingSession:
 
     def _complete(self, step: _BegunStep) -> list[CommandOutcome]:
         resumed = time.perf_counter()
-        decision = self._receive(step.reason)
+        decision = self._guarded(lambda: self._receive(step.reason))
         answered = time.perf_counter()
         # What came for a run that was halted meanwhile is dropped.
-        is_halted = self.halt.is_engaged
-        settled = self._submit(decision, step.raw) if decision is not None and not is_halted else []
+        taken = None if self.halt.is_engaged else decision
+        settled = (self._guarded(lambda: self._submit(taken, step.raw)) or []) if taken is not None else []
         verified = time.perf_counter()
-        settled += [] if is_halted else self._finish()
+        settled += self._end_for_others() if self.halt.is_engaged else self._finish()
         ended = time.perf_counter()
         self._remember(settled)
         outcomes = step.outcomes + settled
@@ -329,6 +355,25 @@ class TrainingSession:
         # Metrics and logs take as long as verifying a command. At once the loop would take the interpreter from here.
         self._thread.run_later(REPORTING_DELAY_SECONDS, self._report, self.global_step, timing, outcomes)
         return outcomes
+
+    def _guarded(self, work: Callable[[], Answer]) -> Answer | None:
+        """Do what may fail without keeping the host from ending its step, which other ranks wait for."""
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
+            self._note_failure(error)
+            return None
+
+    def _is_halted(self) -> bool:
+        try:
+            return self.halt.check()
+        except Exception as error:  # noqa: BLE001  # As above.
+            self._note_failure(error)
+            return self.halt.is_engaged
+
+    def _end_for_others(self) -> list[CommandOutcome]:
+        """End a step in which nothing was asked: a halted run stands still, unless other ranks wait for this one."""
+        return [] if self.halt.is_engaged and self.config.world_size == 1 else self._finish()
 
     def _note_failure(self, error: Exception) -> None:
         self._count("internal_error")
@@ -408,7 +453,7 @@ class TrainingSession:
 
     def _tell_of_new_host(self) -> None:
         if self._exchange.is_connected and self.host.receiver_epoch != self._told_epoch:
-            self._thread.loop.call_soon_threadsafe(self._stream.replace)
+            self.open_again()
 
     def _settle_late(self) -> list[CommandOutcome]:
         return [
@@ -490,7 +535,7 @@ class TrainingSession:
         return OpenRunRequest(
             run_id=self.run_id,
             protocol_versions=PROTOCOL_VERSIONS,
-            features=FEATURES,
+            features=self.features,
             receiver_epoch=self._told_epoch,
             host_topology=run.host_topology,
             sites=run.sites,
@@ -506,6 +551,6 @@ class TrainingSession:
         self.host.set_clock_offset(connection.server_clock_offset_ns)
 
 
-def _number(loss: Loss) -> float:
+def read_loss(loss: Loss) -> float:
     """Read a number, or a tensor of one element without its graph."""
     return float(loss.detach() if hasattr(loss, "detach") else loss)

@@ -15,6 +15,7 @@ from esper_rpc.identity import Authority
 from esper_rpc.identity.enrolment import EnrolmentTokens
 from esper_rpc.identity.service import IdentityServicer
 from esper_rpc.journal import Journal
+from esper_rpc.pause_quota import PauseConfig
 from esper_rpc.server import MeshServer, ServerConfig
 from esper_rpc.testing import TemporaryMesh, serving
 from esper_servers.contract.methods import CLIENTS, SERVICES
@@ -29,7 +30,6 @@ from esper_servers.tamiyo.conservative_mode import ConservativeMode
 from esper_servers.tamiyo.field_reports.config import ReportConfig
 from esper_servers.tamiyo.field_reports.reports import FieldReports
 from esper_servers.tamiyo.pauses.pauses import Pauses
-from esper_servers.tamiyo.pauses.quota import PauseConfig
 from esper_servers.tamiyo.pipeline import StepPipeline
 from esper_servers.tamiyo.plans.plan_switch import PlanConfig, PlanSwitch
 from esper_servers.tamiyo.policy_updates.assembly import updates_of

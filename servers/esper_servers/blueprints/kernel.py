@@ -18,6 +18,8 @@ from esper_rpc.proto.urza.v1 import KernelManifest
 
 from .binding import ShapeMismatch
 from .catalogue import BlueprintFactory
+from .out_of_memory import is_out_of_memory
+from .seeded_draws import SeededDraws
 
 UNKNOWN_FACTORY = "unknown_factory"
 BAD_CONFIG = "bad_config"
@@ -52,9 +54,10 @@ def instantiate(
     weights: bytes | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Build the module of a manifest for a site; raises KernelRejected.
+    """Build the module of a manifest for a site; raises KernelRejected, and what torch raises when memory runs out.
 
-    Without weights the initialisation is drawn from `seed`, leaving the global generator untouched.
+    Without weights the initialisation is drawn from `seed`, leaving the global generator untouched. May be called from
+    any thread.
     """
     factory = factories.get(manifest.factory)
     if factory is None:
@@ -69,6 +72,8 @@ def instantiate(
     except ShapeMismatch as error:
         raise KernelRejected(SHAPE_MISMATCH, str(error)) from error
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise KernelRejected(BAD_CONFIG, str(error)) from error
     if tensors is not None:
         _load_weights(module, tensors)
@@ -77,12 +82,9 @@ def instantiate(
 
 @contextmanager
 def _drawing_on_cpu(seed: int) -> Iterator[None]:
-    """Draw weights that depend on the seed alone, not on the device, and leave every generator as it was."""
+    """Draw weights that depend on the seed alone, not on the device, whatever else draws meanwhile."""
     is_default = torch.get_default_device().type == "cpu"
-    with torch.random.fork_rng(devices=[]), nullcontext() if is_default else torch.device("cpu"):
-        # torch.manual_seed seeds accelerators too; where there is none it takes longer than drawing the weights, and
-        # keeps every seed for the day one appears.
-        torch.default_generator.manual_seed(seed % 2**63)
+    with nullcontext() if is_default else torch.device("cpu"), SeededDraws(seed):
         yield
 
 

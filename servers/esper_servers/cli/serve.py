@@ -70,9 +70,10 @@ def tamiyo(
     place, environ = home_of(context, home), environ_of(context)
     # Before torch is imported, which on a full disk fails with a riddle about temporary directories.
     require_writable(place.state_dir("tamiyo"))
+    from esper_rpc.pause_quota import PauseConfig
     from esper_servers.policy.prior import PriorConfig
+    from esper_servers.tamiyo.blend_modes import BlendModeConfig
     from esper_servers.tamiyo.field_reports.config import ReportConfig
-    from esper_servers.tamiyo.pauses.quota import PauseConfig
     from esper_servers.tamiyo.plans.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
     from esper_servers.tamiyo.server import serve
@@ -97,6 +98,7 @@ def tamiyo(
         plan=load(PlanConfig, "plan", path=place.settings_file, environ=environ),
         batch=load(BatchConfig, "batch", path=place.settings_file, environ=environ),
         anticipation=load(AnticipationConfig, "anticipation", path=place.settings_file, environ=environ),
+        blending=load(BlendModeConfig, "blending", path=place.settings_file, environ=environ),
         pause=load(PauseConfig, "pause", path=place.settings_file, environ=environ),
         reports=load(ReportConfig, "reports", path=place.settings_file, environ=environ),
         step_processes=load(StepProcessConfig, "step_processes", path=place.settings_file, environ=environ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage
+from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY
 
 from . import lifecycle
 from .seed_slot import SeedSlot
@@ -45,6 +46,8 @@ def check(slot: SeedSlot, target: SeedLifecycleStage.ValueType, loss: float) -> 
 
 def why_failed(slot: SeedSlot) -> str:
     """Name what is wrong with a seed that has failed."""
+    if slot.site.failure.startswith(OUT_OF_MEMORY):
+        return OUT_OF_MEMORY
     return SEED_FAILED if slot.site.failure else NOT_FINITE
 
 

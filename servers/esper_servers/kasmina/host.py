@@ -8,16 +8,18 @@ from concurrent.futures import Future
 from typing import Any
 
 import orjson
-from torch import nn
+from torch import Tensor, nn
 
 from esper_client.seed_host import RunDescription
 from esper_rpc.envelope import Keyring, Verifier
 from esper_rpc.errors import FailedPrecondition, NotFound
-from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedState, SignedEnvelope, TelemetryPacket
+from esper_rpc.pause_quota import PauseConfig
+from esper_rpc.proto.leyline.v1 import CommandOutcome, CommandType, SeedState, SignedEnvelope, TelemetryPacket
 from esper_servers.blueprints.catalogue import BlueprintFactory
 from esper_servers.blueprints.extras import describe_module
 
-from . import lifecycle, step_packets
+from . import lifecycle, step_packets, verdict
+from .background import Work
 from .checkpoint import Checkpoint
 from .events import Listener, SeedEvents
 from .export import without_sites
@@ -26,12 +28,19 @@ from .inbox import CommandInbox, Queued
 from .kernel_library import KernelLibrary
 from .learning_rate import LearningRateAuthority
 from .limits import LocalLimits
+from .live_seeds import LiveSeeds
+from .memory import MemoryConfig, MemoryGovernor, MemoryReader
+from .notices import Notices
+from .ownership import Ownership
 from .pausing import Pauses
+from .prewarm import Prewarmer
 from .progress import Progress
 from .safe_point import SafePoint
 from .seed_slot import SeedSlot
 from .site import Site
-from .surgery import Surgeon
+from .surgery import Route, Surgeon
+
+ROLLED_BACK = "rolled_back"
 
 
 class InProcessSeedHost:
@@ -51,9 +60,14 @@ class InProcessSeedHost:
         factories: Mapping[str, BlueprintFactory],
         learning_rate: LearningRateAuthority,
         limits: LocalLimits | None = None,
+        pause: PauseConfig | None = None,
+        memory: MemoryConfig | None = None,
+        read_memory: MemoryReader = lambda: None,
+        background: Callable[[Work], None] | None = None,
         has_training_thread: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Host these sites. With `background` modules are built there, and a germination waits for its module."""
         limits = limits or LocalLimits()
         self._model, self._sites, self._learning_rate = model, dict(sites), learning_rate
         self._topology = orjson.dumps(describe_module(model))
@@ -68,19 +82,43 @@ class InProcessSeedHost:
         self._inbox = CommandInbox(
             verifier=self.verifier, library=library, events=self._events, progress=self._progress
         )
+        self._notices, self._library, self._live = Notices(), library, LiveSeeds()
+        tell = self._notices.tell
+        library.report_to(tell)
+        self._ownership = Ownership(model, tell=tell)
+        self._prewarmer = Prewarmer(factories=factories, background=background)
+        self._nursery = Nursery(
+            library=library,
+            prewarmer=self._prewarmer,
+            ownership=self._ownership,
+            max_parameters=limits.added_parameters,
+        )
+        self._governor = MemoryGovernor(
+            config=memory or MemoryConfig(),
+            read=read_memory,
+            clean_up=self._let_go,
+            expire=self._expire,
+            clock=clock,
+            tell=tell,
+        )
+        self._pauses = Pauses(limits=limits, clock=clock, quota=pause, tell=tell)
         self._surgeon = Surgeon(
             seeds=self.seeds,
-            library=library,
-            nursery=Nursery(factories=factories, max_parameters=limits.added_parameters),
-            pauses=Pauses(limits=limits, clock=clock),
+            nursery=self._nursery,
+            ownership=self._ownership,
+            governor=self._governor,
+            live=self._live,
+            pauses=self._pauses,
             learning_rate=learning_rate,
             limits=limits,
             events=self._events,
             progress=self._progress,
+            tell=tell,
         )
         self._checkpoint = Checkpoint(
-            seeds=self.seeds, factories=factories, learning_rate=learning_rate, progress=self._progress
-        )
+            seeds=self.seeds, factories=factories, learning_rate=learning_rate, progress=self._progress,
+            on_restored=self._recount,
+        )  # fmt: skip
         self._safe_point = SafePoint(has_training_thread=has_training_thread)
 
     @property
@@ -183,13 +221,19 @@ class InProcessSeedHost:
             return slot.advance_alpha()
 
     def finalize_step(self, step_index: int) -> list[TelemetryPacket]:
-        """Step the seeds' optimizers, let time pass for them, and return their packets and what was rejected."""
+        """Step the seeds' optimizers, let time pass for them, and return their packets with what happened."""
         with self._lock:
             self._progress.global_step = max(self._progress.global_step, step_index)
             self._learning_rate.step()
             for slot in self.seeds.values():
                 self._surgeon.finalize(slot)
-            return step_packets.flush(self.seeds.values(), step_index, self._events.rejections.take(step_index))
+            self._pauses.tick()
+            has_looked = self._governor.look()
+            events = [*self._events.take(step_index), *self._notices.take(step_index)]
+            packets = step_packets.flush(self.seeds.values(), step_index, events)
+            if has_looked:
+                packets[-1].metrics.extend([*self._nursery.metrics(), *self._governor.metrics()])
+            return packets
 
     def export_seed_states(self) -> list[SeedState]:
         """Return the state of every seed."""
@@ -197,11 +241,27 @@ class InProcessSeedHost:
             return [slot.state(self._progress.loss) for slot in self.seeds.values()]
 
     def update_epoch(self, epoch: int) -> None:
-        """Let live seeds age."""
+        """Let live seeds age, and let go of what is out of date."""
         with self._lock:
+            self._governor.end_epoch(epoch)
             for slot in self.seeds.values():
                 if slot.stage in lifecycle.LIVE:
                     slot.age_epochs += 1
+
+    def register_teacher(self, name: str, teacher: nn.Module) -> None:
+        """Keep seeds away from the weights of a teacher; raises InvalidRequest when those are not the teacher's own."""
+        with self._lock:
+            self._ownership.register_teacher(name, teacher)
+
+    def validate_parameters(self, seed_id: str, tensors: Iterable[Tensor]) -> str:
+        """Return whose the first of these tensors is that is not the seed's; a violation is counted. Empty: none."""
+        with self._lock:
+            return self._ownership.validate(seed_id, tensors)
+
+    def emergency_cleanup(self) -> int:
+        """Let go of all that can be had again, kernels and modules that wait; returns how many that were."""
+        with self._lock:
+            return self._governor.clean_up("operator")
 
     def set_clock_offset(self, offset_ns: int) -> None:
         """Set the issuer's wall clock minus our monotonic clock."""
@@ -222,10 +282,29 @@ class InProcessSeedHost:
         Raises:
             InvalidRequest: When the checkpoint is of other seeds.
             DataLoss: When the weights of a seed are not those that were saved.
-            FailedPrecondition: When a blueprint is not installed, or a seed is fossilised here already.
+            FailedPrecondition: When a blueprint is not installed.
         """
         with self._lock:
             self._checkpoint.restore(state)
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise what `load_state_dict` would raise, and change nothing."""
+        with self._lock:
+            self._checkpoint.check(state)
+
+    def roll_back(self, state: dict[str, Any]) -> None:
+        """Restore like `load_state_dict`, and refuse from here on what was decided on the seeds of until now.
+
+        The challenge changes, so that the controller has to open the run again. Commands for seeds that wait fail.
+        """
+        with self._lock:
+            self._checkpoint.restore(state)
+            self.verifier.receiver_epoch = os.urandom(16)
+
+    def route(self, command_type: CommandType.ValueType, carry_out: Route) -> None:
+        """Have commands of a type carried out by somebody else, at the safe point; call it before the first step."""
+        self._surgeon.routes[command_type] = carry_out
+        self._inbox.supported.add(command_type)
 
     def export(self) -> nn.Module:
         """Return a plain copy: each site is its host, followed by its seed if that is fossilised."""
@@ -238,7 +317,7 @@ class InProcessSeedHost:
         self._safe_point.close()
 
     def _settle(self, queued: Queued) -> CommandOutcome | None:
-        what = self._surgeon.carry_out(queued)
+        what = verdict.failed(ROLLED_BACK) if self._is_outdated(queued) else self._surgeon.carry_out(queued)
         if what is None:
             self._inbox.put_back(queued)
             return None
@@ -247,4 +326,28 @@ class InProcessSeedHost:
         command = queued.command
         outcome = what.on(command.command_id, self.global_step, command)
         self.verifier.record_outcome(command.command_id, outcome)
+        self._nursery.forget(command.command_id)
         return self._events.settled(outcome)
+
+    def _is_outdated(self, queued: Queued) -> bool:
+        """Whether a rollback came after it was verified; what is not for seeds may be the rollback itself."""
+        is_routed = queued.command.command_type in self._surgeon.routes
+        return not is_routed and queued.receiver_epoch != self.verifier.receiver_epoch
+
+    def _let_go(self) -> int:
+        """Empty the caches, and take out what a seed left that grows no more."""
+        freed = self._library.clear() + self._prewarmer.clear()
+        for slot in self.seeds.values():
+            if slot.site.seed is not None and slot.stage not in (*lifecycle.LIVE, lifecycle.FOSSILIZED):
+                freed += 1
+                slot.uproot()
+        return freed
+
+    def _expire(self) -> int:
+        self._ownership.refresh()
+        return self._library.purge()
+
+    def _recount(self) -> None:
+        self._live.recount(self.seeds.values())
+        planted = [(slot.seed_id, slot.site.seed) for slot in self.seeds.values()]
+        self._ownership.refresh([(seed_id, module) for seed_id, module in planted if module is not None])

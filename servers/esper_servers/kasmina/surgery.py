@@ -1,19 +1,25 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedLifecycleStage
+from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY, describe
 
 from . import gates, lifecycle, verdict
 from .alpha import schedule_of
+from .blend_report import report_blend
 from .events import SeedEvents
 from .germination import Nursery
 from .inbox import Queued
-from .kernel_library import Kernel, KernelLibrary
 from .learning_rate import LearningRateAuthority
 from .limits import LocalLimits
+from .live_seeds import LiveSeeds
+from .memory import MemoryGovernor
+from .notices import WARNING, Tell
+from .ownership import PARAMETER_VIOLATION, Ownership
 from .pausing import UNKNOWN_SEED, Pauses
+from .prewarm import Prepared
 from .progress import Progress
 from .seed_slot import SeedSlot
 from .verdict import Verdict
@@ -22,8 +28,12 @@ EMBARGO_STEPS = 100
 KERNEL_WAIT_STEPS = 200
 ILLEGAL_TRANSITION = "illegal_transition"
 KERNEL_LATE = "kernel_late"
+MEMORY_BOUNDS = "memory_bounds"
 COMMANDED = "commanded"
 _MULTIPLIER = "learning_rate_multiplier"
+
+Route = Callable[[AdaptationCommand], Verdict | None]
+"""Carries a command out at the safe point; None puts it off to the next one, where it is asked again."""
 
 
 class Surgeon:
@@ -33,28 +43,39 @@ class Surgeon:
         self,
         *,
         seeds: Mapping[str, SeedSlot],
-        library: KernelLibrary,
         nursery: Nursery,
+        ownership: Ownership,
+        governor: MemoryGovernor,
+        live: LiveSeeds,
         pauses: Pauses,
         learning_rate: LearningRateAuthority,
         limits: LocalLimits,
         events: SeedEvents,
         progress: Progress,
+        tell: Tell,
     ) -> None:
         self._seeds = seeds
-        self._library = library
         self._nursery = nursery
+        self._ownership = ownership
+        self._governor = governor
+        self._live = live
         self._pauses = pauses
         self._learning_rate = learning_rate
         self._limits = limits
         self._events = events
         self._progress = progress
+        self._tell = tell
+        self.routes: dict[CommandType.ValueType, Route] = {}
+        """Who carries out the commands of a type that are not for seeds."""
 
     def carry_out(self, queued: Queued) -> Verdict | None:
         """Do what a command says; None when its kernel is still on its way."""
         command = queued.command
+        elsewhere = self.routes.get(command.command_type)
+        if elsewhere is not None:
+            return elsewhere(command)
         if command.command_type == CommandType.COMMAND_TYPE_PAUSE:
-            return self._pauses.hold(command, self._seeds.values())
+            return self._pauses.hold(queued, self._seeds.values())
         if command.command_type == CommandType.COMMAND_TYPE_OPTIMIZER:
             return self._adjust_optimizer(command)
         slot = self._seeds.get(command.target_seed_id)
@@ -70,31 +91,52 @@ class Surgeon:
     def finalize(self, slot: SeedSlot) -> None:
         """End a step for a seed: its optimizer, its pause, and the moves that need no command."""
         slot.steps_in_stage += 1
-        self._pauses.release(slot)
-        slot.step_optimizer()
-        if slot.stage in lifecycle.LIVE and slot.has_failed():
-            self._cull(slot, gates.why_failed(slot))
+        held_back = self._pauses.release(slot)
+        self._step_optimizer(slot)
+        reason = held_back or self._why_it_must_go(slot)
+        if slot.stage in lifecycle.LIVE and reason:
+            self._fall_back(slot, reason)
         else:
             self._recover(slot)
 
+    def _step_optimizer(self, slot: SeedSlot) -> None:
+        try:
+            slot.step_optimizer()
+        except RuntimeError as error:
+            # Its first step allocates the optimizer's state; what is short there must not end the user's step.
+            slot.site.failure = describe(error)
+
+    def _why_it_must_go(self, slot: SeedSlot) -> str:
+        foreign = slot.site.take_foreign()
+        if foreign:
+            self._ownership.validate(slot.seed_id, foreign)
+        if self._ownership.is_repeated(slot.seed_id):
+            return PARAMETER_VIOLATION
+        return gates.why_failed(slot) if slot.has_failed() else ""
+
+    def _fall_back(self, slot: SeedSlot, reason: str, command_id: str = "") -> None:
+        """Leave the host alone where a kernel has failed."""
+        failure = slot.site.failure
+        self._cull(slot, reason, command_id)
+        self._tell("fallback_applied", WARNING, reason=reason, seed_id=slot.seed_id, failure=failure)
+        if reason == OUT_OF_MEMORY:
+            self._governor.ran_out()
+
     def _germinate(self, slot: SeedSlot, queued: Queued) -> Verdict | None:
         command = queued.command
-        found = self._library.get(command.seed_operation.blueprint_id)
-        if found is None and self._progress.global_step - queued.since < KERNEL_WAIT_STEPS:
-            return None
-        if sum(each.stage in lifecycle.LIVE for each in self._seeds.values()) >= self._limits.live_seeds:
+        if len(self._live) >= self._limits.live_seeds:
             return verdict.rejected(reasons.LOCAL_LIMIT)
+        if not self._governor.admits():
+            return verdict.rejected(MEMORY_BOUNDS)
+        prepared = self._nursery.prepared(slot, command)
+        if prepared is None and self._progress.global_step - queued.since < KERNEL_WAIT_STEPS:
+            return None
         self._move(slot, lifecycle.GERMINATED, "germinate", command.command_id)
-        reason = self._plant(slot, command, found)
+        reason = self._nursery.plant(slot, prepared or Prepared(reason=KERNEL_LATE))
         if reason:
-            self._cull(slot, reason, command.command_id)
+            self._fall_back(slot, reason, command.command_id)
             return verdict.failed(reason)
         return verdict.APPLIED
-
-    def _plant(self, slot: SeedSlot, command: AdaptationCommand, found: Kernel | str | None) -> str:
-        if isinstance(found, Kernel):
-            return self._nursery.plant(slot, command, found, self._seeds.values())
-        return found or KERNEL_LATE
 
     def _move_through_gate(
         self, slot: SeedSlot, target: SeedLifecycleStage.ValueType, command: AdaptationCommand
@@ -116,14 +158,18 @@ class Surgeon:
         self._move(slot, target, COMMANDED, command.command_id)
         if target == lifecycle.BLENDING:
             slot.schedule, slot.loss_at_graft = schedule_of(command), self._progress.loss_or_none()
+            report_blend(self._events, slot, slot.blend_as(command.annotations))
         if target == lifecycle.FOSSILIZED and slot.site.seed is not None:
             slot.optimizer = None
+            slot.adopted_as = 1 + max(each.adopted_as for each in self._seeds.values())
             self._learning_rate.adopt(slot.site.seed)
 
     def _cull(self, slot: SeedSlot, reason: str, command_id: str = "") -> None:
         before = slot.stage
         slot.move(lifecycle.CULLED)
         slot.uproot()
+        self._ownership.release(slot.seed_id)
+        self._live.note(slot)
         slot.embargo_left = EMBARGO_STEPS
         self._events.moved(slot, before, reason, command_id)
 
@@ -145,6 +191,7 @@ class Surgeon:
             slot.is_fine_tuning = True
         else:
             slot.move(target)
+            self._live.note(slot)
         self._events.moved(slot, before, reason, command_id)
 
     def _adjust_optimizer(self, command: AdaptationCommand) -> Verdict:

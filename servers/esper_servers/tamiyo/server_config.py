@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from esper_rpc.envelope import Keyring
+from esper_rpc.pause_quota import PauseConfig
 from esper_rpc.server import ServerConfig
 from esper_servers.policy.prior import PriorConfig
 
+from .blend_modes import BlendModeConfig
 from .field_reports.config import ReportConfig
 from .field_reports.publisher import ReportPublisher
-from .pauses.quota import PauseConfig
 from .plans.plan_switch import PlanConfig
 from .risk.config import RiskConfig
 from .step_processes.processes import StepProcessConfig
@@ -34,6 +35,7 @@ class TamiyoServerConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     anticipation: AnticipationConfig = field(default_factory=AnticipationConfig)
+    blending: BlendModeConfig = field(default_factory=BlendModeConfig)
     pause: PauseConfig = field(default_factory=PauseConfig)
     reports: ReportConfig = field(default_factory=ReportConfig)
     publisher: ReportPublisher | None = None

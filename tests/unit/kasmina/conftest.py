@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -17,11 +18,11 @@ from esper_rpc.identity import SpiffeId
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, SeedOperation
 from esper_rpc.proto.urza.v1 import Blueprint
 from esper_rpc.testing import FakeClock
-from esper_servers.blueprints.catalogue import load_factories
+from esper_servers.blueprints.catalogue import BlueprintFactory, ModuleFactory, load_factories
 from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.host import InProcessSeedHost
 from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
-from esper_servers.kasmina.learning_rate import OptimizerAuthority
+from esper_servers.kasmina.learning_rate import LearningRateAuthority, OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.trainer import wrap_sites
 
@@ -62,17 +63,21 @@ class Rig:
     kernels: dict[str, Kernel] = field(default_factory=lambda: {name: kernel_of(name) for name in FACTORIES})
     model: nn.Module = field(default_factory=make_model)
     clock: FakeClock = field(default_factory=FakeClock)
+    make_authority: Callable[[torch.optim.Optimizer], LearningRateAuthority] = OptimizerAuthority
+    factories: dict[str, BlueprintFactory] = field(default_factory=lambda: dict(FACTORIES))
+    options: dict[str, object] = field(default_factory=dict)
+    """Further arguments of the host."""
 
     def __post_init__(self):
         self.plain = copy.deepcopy(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.sites = wrap_sites(self.model, ["0", "2"])
-        self.authority = OptimizerAuthority(self.optimizer)
+        self.authority = self.make_authority(self.optimizer)
         self.library = KernelLibrary(self._fetch, run_now)
         self.host = InProcessSeedHost(
             model=self.model, sites=self.sites, keyring=keyring_for(ROOTS, TRAINER), audience=str(TRAINER),
-            library=self.library, factories=FACTORIES, learning_rate=self.authority, limits=self.limits,
-            clock=self.clock,
+            library=self.library, factories=self.factories, learning_rate=self.authority, limits=self.limits,
+            clock=self.clock, **self.options,
         )  # fmt: skip
         self.seed_ids = list(self.host.seeds)
         self.seed_id = self.seed_ids[1]
@@ -108,6 +113,23 @@ class Rig:
         command = self.command(seed_id=seed_id)
         command.command_type, command.execution_deadline_ms = CommandType.COMMAND_TYPE_PAUSE, units
         return command
+
+    def install(self, name, module):
+        """Install a blueprint that makes its modules by calling `module` with the feature shape."""
+        factory = ModuleFactory(name=name, description=name, module=module, shape=("*", "F"), example=(8,))
+        self.factories[name] = factory
+        self.kernels[name] = Kernel(Blueprint(descriptor=factory.descriptor(), manifest=factory.manifest()))
+        return name
+
+    def events(self):
+        """Return the events of the next global packet by name, each with its attributes."""
+        self.step_index += 1
+        packet = self.host.finalize_step(self.step_index)[-1]
+        return [(event.description, dict(event.attributes)) for event in packet.events]
+
+    def told(self, name):
+        """Return the attributes of the events of a name in the next global packet."""
+        return [attributes for event, attributes in self.events() if event == name]
 
     def optimizer_command(self, multiplier):
         command = self.command(seed_id="")

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 from esper_rpc.errors import DataLoss, InvalidRequest
 from esper_rpc.proto.leyline.v1 import CommandOutcome, CommandType
@@ -85,7 +86,38 @@ FAILING_KERNELS = {
     "shape_mismatch": lambda rig, make: make("depthwise_conv"),
     "unknown_factory": lambda rig, make: make("residual_mlp", factory="never_installed"),
     "bad_config": lambda rig, make: make("residual_mlp", config_json='{"no_such": 1}'),
+    "dtype_mismatch": lambda rig, make: of_dtype(make("residual_mlp"), "F64"),
+    "build_failed": lambda rig, make: rig.kernels[rig.install("raises", lambda shape: Stubborn())],
+    "out_of_memory": lambda rig, make: rig.kernels[rig.install("greedy", greedy)],
+    "parameter_violation": lambda rig, make: rig.kernels[rig.install("thief", lambda shape: Thief(rig.model[2]))],
 }
+
+
+def of_dtype(kernel, name):
+    kernel.blueprint.manifest.dtypes[:] = [name]
+    return kernel
+
+
+class Stubborn(nn.Module):
+    """Cannot run."""
+
+    def forward(self, h):
+        raise LookupError("no idea what to do")
+
+
+class Thief(nn.Module):
+    """Has a parameter of the host's."""
+
+    def __init__(self, host):
+        super().__init__()
+        self.weight = host.weight
+
+    def forward(self, h):
+        return h * self.weight.mean()
+
+
+def greedy(shape):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
 @pytest.mark.parametrize("reason", FAILING_KERNELS)
@@ -99,6 +131,9 @@ def test_a_kernel_that_cannot_grow_culls_its_seed_and_training_goes_on(rig, make
     assert (outcome.result, outcome.reason) == (FAILED, reason)
     assert rig.slot.stage == lifecycle.CULLED
     assert all(torch.equal(before[key], value) for key, value in rig.model.state_dict().items())
+    assert torch.equal(rig.model(rig.x), rig.plain(rig.x))
+    [told] = rig.told("fallback_applied")
+    assert (told["reason"], told["seed_id"]) == (reason, rig.seed_id)
     rig.train(3)
     assert not torch.equal(before["2.weight"], rig.model.state_dict()["2.weight"])
 
@@ -179,29 +214,6 @@ def test_a_seed_whose_gradients_are_not_finite_is_culled(rig):
             parameter.grad = torch.full_like(parameter, float("inf"))
         rig.host.finalize_step(1)
     assert rig.slot.stage == lifecycle.CULLED
-
-
-def test_a_pause_holds_growing_seeds_at_identity_until_it_ends(rig):
-    rig.grow(lifecycle.BLENDING)
-    rig.train(10)
-    hidden = rig.model[:2](rig.x)
-    assert not torch.equal(rig.sites["2"](hidden), rig.sites["2"].host(hidden))
-    alpha = rig.slot.site.alpha
-    assert rig.order(rig.pause(units=500)).result == APPLIED
-    hidden = rig.model[:2](rig.x)
-    assert torch.equal(rig.sites["2"](hidden), rig.sites["2"].host(hidden))
-    rig.train()
-    assert rig.slot.site.alpha == alpha
-    rig.clock.advance(0.6)
-    rig.train(2)
-    assert rig.slot.site.alpha > alpha
-
-
-def test_the_eleventh_pause_in_a_minute_is_refused(rig):
-    outcomes = [rig.order(rig.pause()) for _ in range(11)]
-    assert [outcome.reason for outcome in outcomes] == [""] * 10 + ["local_limit"]
-    rig.clock.advance(60)
-    assert rig.order(rig.pause()).result == APPLIED
 
 
 def test_a_fossil_joins_the_optimizer_at_a_tenth_of_the_rate(rig):

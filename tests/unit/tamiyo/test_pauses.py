@@ -8,9 +8,9 @@ from prometheus_client import REGISTRY
 from esper_rpc import page_token
 from esper_rpc.errors import ConfigError, InvalidRequest, ResourceExhausted
 from esper_rpc.journal import Journal
+from esper_rpc.pause_quota import PauseConfig, PauseQuota
 from esper_rpc.testing import FakeClock
 from esper_servers.tamiyo.pauses.pauses import Pauses
-from esper_servers.tamiyo.pauses.quota import PauseConfig, PauseQuota
 from esper_servers.tamiyo.pauses.trail import PauseTrail
 
 ONE, OTHER = "spiffe://esper/trainer/one", "spiffe://esper/trainer/other"

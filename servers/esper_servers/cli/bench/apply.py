@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from esper_client import KasminaClient, LoopThread
 from esper_rpc.envelope import Keyring, Verifier, sign
@@ -24,6 +27,7 @@ from esper_servers.cli.home import Home
 from .measure import CountOption, machine, percentiles, scratch_home, show, timed_ms
 
 if TYPE_CHECKING:
+    from esper_servers.kasmina.background import Work
     from esper_servers.kasmina.kernel_library import KernelLibrary
 
 KASMINA = kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"]
@@ -37,19 +41,33 @@ _BLENDING_STEPS = 32
 _REST_STEPS = 128
 
 
-def apply(steps: CountOption = 400, as_json: JsonOption = False) -> None:
-    """Measure verifying and applying a command, in process and by RPC, and the envelope itself."""
+NoncesOption = Annotated[
+    int, typer.Option("--nonces", min=1, max=90_000, help="Commands that the host still remembers in `among_nonces`.")
+]
+
+
+def apply(steps: CountOption = 400, nonces: NoncesOption = 50_000, as_json: JsonOption = False) -> None:
+    """Measure verifying and applying a command, in process, among live nonces and by RPC, and the envelope itself."""
     with scratch_home() as home:
         document = {
-            "apply": {"in_process": _in_process(home, steps), "by_rpc": _by_rpc(home, steps)},
+            "apply": {
+                "in_process": _in_process(HostBench(home), steps),
+                "among_nonces": _among_nonces(home, steps, nonces),
+                "by_rpc": _by_rpc(home, steps),
+            },
             "envelope_4kib": _envelope(home, steps * 5),
             "machine": machine(),
         }
     show("apply", document, as_json=as_json)
 
 
-def _in_process(home: Home, count: int) -> dict[str, Any]:
+def _among_nonces(home: Home, count: int, nonces: int) -> dict[str, Any]:
     bench = HostBench(home)
+    bench.remember(nonces)
+    return {"nonces": bench.host.verifier.remembered_nonces()} | _in_process(bench, count)
+
+
+def _in_process(bench: HostBench, count: int) -> dict[str, Any]:
     times: list[float] = []
     by_operation: dict[str, list[float]] = {}
     for turn in range(count // len(_LIFE) + 2):
@@ -106,29 +124,33 @@ def _envelope(home: Home, count: int) -> dict[str, float]:
 class HostBench:
     """A seed host on a small model, and the commands for it."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, *, sites: int = 1, background: Callable[[Work], None] | None = None) -> None:
         import torch
 
         from esper_servers.blueprints.catalogue import load_factories
         from esper_servers.kasmina.host import InProcessSeedHost
         from esper_servers.kasmina.learning_rate import OptimizerAuthority
+        from esper_servers.kasmina.limits import LocalLimits
         from esper_servers.trainer import wrap_sites
 
         torch.set_num_threads(1)
-        self._model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+        hidden = [torch.nn.Linear(64, 64) for _ in range(sites)]
+        self._model = torch.nn.Sequential(*hidden, torch.nn.ReLU(), torch.nn.Linear(64, 10))
         optimizer = torch.optim.SGD(self._model.parameters(), lr=0.1)
         self._keyring, self._audience = home.keyring("tamiyo"), str(home.identity("trainer").spiffe_id)
         self.host = InProcessSeedHost(
             model=self._model,
-            sites=wrap_sites(self._model, ["0"]),
+            sites=wrap_sites(self._model, [str(number) for number in range(sites)]),
             keyring=home.keyring("trainer"),
             audience=self._audience,
             library=_kernels(),
             factories=load_factories(),
             learning_rate=OptimizerAuthority(optimizer),
+            limits=LocalLimits(live_seeds=10_000, added_parameters=10**12),
+            background=background,
         )
         self._model(torch.zeros(8, 64)).sum().backward()
-        self._seed_id = self.host.export_seed_states()[0].seed_id
+        self.seed_ids = list(self.host.seeds)
         self._sequence = 0
 
     def apply(self, operation: str) -> float:
@@ -156,6 +178,12 @@ class HostBench:
         self.host.observe(float(loss.detach()), self._sequence)
         self.host.finalize_step(self._sequence)
 
+    def remember(self, nonces: int) -> None:
+        """Have the host remember so many commands: each is verified, carried out as far as it can be, and settled."""
+        for _ in range(nonces):
+            self.host.submit(self.seal("FINE_TUNE", seed_id="seed-nowhere"))
+            self.host.apply_pending()
+
     def apply_by_rpc(self, caller: LoopThread, client: KasminaClient) -> None:
         """Send one command, which is verified and queued there, and carry it out."""
         request = ApplyCommandRequest(command=self.seal("FINE_TUNE"))
@@ -167,14 +195,14 @@ class HostBench:
         for step in range(_REST_STEPS):
             self.host.finalize_step(step)
 
-    def seal(self, operation: str) -> SignedEnvelope:
-        """Sign the next command."""
+    def seal(self, operation: str, *, seed_id: str = "") -> SignedEnvelope:
+        """Sign the next command, for the first seed unless another is named."""
         self._sequence += 1
         command = AdaptationCommand(
             version=1,
             command_id=str(uuid.uuid4()),
             command_type=CommandType.COMMAND_TYPE_SEED,
-            target_seed_id=self._seed_id,
+            target_seed_id=seed_id or self.seed_ids[0],
             issued_by="tamiyo",
             seed_operation=CommandSeedOperation(
                 operation=SeedOperation.Value(f"SEED_OPERATION_{operation}"), blueprint_id=_BLUEPRINT

@@ -106,6 +106,7 @@ def _request(host: BenchHost, sequence: int) -> bytes:
 
 async def _serve(home: Home, work_seconds: float) -> None:
     from esper_rpc.journal import Journal
+    from esper_rpc.pause_quota import PauseConfig
     from esper_servers.policy.prior import PriorConfig
     from esper_servers.tamiyo.aside import Aside
     from esper_servers.tamiyo.blueprint_cache import BlueprintCache
@@ -113,7 +114,6 @@ async def _serve(home: Home, work_seconds: float) -> None:
     from esper_servers.tamiyo.field_reports.config import ReportConfig
     from esper_servers.tamiyo.field_reports.reports import FieldReports
     from esper_servers.tamiyo.pauses.pauses import Pauses
-    from esper_servers.tamiyo.pauses.quota import PauseConfig
     from esper_servers.tamiyo.pipeline import StepPipeline
     from esper_servers.tamiyo.plans.plan_switch import PlanConfig, PlanSwitch
     from esper_servers.tamiyo.policy_updates.assembly import updates_of

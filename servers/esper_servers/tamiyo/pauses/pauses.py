@@ -8,10 +8,10 @@ import structlog
 
 from esper_rpc.errors import ResourceExhausted
 from esper_rpc.journal import Journal
+from esper_rpc.pause_quota import PauseConfig, PauseQuota
 from esper_rpc.proto.tamiyo.v1 import PauseGrant, RequestPauseResponse
 from esper_rpc.telemetry.metrics import observe_pause, tell_pause_quota
 
-from .quota import PauseConfig, PauseQuota
 from .trail import PauseTrail
 
 log = structlog.get_logger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
-from esper_rpc.config import Range, validate
+from .config import Range, validate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ class StepTiming:
     build: float
     """Building and serialising the request."""
     exchange: float
-    """From sending to the answer, or to the end of the budget."""
+    """From sending to the answer, or to the end of the budget; without what the loop did meanwhile."""
     server: float
     """Of that, what the server's ledger accounts for."""
     verify: float

@@ -27,6 +27,8 @@ from .proto.leyline.v1 import AdaptationCommand, SignedEnvelope
 from .proto.tamiyo.v1 import (
     CloseRunRequest,
     CloseRunResponse,
+    EvaluateEpochRequest,
+    EvaluateEpochResponse,
     EvaluateStepsRequest,
     EvaluateStepsResponse,
     NoAction,
@@ -117,7 +119,7 @@ class FakeTamiyo:
     Serve it with `raw_methods=FakeTamiyo.RAW_METHODS`. `before_answer` may await to make it slow.
     """
 
-    RAW_METHODS = frozenset({"EvaluateStep", "EvaluateSteps"})
+    RAW_METHODS = frozenset({"EvaluateEpoch", "EvaluateStep", "EvaluateSteps"})
 
     keyring: Keyring
     decide: Decide = lambda _step: None
@@ -164,7 +166,17 @@ class FakeTamiyo:
     async def _answer(self, raw: bytes | None, peer: str) -> EvaluateStepsResponse:
         if not raw:
             return EvaluateStepsResponse(decision=StepDecision(going_away=raw is None))
-        step = EvaluateStepsRequest.FromString(raw).step
+        decision = await self._consider(EvaluateStepsRequest.FromString(raw).step, raw, peer)
+        return EvaluateStepsResponse(decision=decision)
+
+    async def EvaluateEpoch(self, raw: bytes, call: Call) -> bytes:
+        """Answer the end of an epoch as `decide` says of its packet."""
+        asked = EvaluateEpochRequest.FromString(raw)
+        step = Step(run_id=asked.run_id, sequence=asked.sequence, packet=asked.packet)
+        decision = await self._consider(step, raw, str(call.peer))
+        return EvaluateEpochResponse(decision=decision).SerializeToString()
+
+    async def _consider(self, step: Step, raw: bytes, peer: str) -> StepDecision:
         self.steps.append(step)
         if self.before_answer is not None:
             waiting = self.before_answer(step)
@@ -173,8 +185,8 @@ class FakeTamiyo:
         if self.refuse is not None:
             status = to_status(self.refuse(step))
             error = StepStatus(code=status.code, message=status.message, details=status.details)
-            return EvaluateStepsResponse(decision=StepDecision(sequence=step.sequence, error=error))
-        return EvaluateStepsResponse(decision=self._decision(step, hashlib.sha256(raw).digest(), peer))
+            return StepDecision(sequence=step.sequence, error=error)
+        return self._decision(step, hashlib.sha256(raw).digest(), peer)
 
     def _decision(self, step: Step, digest: bytes, audience: str) -> StepDecision:
         command = self.decide(step)

@@ -3,11 +3,18 @@ from __future__ import annotations
 import os
 
 import pytest
+import structlog
 
 from esper_rpc.testing import TemporaryMesh
 
 # Building takes half a minute of a core for each mesh; tests/integration/test_compiled_plan.py does it once.
 os.environ["ESPER_PLAN_COMPILE"] = "false"
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_starts():
+    # Attaching to a model keeps the log of its process quiet, and with it that of the tests that follow.
+    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ def attach(model: Any, optimizer: Any, **options: Any) -> Any:
     """Wrap a PyTorch model for the mesh and return its TrainingSession.
 
     The mesh is found in `mesh=`, then in the environment, then in $ESPER_HOME/mesh.toml. Without one there is a single
-    warning and the session does nothing. Options: run_id, sites, step_budget_ms, limits (see esper_servers.trainer).
+    warning and the session does nothing. Options: run_id, sites, step_budget_ms, limits,
+    learning_rate (see esper_servers.trainer).
 
     Raises:
         ConfigError: When the trainer runtime is not installed, or the model cannot be wrapped.

@@ -7,7 +7,7 @@ from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from esper_rpc.identity import Identity
 
-from .client import IdentityClient, KasminaClient, MeshClient, TamiyoClient, UrzaClient
+from .client import IdentityClient, KasminaClient, MeshClient, TamiyoClient, TolariaClient, UrzaClient
 from .event_loop import LoopThread
 
 Client = TypeVar("Client", bound=MeshClient)
@@ -155,6 +155,18 @@ class BlockingTamiyoClient(BlockingClient[TamiyoClient]):
     replay_decision = _unary(TamiyoClient.replay_decision)
     list_step_dumps = _unary(TamiyoClient.list_step_dumps)
     list_dumped_steps = _unary(TamiyoClient.list_dumped_steps)
+
+
+class BlockingTolariaClient(BlockingClient[TolariaClient]):
+    """`TolariaClient` without asyncio."""
+
+    client = TolariaClient
+    get_status = _unary(TolariaClient.get_status)
+    create_checkpoint = _unary(TolariaClient.create_checkpoint)
+    rollback = _unary(TolariaClient.rollback)
+    signal_emergency = _unary(TolariaClient.signal_emergency)
+    watch_emergencies = _streaming(TolariaClient.watch_emergencies)
+    watch_metrics = _streaming(TolariaClient.watch_metrics)
 
 
 class BlockingUrzaClient(BlockingClient[UrzaClient]):

@@ -17,6 +17,13 @@ class RunDescription:
     """JSON in the extras schema."""
 
 
+class OutOfStep(RuntimeError):
+    """The ranks of a distributed training have come apart: one is gone, or holds another model.
+
+    No fault of the mesh, and the one error that a session passes on: a rank that went on would wait for ever.
+    """
+
+
 class SeedHost(Protocol):
     """Carries out commands on a live model. `submit` may be called from any thread, the rest from the trainer's.
 

@@ -6,8 +6,9 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol, Self
+from typing import Annotated, Any, NamedTuple, Protocol, Self, TypeVar
 
 import structlog
 from opentelemetry import trace
@@ -18,17 +19,26 @@ from esper_rpc.guard import StepGuard
 from esper_rpc.identity import Identity
 from esper_rpc.ledger import StepTiming, TimingWindow
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SystemStatePacket
-from esper_rpc.proto.tamiyo.v1 import EvaluateStepsRequest, OpenRunRequest, Step, StepDecision, StepLedger
+from esper_rpc.proto.tamiyo.v1 import (
+    EvaluateEpochRequest,
+    EvaluateStepsRequest,
+    OpenRunRequest,
+    Step,
+    StepDecision,
+    StepLedger,
+)
 from esper_rpc.telemetry import PacketSink, record_packets
 from esper_rpc.telemetry.metrics import STEP_ANSWERS, observe_outcome, observe_step
 from esper_rpc.telemetry.tracing import TRACER, current_traceparent, record_span
 
 from .connection import StepConnection
 from .decision_stream import DecisionStream
+from .epoch_exchange import EpochExchange
 from .event_loop import LoopThread
+from .halt import HaltSwitch
 from .packet import build_packet
-from .seed_host import SeedHost
-from .step_exchange import StepExchange
+from .seed_host import OutOfStep, SeedHost
+from .step_exchange import MISSED, StepExchange
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +46,9 @@ PROTOCOL_VERSIONS = (1, 2)
 FEATURES = ("seed", "pause", "optimizer")
 CLOSE_SECONDS = 5.0
 REPORTING_DELAY_SECONDS = 0.001
+StepListener = Callable[[int, int, Mapping[str, float]], None]
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,11 +71,25 @@ class Loss(Protocol):
     def __float__(self) -> float: ...
 
 
+class _BegunStep(NamedTuple):
+    """A step whose answer is on its way, and when its parts were done."""
+
+    span: trace.Span
+    raw: bytes
+    reason: str
+    """Why it was not sent, empty when it was."""
+    outcomes: list[CommandOutcome]
+    begun: float
+    built: float
+    sent: float
+
+
 class TrainingSession:
     """Asks the mesh after every training step and carries out its answer.
 
     `step` never raises because of the mesh and never waits longer than its budget. Call it from the training thread,
-    after optimizer.step().
+    after optimizer.step(). Or call `begin_step` when the loss is known and `finish_step` there: the mesh then decides
+    while backward and optimizer work.
     """
 
     def __init__(
@@ -86,16 +113,32 @@ class TrainingSession:
         """Steps without a command by reason, commands as `command`."""
         self.outcomes: deque[CommandOutcome] = deque(maxlen=1024)
         self.policy_version = ""
+        self.features: tuple[str, ...] = FEATURES
+        """What Tamiyo may ask for; set before the first step."""
+        self.checkpoints: Any = None
+        """What keeps checkpoints of this run, where the trainer runtime does: esper_servers.tolaria.Checkpoints."""
+        self.after_step: Callable[[], None] = lambda: None
+        """Called by the training thread when a step is done; what it raises ends in the log."""
         self.kasmina_address = ""
         """Where KasminaService of this process listens, when it is served."""
+        self.tolaria: Any = None
+        """What the trainer runtime keeps beside this session, when it serves one."""
         self.epoch = 0
         self.global_step = 0
+        self.halt = HaltSwitch()
+        self.apply_ms = 0.0
+        """How long the seed host took to carry out commands in the last step."""
+        self.finalize_ms = 0.0
+        """How long it took to end the last step."""
+        self._step_listeners: list[StepListener] = []
         self._unacknowledged: deque[tuple[int, CommandOutcome]] = deque(maxlen=256)
         self._sequence = 0
         self._told_epoch = b""
         self._hook_latency_ms = 0.0
         self._last_step_at: float | None = None
         self._failed = False
+        self._begun: _BegunStep | None = None
+        self._is_in_step = False
         self._telemetry = telemetry
         self._thread = thread or LoopThread()
         self._exchange = StepExchange(
@@ -109,13 +152,23 @@ class TrainingSession:
             on_open=self._on_open,
             is_awaited=self._exchange.guard.awaits,
         )
+        self._epochs = EpochExchange(tamiyo_address, identity=identity, thread=self._thread)
         self._started = False
-        self._closing: list[Callable[[], Coroutine[Any, Any, Any]]] = []
+        self._closing: list[Callable[[], Coroutine[Any, Any, Any]]] = [self._epochs.close]
 
     @property
     def is_connected(self) -> bool:
         """Whether the decision stream is open."""
         return self._exchange.is_connected
+
+    @property
+    def halted(self) -> bool:
+        """Whether the run was halted: `step` then does nothing, and the loop should stop or call `hold`."""
+        return self.halt.check()
+
+    def hold(self, timeout: float | None = None) -> bool:
+        """Stay here while the run is halted; whether it may go on. For the training thread."""
+        return self.halt.hold(timeout)
 
     @property
     def streams_opened(self) -> int:
@@ -138,19 +191,76 @@ class TrainingSession:
         """End a training step: ask, verify, and carry out the answer on the model. Returns what became of commands.
 
         A command that came too late for its step is never carried out; the step after it returns it as RESULT_LATE.
-        Raises nothing that comes from the mesh; what failed is logged once and counted in `reasons`.
+        Raises nothing that comes from the mesh; what failed is logged once and counted in `reasons`. While the run is
+        halted nothing is asked and nothing of the mesh changes the model. Where several ranks train one model every
+        rank calls it, and it raises OutOfStep when the other ranks are gone.
+        """
+        self.begin_step(loss, samples=samples, gradient_norm=gradient_norm, metrics=metrics)
+        return self.finish_step()
+
+    def begin_step(
+        self,
+        loss: Loss,
+        *,
+        samples: int | None = None,
+        gradient_norm: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Ask as soon as the loss is known, so that the mesh decides while backward and optimizer work.
+
+        `finish_step` must follow, after optimizer.step(). A step that was begun and not finished is finished first.
+        Reading the loss of a CUDA tensor waits for the device, as it does in `step`.
         """
         if self._thread.fork.is_child:
-            return []
+            return
+        if self._is_in_step:
+            self.finish_step()
+        is_halted = self._is_halted()
+        if is_halted:
+            self._count("halted")
+            if self.config.world_size == 1:
+                return
+        self._is_in_step = True
+        self.global_step += 1
+        if is_halted:
+            return
         try:
-            with TRACER.start_as_current_span("esper.step"):
-                return self._step(_number(loss), samples, gradient_norm, metrics or {})
-        except Exception as error:  # The trainer's loop never sees a mesh exception.
-            self._count("internal_error")
-            if not self._failed:
-                log.error("session_step_failed", exc_info=error)
-            self._failed = True
+            self._begun = self._begin(read_loss(loss), samples, gradient_norm, metrics or {})
+        except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
+            self._note_failure(error)
+
+    def finish_step(self) -> list[CommandOutcome]:
+        """Take the answer to the step that was begun, and carry it out. As `step` otherwise."""
+        begun, self._begun = self._begun, None
+        is_in_step, self._is_in_step = self._is_in_step, False
+        if not is_in_step or self._thread.fork.is_child:
             return []
+        outcomes: list[CommandOutcome] = []
+        try:
+            if begun is None:
+                return self._end_for_others()
+            with trace.use_span(begun.span, end_on_exit=True):
+                outcomes = self._complete(begun)
+            self.after_step()
+        except OutOfStep:
+            raise
+        except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
+            self._note_failure(error)
+        return outcomes
+
+    def describe_epoch(self, loss: Loss, metrics: Mapping[str, float] | None = None) -> EvaluateEpochRequest:
+        """Build the question for the end of an epoch; on the training thread, between two steps."""
+        self._sequence = max(self._sequence, self.host.last_sequence) + 1
+        packet = self._packet(read_loss(loss), None, None, metrics or {})
+        return EvaluateEpochRequest(run_id=self.run_id, packet=packet, sequence=self._sequence)
+
+    def ask_epoch(self, question: EvaluateEpochRequest, *, timeout: float = 2.0) -> Future[StepDecision]:
+        """Ask Tamiyo beside the training, and return at once."""
+        return self._epochs.ask(question, timeout)
+
+    def take_epoch(self, question: EvaluateEpochRequest, decision: StepDecision) -> None:
+        """Verify what Tamiyo answered, and carry it out in the next step, before which no other step may be asked."""
+        self._remember(self._submit(decision, question.SerializeToString()))
 
     def start_epoch(self, epoch: int) -> None:
         """Note that an epoch begins."""
@@ -174,9 +284,17 @@ class TrainingSession:
         """Move to a new connection without a pause, for example with a renewed certificate; call it on the loop."""
         self._stream.replace()
 
+    def open_again(self) -> None:
+        """Have Tamiyo told of the run as it is, on a new connection; returns at once."""
+        self._thread.loop.call_soon_threadsafe(self._stream.replace)
+
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run a coroutine beside the training, on the session's loop."""
         self._thread.spawn(work)
+
+    def listen(self, listener: StepListener) -> None:
+        """Call a function with the step, the epoch and the metrics of each packet; it must not wait."""
+        self._step_listeners.append(listener)
 
     def close_with(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Have something that runs beside the training ended with the session, on its loop."""
@@ -199,34 +317,69 @@ class TrainingSession:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _step(
+    def _begin(
         self, loss: float, samples: int | None, gradient_norm: float | None, metrics: Mapping[str, float]
-    ) -> list[CommandOutcome]:
+    ) -> _BegunStep:
         begun = time.perf_counter()
         self._start()
-        self.global_step += 1
         outcomes = self._settle_late()
         self._remember(outcomes)
         self.host.observe(loss, self.global_step)
-        packet = self._packet(loss, samples, gradient_norm, metrics)
-        raw = self._request(packet)
+        span = TRACER.start_span("esper.step")
+        with trace.use_span(span):
+            packet = self._packet(loss, samples, gradient_norm, metrics)
+            raw = self._request(packet)
+        for listener in self._step_listeners:
+            listener(self.global_step, self.epoch, packet.training_metrics)
         built = time.perf_counter()
-        decision = self._ask(raw)
+        reason = self._exchange.send(self._sequence, raw)
+        return _BegunStep(span, raw, reason, outcomes, begun, built, time.perf_counter())
+
+    def _complete(self, step: _BegunStep) -> list[CommandOutcome]:
+        resumed = time.perf_counter()
+        decision = self._guarded(lambda: self._receive(step.reason))
         answered = time.perf_counter()
-        settled = self._submit(decision, raw) if decision is not None else []
+        # What came for a run that was halted meanwhile is dropped.
+        taken = None if self.halt.is_engaged else decision
+        settled = (self._guarded(lambda: self._submit(taken, step.raw)) or []) if taken is not None else []
         verified = time.perf_counter()
-        settled += self._finish()
+        settled += self._end_for_others() if self.halt.is_engaged else self._finish()
         ended = time.perf_counter()
         self._remember(settled)
-        outcomes += settled
+        outcomes = step.outcomes + settled
         self.outcomes += outcomes
         self._tell_of_new_host()
         if step_span := current_traceparent():
             self._trace(step_span, outcomes, ended - answered)
-        timing = self._time(begun, built, answered, verified, ended, decision)
+        timing = self._time(step, resumed, answered, verified, ended, decision)
         # Metrics and logs take as long as verifying a command. At once the loop would take the interpreter from here.
         self._thread.run_later(REPORTING_DELAY_SECONDS, self._report, self.global_step, timing, outcomes)
         return outcomes
+
+    def _guarded(self, work: Callable[[], Answer]) -> Answer | None:
+        """Do what may fail without keeping the host from ending its step, which other ranks wait for."""
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
+            self._note_failure(error)
+            return None
+
+    def _is_halted(self) -> bool:
+        try:
+            return self.halt.check()
+        except Exception as error:  # noqa: BLE001  # As above.
+            self._note_failure(error)
+            return self.halt.is_engaged
+
+    def _end_for_others(self) -> list[CommandOutcome]:
+        """End a step in which nothing was asked: a halted run stands still, unless other ranks wait for this one."""
+        return [] if self.halt.is_engaged and self.config.world_size == 1 else self._finish()
+
+    def _note_failure(self, error: Exception) -> None:
+        self._count("internal_error")
+        if not self._failed:
+            log.error("session_step_failed", exc_info=error)
+        self._failed = True
 
     def _start(self) -> None:
         # Only now: after the first forward the sites know their shapes.
@@ -266,9 +419,10 @@ class TrainingSession:
         )
         return EvaluateStepsRequest(step=step).SerializeToString()
 
-    def _ask(self, raw: bytes) -> StepDecision | None:
-        decision, reason = self._exchange.ask(self._sequence, raw)
+    def _receive(self, reason: str) -> StepDecision | None:
+        decision = None if reason else self._exchange.receive()
         if decision is None:
+            reason = reason or MISSED
             self._count(reason)
             self._remember_fallback(reason)
         else:
@@ -285,9 +439,12 @@ class TrainingSession:
         return [self.host.submit(decision.command, expected_sequence=decision.sequence, request_digest=digest)]
 
     def _finish(self) -> list[CommandOutcome]:
+        begun = time.perf_counter()
         outcomes = self.host.apply_pending()
+        applied = time.perf_counter()
         self.host.advance_alphas()
         self._telemetry(self.host.finalize_step(self.global_step))
+        self.apply_ms, self.finalize_ms = (applied - begun) * 1e3, (time.perf_counter() - applied) * 1e3
         return outcomes
 
     def _count(self, reason: str) -> None:
@@ -296,7 +453,7 @@ class TrainingSession:
 
     def _tell_of_new_host(self) -> None:
         if self._exchange.is_connected and self.host.receiver_epoch != self._told_epoch:
-            self._thread.loop.call_soon_threadsafe(self._stream.replace)
+            self.open_again()
 
     def _settle_late(self) -> list[CommandOutcome]:
         return [
@@ -332,22 +489,24 @@ class TrainingSession:
 
     def _time(
         self,
-        begun: float,
-        built: float,
+        step: _BegunStep,
+        resumed: float,
         answered: float,
         verified: float,
         ended: float,
         decision: StepDecision | None,
     ) -> StepTiming:
-        self._hook_latency_ms = (ended - begun) * 1e3
+        # What the loop did between the halves of a step is its own.
+        away = resumed - step.sent
+        self._hook_latency_ms = (ended - step.begun - away) * 1e3
         self.last_ledger = decision.ledger if decision is not None else StepLedger()
         timing = StepTiming(
-            build=(built - begun) * 1e6,
-            exchange=(answered - built) * 1e6,
+            build=(step.built - step.begun) * 1e6,
+            exchange=(answered - step.built - away) * 1e6,
             server=float(self.last_ledger.total_us),
             verify=(verified - answered) * 1e6,
             apply=(ended - verified) * 1e6,
-            total=(ended - begun) * 1e6,
+            total=(ended - step.begun - away) * 1e6,
         )
         self.timings.add(timing)
         return timing
@@ -376,7 +535,7 @@ class TrainingSession:
         return OpenRunRequest(
             run_id=self.run_id,
             protocol_versions=PROTOCOL_VERSIONS,
-            features=FEATURES,
+            features=self.features,
             receiver_epoch=self._told_epoch,
             host_topology=run.host_topology,
             sites=run.sites,
@@ -392,6 +551,6 @@ class TrainingSession:
         self.host.set_clock_offset(connection.server_clock_offset_ns)
 
 
-def _number(loss: Loss) -> float:
+def read_loss(loss: Loss) -> float:
     """Read a number, or a tensor of one element without its graph."""
     return float(loss.detach() if hasattr(loss, "detach") else loss)

@@ -34,6 +34,7 @@ class StepExchange:
         self._not_before = 0.0
         self._last_command = ""
         self._late_commands: deque[str] = deque(maxlen=LATE_COMMANDS_KEPT)
+        self._sequence, self._sent_at = 0, 0.0
         self.last_answered = 0
 
     @property
@@ -61,25 +62,29 @@ class StepExchange:
         """Return the ids of the commands that came too late since the last call."""
         return [self._late_commands.popleft() for _ in range(len(self._late_commands))]
 
-    def ask(self, sequence: int, raw: bytes) -> tuple[StepDecision | None, str]:
-        """Return the answer, or None and why there is none."""
+    def send(self, sequence: int, raw: bytes) -> str:
+        """Send a question; why that cannot be, empty when it was done. `receive` must follow then."""
         if self._stream is None or not self._stream.is_open:
-            return None, UNREACHABLE
+            return UNREACHABLE
         if time.monotonic() < self._not_before:
-            return None, PUSHED_BACK
+            return PUSHED_BACK
         if not self._breaker.allow():
-            return None, BREAKER_OPEN
-        started = self.guard.arm(sequence)
+            return BREAKER_OPEN
+        self._sequence, self._sent_at = sequence, self.guard.arm(sequence)
         self._thread.loop.call_soon_threadsafe(self._stream.send, sequence, raw)
-        decision = self.guard.wait(started, self._budget_seconds)
+        return ""
+
+    def receive(self) -> StepDecision | None:
+        """Return the answer to what was sent last, waiting for it until the budget has passed since; None is a miss."""
+        decision = self.guard.wait(self._sent_at, self._budget_seconds)
         if decision is None:
             self._breaker.record_failure()
-            return None, MISSED
+            return None
         self._breaker.record_success()
-        self.last_answered = sequence
+        self.last_answered = self._sequence
         if decision.HasField("error"):
             self._heed(decision.error)
-        return decision, ""
+        return decision
 
     def _heed(self, status: StepStatus) -> None:
         """An overloaded server says when to ask again; asking sooner would only cost both sides."""

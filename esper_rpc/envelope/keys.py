@@ -140,12 +140,18 @@ class Keyring:
         return cached
 
     def verification_key(self, key_id: str, issuer: str, audience: str) -> bytes | None:
-        """The key of messages from an issuer to an audience, or None."""
-        return self._received.get((key_id, issuer, audience))
+        """The key of messages from an issuer to an audience, or None. What our own role signs can be checked too."""
+        found = self._received.get((key_id, issuer, audience))
+        return self.own_key(key_id, audience) if found is None and issuer == self.role else found
+
+    def own_key(self, key_id: str, audience: str) -> bytes | None:
+        """The key of messages from our own role to an audience, or None when we lack the issuer key."""
+        issuer_key = self._issuer_keys.get(key_id)
+        return derive_audience_key(issuer_key, audience) if issuer_key is not None else None
 
     def knows(self, key_id: str) -> bool:
-        """Whether any received key has this identifier."""
-        return any(known == key_id for known, _, _ in self._received)
+        """Whether any key has this identifier."""
+        return key_id in self._issuer_keys or any(known == key_id for known, _, _ in self._received)
 
     def issuers(self) -> frozenset[str]:
         """Roles whose messages this keyring can verify."""

@@ -6,8 +6,20 @@ from esper_rpc.identity.spiffe import SpiffeId
 
 from .keys import Keyring, RootKeys
 
-TRUSTED_ISSUERS: dict[str, tuple[str, ...]] = {"trainer": ("tamiyo", "operator"), "tamiyo": ("simic", "operator")}
-SHARED_AUDIENCES: dict[str, tuple[str, ...]] = {"tamiyo": ("tamiyo",)}
+TRUSTED_ISSUERS: dict[str, tuple[str, ...]] = {
+    "trainer": ("tamiyo", "operator", "weatherlight"),
+    "tamiyo": ("simic", "operator"),
+    "operator": ("trainer",),
+    "nissa": ("trainer",),
+    "weatherlight": ("trainer",),
+}
+SHARED_AUDIENCES: dict[str, tuple[str, ...]] = {
+    "tamiyo": ("tamiyo",),
+    # What a trainer announces is for all who watch runs.
+    "operator": ("run",),
+    "nissa": ("run",),
+    "weatherlight": ("run",),
+}
 
 
 def keyring_for(root_keys: RootKeys, spiffe_id: SpiffeId) -> Keyring:

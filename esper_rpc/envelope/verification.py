@@ -81,6 +81,10 @@ class Verifier:
         """Set the issuer's wall clock minus our monotonic clock; a step of our wall clock then changes nothing."""
         self._offset_ns = offset_ns
 
+    def now_ns(self) -> int:
+        """The issuer's wall clock, by which freshness is judged."""
+        return self._clock_ns() + self._offset_ns
+
     def fences(self) -> dict[str, int]:
         """The last accepted sequence of each issuer."""
         with self._lock:
@@ -145,7 +149,7 @@ class Verifier:
             return receipt.outcome if receipt is not None else None
 
     def _check_freshness(self, envelope: SignedEnvelope) -> None:
-        check_age(envelope, self._clock_ns() + self._offset_ns, PAST_NS)
+        check_age(envelope, self.now_ns(), PAST_NS)
         if envelope.receiver_epoch != self.receiver_epoch:
             raise Rejected(reasons.WRONG_EPOCH)
 

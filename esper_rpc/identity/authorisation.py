@@ -23,10 +23,12 @@ Rows = Mapping[str, frozenset[str]]
 _TRAINING = frozenset({"trainer", "operator"})
 _OPERATOR = frozenset({"operator"})
 _WATCHING = frozenset({"operator", "nissa"})
+_SUPERVISING = frozenset({"trainer", "operator", "nissa", "weatherlight"})
 _LIBRARY = frozenset({"tamiyo", "trainer", "simic", "operator"})
 
 _TAMIYO = "/esper.tamiyo.v1.TamiyoService/"
 _KASMINA = "/esper.kasmina.v1.KasminaService/"
+_TOLARIA = "/esper.tolaria.v1.TolariaService/"
 _URZA = "/esper.urza.v1.UrzaService/"
 _IDENTITY = "/esper.identity.v1.IdentityService/"
 
@@ -57,6 +59,12 @@ TABLE: Rows = {
     _KASMINA + "UpdateEpoch": _TRAINING,
     _KASMINA + "WatchSeedEvents": _WATCHING,
     _KASMINA + "GetStatus": frozenset({"trainer", "operator", "nissa"}),
+    _TOLARIA + "GetStatus": _SUPERVISING,
+    _TOLARIA + "CreateCheckpoint": _TRAINING,
+    _TOLARIA + "Rollback": _TRAINING,
+    _TOLARIA + "SignalEmergency": frozenset({"trainer", "operator", "weatherlight"}),
+    _TOLARIA + "WatchEmergencies": _SUPERVISING,
+    _TOLARIA + "WatchMetrics": frozenset({"trainer", "operator", "nissa"}),
     _URZA + "GetBlueprint": _LIBRARY,
     _URZA + "GetExtras": _LIBRARY,
     _URZA + "BatchGetExtras": _LIBRARY,
@@ -83,6 +91,9 @@ ADMIN_METHODS = frozenset(
         _TAMIYO + "SetConservativeMode",
         _TAMIYO + "RequestPause",
         _KASMINA + "ApplyCommand",
+        _TOLARIA + "CreateCheckpoint",
+        _TOLARIA + "Rollback",
+        _TOLARIA + "SignalEmergency",
         _URZA + "SaveBlueprint",
         _URZA + "UploadKernel",
         _IDENTITY + "RenewCertificate",

@@ -89,7 +89,26 @@ STEP_PART = Histogram(
     "esper_step_part_seconds", "Where the time of a step went at the trainer.", ["part"], buckets=LATENCY_BUCKETS
 )
 STEP_ANSWERS = Counter("esper_step_answers", "Steps of a trainer, by what came of asking.", ["reason"])
+LEARNING_RATE_VIOLATIONS = Counter(
+    "esper_learning_rate_violations", "Learning rates that somebody else changed, and that were put back.", ["reason"]
+)
+GRADIENT_CONFLICTS = Counter("esper_gradient_conflicts", "Gradients that pulled against another.", ["source"])
+GRADIENTS_DROPPED = Counter("esper_gradients_dropped", "Gradients left out because they were not finite.", ["source"])
 OUTCOMES = Counter("esper_command_outcomes", "Commands at a seed host.", ["result", "reason"])
+CHECKPOINT_SECONDS = Histogram(
+    "esper_checkpoint_seconds", "How long a checkpoint took.", ["tier"], buckets=LATENCY_BUCKETS
+)
+CHECKPOINT_FAILURES = Counter("esper_checkpoint_failures", "Checkpoints that were not made.", ["tier", "reason"])
+ROLLBACK_SECONDS = Histogram(
+    "esper_rollback_seconds", "How long a rollback took that succeeded.", ["tier"], buckets=LATENCY_BUCKETS
+)
+ROLLBACKS = Counter("esper_rollbacks", "Rollbacks of a trainer, by what came of them.", ["result"])
+
+EMERGENCIES = Counter("esper_emergencies", "Emergency signals of a run that were acted on or told.", ["level"])
+
+EPOCH_HOOK = Histogram(
+    "esper_epoch_hook_seconds", "What the end of an epoch took at the trainer.", buckets=LATENCY_BUCKETS
+)
 
 _AUDIT_LOST = Counter("esper_audit_records_lost", "What the audit log could not keep.", ["cause"])
 # Made now: on a disk that is full already there may be no room for a new one.
@@ -333,3 +352,20 @@ def observe_outcome(outcome: CommandOutcome) -> None:
     """Record what became of a command."""
     result = CommandOutcome.Result.Name(outcome.result).removeprefix("RESULT_")
     OUTCOMES.labels(result, outcome.reason).inc()
+
+
+def observe_checkpoint(tier: str, seconds: float) -> None:
+    """Record a checkpoint: memory or disk."""
+    CHECKPOINT_SECONDS.labels(tier).observe(seconds)
+
+
+def observe_checkpoint_failure(tier: str, reason: str) -> None:
+    """Record a checkpoint that was not made."""
+    CHECKPOINT_FAILURES.labels(tier, reason).inc()
+
+
+def observe_rollback(tier: str, seconds: float) -> None:
+    """Record a rollback: fast or full, empty for one that failed."""
+    ROLLBACKS.labels(tier or "failed").inc()
+    if tier:
+        ROLLBACK_SECONDS.labels(tier).observe(seconds)

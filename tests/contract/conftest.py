@@ -43,7 +43,7 @@ from esper_servers.tamiyo.step_service import RAW_METHODS
 from esper_servers.urza.library import BlueprintLibrary
 from esper_servers.urza.service import UrzaServicer
 
-IDENTITY, KASMINA, TAMIYO, URZA = sorted(SERVICES)
+IDENTITY, KASMINA, TAMIYO, TOLARIA, URZA = sorted(SERVICES)
 
 
 def load_beside(name):
@@ -115,13 +115,17 @@ def make_servicers(mesh, policy, directory):
     authority = Authority.load(mesh.directory / "pki")
     library = BlueprintLibrary(directory / "urza")
     host = seed_host_process.make_host(mesh.identity("trainer"), mesh.keyring("trainer"), mesh.keyring("operator"))
-    with make_pipeline(mesh, policy, directory) as pipeline, make_tamiyo(pipeline) as tamiyo:
+    with contextlib.ExitStack() as stack:
+        pipeline = stack.enter_context(make_pipeline(mesh, policy, directory))
+        tamiyo = stack.enter_context(make_tamiyo(pipeline))
         # A rollback needs a policy to return to.
         tamiyo._updates._lineage = Lineage((Entry("gnn_v1-heuristic-0"), Entry(policy.version)))
+        loop = stack.enter_context(seed_host_process.TrainingLoop(mesh.identity("trainer"), mesh.keyring("trainer")))
         yield {
             IDENTITY: IdentityServicer(lambda: authority, EnrolmentTokens(mesh.directory / "tokens")),
             KASMINA: KasminaServicer(host, "run"),
             TAMIYO: tamiyo,
+            TOLARIA: loop.servicer,
             URZA: UrzaServicer(library),
         }
     library.close()

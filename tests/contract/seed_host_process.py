@@ -1,4 +1,4 @@
-"""A seed host of two seeds, one dormant and one blending, in this process or in one of its own."""
+"""A seed host of two seeds, one dormant and one blending, and a training loop; here or in a process of their own."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
 from esper_servers.kasmina.learning_rate import OptimizerAuthority
 from esper_servers.kasmina.service import KasminaServicer
 from esper_servers.trainer import wrap_sites
+
+sys.path.insert(0, str(Path(__file__).parent))
+from training_loop import TOLARIA, TrainingLoop  # Beside this file, which is run as a program too.
 
 KASMINA = kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"]
 BLENDING_SEED = "seed-2"
@@ -79,8 +82,10 @@ async def serve(identity_dir):
     host = make_host(identity, *keyrings)
     server = MeshServer(config=ServerConfig(drain_seconds=0.2), identity=identity)
     server.add_service(KASMINA, KasminaServicer(host, "run"))
-    announce("kasmina", await server.start())
-    await server.run_until_signal()
+    with TrainingLoop(identity, keyrings[0]) as loop:
+        server.add_service(TOLARIA, loop.servicer)
+        announce("kasmina", await server.start())
+        await server.run_until_signal()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from esper_servers.contract.field_rules import smallest
 from esper_servers.contract.methods import CLIENTS, METHODS
 from esper_servers.kasmina.service import KasminaServicer
 from esper_servers.tamiyo.service import TamiyoServicer
+from esper_servers.tolaria.service import TolariaServicer
 from esper_servers.urza.service import UrzaServicer
 
 GAPS = yaml.safe_load((Path(__file__).parent / "known_gaps.yaml").read_text()) or {}
@@ -27,6 +28,7 @@ SERVICERS = {
     "esper.identity.v1.IdentityService": IdentityServicer,
     "esper.kasmina.v1.KasminaService": KasminaServicer,
     "esper.tamiyo.v1.TamiyoService": TamiyoServicer,
+    "esper.tolaria.v1.TolariaService": TolariaServicer,
     "esper.urza.v1.UrzaService": UrzaServicer,
 }
 

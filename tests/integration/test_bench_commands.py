@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from esper_rpc.proto.tamiyo.v1 import StepLedger
-from esper_servers.cli.bench import growth
+from esper_servers.cli.bench import emergency, growth, overhead
 from esper_servers.cli.bench.growth import Size
 from esper_servers.cli.bench.measure import at_once
 from esper_servers.cli.bench.step import StepBench
@@ -65,3 +65,33 @@ def test_a_step_without_an_answer_has_no_ledger(mesh):
             os.kill(pid, signal.SIGCONT)
         assert session.reasons["deadline_missed"] > 0
         assert session.last_ledger == StepLedger()
+
+
+def test_every_process_of_a_run_stands_still_by_an_alarm_and_by_a_signal(mesh):
+    found = emergency.measure(mesh.home, processes=2, rounds=3, step_ms=1.0)
+    for way in ("alarm", "signal"):
+        assert 0 < found[way]["frozen"]["p50_ms"] <= found[way]["all_frozen"]["max_ms"]
+        assert 0 <= found[way]["over_target_share"] <= 1
+
+
+def test_overhead_compares_blocks_of_three_kinds(mesh):
+    found = overhead.measure(mesh.home, 5, blocks=2)
+    taken = 2 * (overhead.BLOCK_STEPS - overhead.SETTLING_STEPS)
+    assert sum(found["answers"].values()) >= taken
+    assert found["seeds"] == 4
+    assert all(found[kind]["p50_ms"] > 0 for kind in overhead.KINDS)
+
+
+def test_overhead_is_told_as_a_share_of_the_plain_step():
+    times = overhead.Times()
+    for kind, values in {
+        "plain": [10.0, 20.0],
+        "silent": [11.0, 22.0],
+        "asking": [12.0, 24.0],
+        "ahead": [11.5, 23.0],
+    }.items():
+        for value in values:
+            times.add(kind, [value, value])
+    assert times.overhead_percent() == pytest.approx(10.0)
+    assert times.ahead_percent() == pytest.approx(5.0)
+    assert times.with_seeds_percent() == pytest.approx(20.0)

@@ -42,7 +42,8 @@ def contract_test(home, address, *options):
 def test_a_service_of_the_mesh_keeps_the_contract(mesh, home, service):
     result = contract_test(home, mesh.addresses[service], "--json")
     document = json.loads(result.stdout)
-    assert (result.returncode, document["failed"]) == (0, 0), document
+    failed = [row for row in document["results"] if row["verdict"] == "failed"]
+    assert (result.returncode, failed) == (0, [])
     assert document["passed"] > 5
     skipped = {row["skipped"] for row in document["results"] if row["verdict"] == "skipped"}
     assert skipped <= {"the server does not offer this RPC", "the server has no response.previous_versions[-1]"}

@@ -11,7 +11,7 @@ import uuid
 import pytest
 from prometheus_client import REGISTRY
 
-from esper_client import LoopThread, RunDescription, SessionConfig, TrainingSession
+from esper_client import LoopThread, OutOfStep, RunDescription, SessionConfig, TrainingSession
 from esper_rpc.errors import ResourceExhausted
 from esper_rpc.proto.leyline.v1 import (
     AdaptationCommand,
@@ -329,6 +329,38 @@ def test_a_fault_in_the_session_never_reaches_the_loop(session):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("part", ["_packet", "_receive", "_submit"])
+def test_a_host_ends_its_step_whatever_fails_before_it(session, fake, part):
+    ended = []
+    session.host.finalize_step = lambda index: ended.append(index) or []
+    fake.decide = pause
+    step_until(session, lambda: session.reasons["command"] > 0)
+
+    def breaks(*_):
+        raise LookupError("a fault of ours")
+
+    setattr(session, part, breaks)
+    step_until(session, lambda: session.reasons["internal_error"] > 0)
+    assert ended == list(range(1, session.global_step + 1))
+
+
+def test_a_loss_that_is_no_number_is_a_step_too(session):
+    ended = []
+    session.host.finalize_step = lambda index: ended.append(index) or []
+    session.step("none")
+    assert session.reasons["internal_error"] == 1
+    assert ended == [1]
+
+
+def test_ranks_that_come_apart_reach_the_loop(session):
+    def apart():
+        raise OutOfStep("a rank is gone")
+
+    session.host.apply_pending = apart
+    with pytest.raises(OutOfStep, match="a rank is gone"):
+        session.step(1.0)
+
+
 def test_a_forked_child_steps_without_touching_the_channel(session):
     step_until(session, lambda: session.reasons["nominal"] > 3)
     pid = os.fork()

@@ -26,6 +26,7 @@ from . import (
     sign,
     status,
     top,
+    training,
     up,
     urza,
 )
@@ -61,6 +62,7 @@ for name, group in (
     ("policy", policy.app),
     ("reports", reports.app),
     ("serve", serve.app),
+    ("training", training.app),
     ("urza", urza.app),
 ):
     app.add_typer(group, name=name)

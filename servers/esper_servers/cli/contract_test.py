@@ -37,6 +37,9 @@ def contract_test(
     home: HomeOption = None,
     cases: Annotated[Path, typer.Option(help="A directory of case files.", show_default="the contract's own")] = CASES,
     only: Annotated[str, typer.Option(help="Run cases whose name or RPC matches, for example 'ApplyCommand'.")] = "*",
+    service: Annotated[
+        str, typer.Option(help="Which service, where the port has several: KasminaService or TolariaService.")
+    ] = "",
     enrolment: Annotated[str | None, typer.Option(help="host:port where newcomers enrol, for Enroll.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -46,23 +49,26 @@ def contract_test(
     callers come from the home, or are issued for an hour if its authority is at hand.
     """
     place = home_of(context, home)
-    service = _service_at(address, place.identity())
-    chosen = _choose(service, cases, only)
+    found = _service_at(address, place.identity(), service)
+    chosen = _choose(found, cases, only)
     if not chosen:
-        raise ConfigError(f"No case of {service} matches {only!r}.")
-    strangers = {service: enrolment or place.read_mesh().get("enrolment", "")}
-    results = run(_run_all({service: address}, strangers, place, chosen, report=None if as_json else _print_result))
-    _print_summary(service, results, as_json=as_json)
+        raise ConfigError(f"No case of {found} matches {only!r}.")
+    strangers = {found: enrolment or place.read_mesh().get("enrolment", "")}
+    results = run(_run_all({found: address}, strangers, place, chosen, report=None if as_json else _print_result))
+    _print_summary(found, results, as_json=as_json)
     if any(result.verdict == "failed" for result in results):
         raise typer.Exit(EXIT_FAILURE)
 
 
-def _service_at(address: str, identity: Identity) -> str:
+def _service_at(address: str, identity: Identity, wanted: str) -> str:
     role = _role_at(address, identity)
-    for service, client in CLIENTS.items():
-        if client.role == role:
+    offered = [service for service, client in CLIENTS.items() if client.role == role]
+    if not offered:
+        raise ConfigError(f"{address} has the certificate of {role!r}, which serves nothing in this contract.")
+    for service in offered:
+        if service.endswith(wanted):
             return service
-    raise ConfigError(f"{address} has the certificate of {role!r}, which serves nothing in this contract.")
+    raise ConfigError(f"{role!r} does not serve {wanted!r}; choose from {', '.join(offered)}.")
 
 
 def _role_at(address: str, identity: Identity) -> str:

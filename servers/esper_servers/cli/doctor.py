@@ -140,18 +140,26 @@ def settings_sections() -> dict[str, type]:
     from esper_servers.kasmina.limits import LocalLimits
     from esper_servers.kasmina.memory import MemoryConfig
     from esper_servers.policy.prior import PriorConfig
+    from esper_servers.tamiyo.blend_modes import BlendModeConfig
     from esper_servers.tamiyo.field_reports.config import ReportConfig
     from esper_servers.tamiyo.plans.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
     from esper_servers.tamiyo.step_processes.processes import StepProcessConfig
     from esper_servers.tamiyo.turns.anticipation import AnticipationConfig
     from esper_servers.tamiyo.turns.step_queue import BatchConfig
+    from esper_servers.tolaria.epoch_guard import EpochGuardConfig
+    from esper_servers.tolaria.escalation import EmergencyConfig
+    from esper_servers.tolaria.rollback import RollbackConfig
+    from esper_servers.tolaria.schedule import CheckpointConfig
+    from esper_servers.tolaria.step_metrics import TolariaConfig
 
     return {
         "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "kernels": KernelConfig,
         "memory": MemoryConfig, "risk": RiskConfig, "prior": PriorConfig, "plan": PlanConfig, "batch": BatchConfig,
         "anticipation": AnticipationConfig, "pause": PauseConfig, "reports": ReportConfig, "quota": QuotaConfig,
         "concurrency": ConcurrencyConfig, "pki": PkiConfig, "step_processes": StepProcessConfig,
+        "checkpoints": CheckpointConfig, "rollback": RollbackConfig, "blending": BlendModeConfig,
+        "tolaria": TolariaConfig, "emergency": EmergencyConfig, "epoch_guard": EpochGuardConfig,
     }  # fmt: skip
 
 

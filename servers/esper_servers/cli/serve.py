@@ -72,6 +72,7 @@ def tamiyo(
     require_writable(place.state_dir("tamiyo"))
     from esper_rpc.pause_quota import PauseConfig
     from esper_servers.policy.prior import PriorConfig
+    from esper_servers.tamiyo.blend_modes import BlendModeConfig
     from esper_servers.tamiyo.field_reports.config import ReportConfig
     from esper_servers.tamiyo.plans.plan_switch import PlanConfig
     from esper_servers.tamiyo.risk.config import RiskConfig
@@ -97,6 +98,7 @@ def tamiyo(
         plan=load(PlanConfig, "plan", path=place.settings_file, environ=environ),
         batch=load(BatchConfig, "batch", path=place.settings_file, environ=environ),
         anticipation=load(AnticipationConfig, "anticipation", path=place.settings_file, environ=environ),
+        blending=load(BlendModeConfig, "blending", path=place.settings_file, environ=environ),
         pause=load(PauseConfig, "pause", path=place.settings_file, environ=environ),
         reports=load(ReportConfig, "reports", path=place.settings_file, environ=environ),
         step_processes=load(StepProcessConfig, "step_processes", path=place.settings_file, environ=environ),

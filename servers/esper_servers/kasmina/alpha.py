@@ -9,6 +9,9 @@ from esper_rpc.proto.leyline.v1 import AdaptationCommand
 
 DEFAULT_STEPS = 20
 DEFAULT_TEMPERATURE = 2.0
+BANDS = (0.3, 0.7)
+HYSTERESIS = 0.02
+WIDEST_CLIP = 0.1
 
 
 def _sigmoid(x: float, temperature: float) -> float:
@@ -60,3 +63,19 @@ def schedule_of(command: AdaptationCommand) -> AlphaSchedule:
     index = int(parameters.get("blending_method_index", 0))
     method = BLENDING_METHODS[index] if 0 <= index < len(BLENDING_METHODS) else BLENDING_METHODS[0]
     return AlphaSchedule(method=method, start=start, end=end)
+
+
+def band_after(band: int, alpha: float) -> int:
+    """Return who leads at an alpha: 0 the host, 1 neither, 2 the seed.
+
+    Around the thresholds the band of before stays, so that an alpha that lingers there is not told again and again.
+    """
+    return sum(alpha > threshold + (-HYSTERESIS if band > i else HYSTERESIS) for i, threshold in enumerate(BANDS))
+
+
+def gradient_clip(alpha: float) -> float:
+    """Return the norm that a blending seed's gradient is clipped to: 0.1 half way, 0.004 at both ends.
+
+    Where the host hands over, and where it has, the output should change by alpha alone.
+    """
+    return WIDEST_CLIP / (1 + 100 * (alpha - 0.5) ** 2)

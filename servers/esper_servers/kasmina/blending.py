@@ -1,11 +1,21 @@
-"""How the output of a seed meets the output of its host. h is the host's feature map, s the seed's, of one shape."""
+"""How the output of a seed meets the output of its host. h is the host's feature map, s the seed's, of one shape.
+
+What derives from Mixing is plain torch, so that torch.fx can write it into an export without this package.
+"""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from esper_rpc.blending import CHANNEL, CONFIDENCE, RESIDUAL
+
+from .blend_config import BlendConfig
+
+_LEAST_NORM = 1e-12
 
 
 class _Shadow(torch.autograd.Function):
@@ -26,9 +36,148 @@ def shadow(h: Tensor, s: Tensor) -> Tensor:
     return cast("Tensor", _Shadow.apply(h, s))  # type: ignore[no-untyped-call]
 
 
-def convex(h: Tensor, s: Tensor, alpha: float) -> Tensor:
-    """alpha·s + (1 - alpha)·h with h detached; where s is not finite, h alone."""
-    h = h.detach()
-    # The product is taken after the choice, so that no NaN reaches the gradient either.
-    s = torch.where(torch.isfinite(s), s, h)
-    return s if alpha >= 1.0 else alpha * s + (1.0 - alpha) * h
+class _Link(torch.autograd.Function):
+    """Forwards the mixture, and gives h a gradient of zero."""
+
+    @staticmethod
+    def forward(_ctx: Any, mixed: Tensor, _h: Tensor) -> Tensor:
+        return mixed.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, torch.zeros_like(gradient)
+
+
+def linked(mixed: Tensor, h: Tensor) -> Tensor:
+    """Return the mixture bit for bit; the graph still leads to h, whose gradient is zero."""
+    return cast("Tensor", _Link.apply(mixed, h))  # type: ignore[no-untyped-call]
+
+
+class Mixing(nn.Module):
+    """One of the modes: CONVEX, alpha·s + (1 - alpha)·h, unless a subclass says otherwise."""
+
+    def forward(self, h: Tensor, s: Tensor) -> Tensor:
+        """Mix at full alpha, as a fossil does."""
+        return s
+
+    def at(self, alpha: Tensor, h: Tensor, s: Tensor) -> Tensor:
+        """Mix at an alpha from 0, which gives h, to 1, which gives what `forward` does."""
+        return torch.lerp(h, s, alpha.to(h.dtype))
+
+    def nothing(self, h: Tensor) -> Tensor:
+        """Return what a seed would give to leave h as it is."""
+        return h
+
+
+class Residual(Mixing):
+    """h + alpha·s."""
+
+    def forward(self, h: Tensor, s: Tensor) -> Tensor:
+        """Mix at full alpha."""
+        return h + s
+
+    def at(self, alpha: Tensor, h: Tensor, s: Tensor) -> Tensor:
+        """Mix at an alpha."""
+        return torch.addcmul(h, s, alpha.to(h.dtype))
+
+    def nothing(self, h: Tensor) -> Tensor:
+        """Return zero."""
+        return h.new_zeros(())
+
+
+class _Shared(Mixing):
+    """Convex by a share of the seed that is not the same everywhere; alpha scales it."""
+
+    def share(self, h: Tensor, s: Tensor) -> Tensor:
+        """Return the share at full alpha, from 0 to 1, in a shape that broadcasts to that of h."""
+        raise NotImplementedError
+
+    def forward(self, h: Tensor, s: Tensor) -> Tensor:
+        """Mix at full alpha."""
+        return torch.lerp(h, s, self.share(h, s).to(h.dtype))
+
+    def at(self, alpha: Tensor, h: Tensor, s: Tensor) -> Tensor:
+        """Mix at an alpha."""
+        return torch.lerp(h, s, (alpha * self.share(h, s)).to(h.dtype))
+
+
+class Channel(_Shared):
+    """A share for each channel, or each group of neighbouring channels."""
+
+    shares: Tensor
+
+    def __init__(self, alpha_vec: tuple[float, ...], *, channels: int, dim: int, dims: int) -> None:
+        super().__init__()
+        shares = torch.tensor(alpha_vec).repeat_interleave(channels // len(alpha_vec))
+        self.register_buffer("shares", shares if dim == -1 else shares.reshape(-1, *[1] * (dims - 2)))
+
+    def share(self, h: Tensor, s: Tensor) -> Tensor:
+        """Return the vector."""
+        return self.shares
+
+
+class Confidence(_Shared):
+    """A gate at each position, sigmoid(k·(signal - tau)) within bounds.
+
+    The signal goes from 0 to 1. For a classifier it is the margin between the two greatest probabilities of the seed;
+    for other maps, how little the seed changes h there, |h| / (|h| + |s - h|). No gradient goes through the gate: a
+    seed should learn to be right, not to look sure.
+    """
+
+    def __init__(self, config: BlendConfig, *, dim: int, is_classifier: bool) -> None:
+        super().__init__()
+        self.k, self.tau, self.lo, self.hi = config.gate_k, config.gate_tau, config.alpha_lo, config.alpha_hi
+        self.dim, self.is_classifier = dim, is_classifier
+
+    def share(self, h: Tensor, s: Tensor) -> Tensor:
+        """Return the gate, in float32."""
+        # float16 has no room for the sum of squares.
+        h, s = h.detach().float(), s.detach().float()
+        signal = self._margin(s) if self.is_classifier else self._stability(h, s)
+        # What overflows even float32 opens no gate.
+        return torch.sigmoid(self.k * (torch.nan_to_num(signal, nan=0.0) - self.tau)).clamp(self.lo, self.hi)
+
+    def _margin(self, s: Tensor) -> Tensor:
+        best: Tensor = torch.softmax(s, self.dim).topk(2, self.dim).values
+        return best.narrow(self.dim, 0, 1) - best.narrow(self.dim, 1, 1)
+
+    def _stability(self, h: Tensor, s: Tensor) -> Tensor:
+        before = torch.linalg.vector_norm(h, dim=self.dim, keepdim=True) + _LEAST_NORM
+        change = torch.linalg.vector_norm(s - h, dim=self.dim, keepdim=True)
+        signal: Tensor = before / (before + change)
+        return signal
+
+
+class Blend(nn.Module):
+    """Mixes a seed in while it is on trial. Alpha is a buffer and changes in place, whatever was compiled around it."""
+
+    alpha: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("alpha", torch.zeros(()))
+        self.mixing = Mixing()
+
+    def forward(self, h: Tensor, s: Tensor, is_finite: Tensor) -> Tensor:
+        """Mix s into h; where s is not finite, h alone."""
+        h = h.detach()
+        # The backward pass needs the alpha of this one, and may come after it has changed.
+        alpha = self.alpha.clone()
+        # The product is taken after the choice, so that no NaN reaches the gradient either.
+        return self.mixing.at(alpha, h, torch.where(is_finite, s, self.mixing.nothing(h)))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # It moves with its model, and is not cast with it: bfloat16 would round alpha to one part in 256.
+        super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def mixing_of(config: BlendConfig, *, channels: int, dim: int, dims: int, is_classifier: bool) -> Mixing:
+    """Make what a configuration asks for, for maps of so many dimensions, of which `dim` holds the channels."""
+    if config.mode == RESIDUAL:
+        return Residual()
+    if config.mode == CHANNEL:
+        return Channel(config.alpha_vec, channels=channels, dim=dim, dims=dims)
+    if config.mode == CONFIDENCE:
+        return Confidence(config, dim=dim, is_classifier=is_classifier)
+    return Mixing()

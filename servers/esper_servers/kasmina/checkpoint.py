@@ -50,23 +50,30 @@ class Checkpoint:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore what `save` returned; raises InvalidRequest, DataLoss or FailedPrecondition, and changes nothing."""
-        self._check(state)
-        modules = {seed_id: self._rebuild(self._seeds[seed_id], saved) for seed_id, saved in state["seeds"].items()}
+        """Restore what `save` returned; raises InvalidRequest, DataLoss or FailedPrecondition, and changes nothing.
+
+        Seeds that fossilised since leave the user's optimizer, and those that had are put back in the order of then.
+        """
+        modules = self.check(state)
+        self._release_fossils()
         self._progress.loss = state["loss"]
         for seed_id, saved in state["seeds"].items():
-            self._restore(self._seeds[seed_id], saved, modules[seed_id])
+            self._seeds[seed_id].load_state_dict(saved, modules[seed_id])
+        self._adopt_fossils()
         self._learning_rate.load_state_dict(state["learning_rate"])
         self._on_restored()
 
-    def _check(self, state: dict[str, Any]) -> None:
+    def check(self, state: dict[str, Any]) -> dict[str, nn.Module | None]:
+        """Return the modules that `restore` would plant; raises what it raises."""
+        self._check_weights(state)
+        return {seed_id: self._rebuild(self._seeds[seed_id], saved) for seed_id, saved in state["seeds"].items()}
+
+    def _check_weights(self, state: dict[str, Any]) -> None:
         if set(state["seeds"]) != set(self._seeds):
             raise InvalidRequest(f"The checkpoint holds the seeds {sorted(state['seeds'])}, not {sorted(self._seeds)}.")
         for seed_id, saved in state["seeds"].items():
             if digest(saved["module"] or {}) != state["digests"][seed_id]:
                 raise DataLoss(f"The weights of {seed_id} are not those that were saved.")
-            if self._seeds[seed_id].stage == lifecycle.FOSSILIZED:
-                raise FailedPrecondition(f"{seed_id} is fossilised already; restore into a session of a fresh model.")
 
     def _rebuild(self, slot: SeedSlot, saved: dict[str, Any]) -> nn.Module | None:
         if saved["module"] is None:
@@ -84,10 +91,18 @@ class Checkpoint:
         module.load_state_dict(saved["module"])
         return module
 
-    def _restore(self, slot: SeedSlot, saved: dict[str, Any], module: nn.Module | None) -> None:
-        slot.load_state_dict(saved, module)
-        if module is not None and slot.stage == lifecycle.FOSSILIZED:
+    def _release_fossils(self) -> None:
+        for _, module in self._fossils():
+            self._learning_rate.release(module)
+
+    def _adopt_fossils(self) -> None:
+        # A group of an optimizer is found again by its place.
+        for _, module in sorted(self._fossils(), key=lambda fossil: fossil[0]):
             self._learning_rate.adopt(module)
+
+    def _fossils(self) -> list[tuple[int, nn.Module]]:
+        slots = [slot for slot in self._seeds.values() if slot.stage == lifecycle.FOSSILIZED]
+        return [(slot.adopted_as, slot.site.seed) for slot in slots if slot.site.seed is not None]
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -14,11 +14,11 @@ from esper_client.seed_host import RunDescription
 from esper_rpc.envelope import Keyring, Verifier
 from esper_rpc.errors import FailedPrecondition, NotFound
 from esper_rpc.pause_quota import PauseConfig
-from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedState, SignedEnvelope, TelemetryPacket
+from esper_rpc.proto.leyline.v1 import CommandOutcome, CommandType, SeedState, SignedEnvelope, TelemetryPacket
 from esper_servers.blueprints.catalogue import BlueprintFactory
 from esper_servers.blueprints.extras import describe_module
 
-from . import lifecycle, step_packets
+from . import lifecycle, step_packets, verdict
 from .background import Work
 from .checkpoint import Checkpoint
 from .events import Listener, SeedEvents
@@ -38,7 +38,9 @@ from .progress import Progress
 from .safe_point import SafePoint
 from .seed_slot import SeedSlot
 from .site import Site
-from .surgery import Surgeon
+from .surgery import Route, Surgeon
+
+ROLLED_BACK = "rolled_back"
 
 
 class InProcessSeedHost:
@@ -197,6 +199,10 @@ class InProcessSeedHost:
         """Do work that changes the model: by the training thread at its next safe point, or at once without one."""
         return self._safe_point.submit(work)
 
+    def reach_safe_point(self) -> None:
+        """Do what `at_safe_point` left, and no command: for a training that stands still."""
+        self._safe_point.reach()
+
     def advance_alphas(self) -> None:
         """Move every blending seed one step on."""
         with self._lock:
@@ -215,7 +221,7 @@ class InProcessSeedHost:
             return slot.advance_alpha()
 
     def finalize_step(self, step_index: int) -> list[TelemetryPacket]:
-        """Step the seeds' optimizers, let time pass for them, and return their packets and what was rejected."""
+        """Step the seeds' optimizers, let time pass for them, and return their packets with what happened."""
         with self._lock:
             self._progress.global_step = max(self._progress.global_step, step_index)
             self._learning_rate.step()
@@ -223,7 +229,7 @@ class InProcessSeedHost:
                 self._surgeon.finalize(slot)
             self._pauses.tick()
             has_looked = self._governor.look()
-            events = [*self._events.rejections.take(step_index), *self._notices.take(step_index)]
+            events = [*self._events.take(step_index), *self._notices.take(step_index)]
             packets = step_packets.flush(self.seeds.values(), step_index, events)
             if has_looked:
                 packets[-1].metrics.extend([*self._nursery.metrics(), *self._governor.metrics()])
@@ -276,10 +282,29 @@ class InProcessSeedHost:
         Raises:
             InvalidRequest: When the checkpoint is of other seeds.
             DataLoss: When the weights of a seed are not those that were saved.
-            FailedPrecondition: When a blueprint is not installed, or a seed is fossilised here already.
+            FailedPrecondition: When a blueprint is not installed.
         """
         with self._lock:
             self._checkpoint.restore(state)
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise what `load_state_dict` would raise, and change nothing."""
+        with self._lock:
+            self._checkpoint.check(state)
+
+    def roll_back(self, state: dict[str, Any]) -> None:
+        """Restore like `load_state_dict`, and refuse from here on what was decided on the seeds of until now.
+
+        The challenge changes, so that the controller has to open the run again. Commands for seeds that wait fail.
+        """
+        with self._lock:
+            self._checkpoint.restore(state)
+            self.verifier.receiver_epoch = os.urandom(16)
+
+    def route(self, command_type: CommandType.ValueType, carry_out: Route) -> None:
+        """Have commands of a type carried out by somebody else, at the safe point; call it before the first step."""
+        self._surgeon.routes[command_type] = carry_out
+        self._inbox.supported.add(command_type)
 
     def export(self) -> nn.Module:
         """Return a plain copy: each site is its host, followed by its seed if that is fossilised."""
@@ -292,7 +317,7 @@ class InProcessSeedHost:
         self._safe_point.close()
 
     def _settle(self, queued: Queued) -> CommandOutcome | None:
-        what = self._surgeon.carry_out(queued)
+        what = verdict.failed(ROLLED_BACK) if self._is_outdated(queued) else self._surgeon.carry_out(queued)
         if what is None:
             self._inbox.put_back(queued)
             return None
@@ -303,6 +328,11 @@ class InProcessSeedHost:
         self.verifier.record_outcome(command.command_id, outcome)
         self._nursery.forget(command.command_id)
         return self._events.settled(outcome)
+
+    def _is_outdated(self, queued: Queued) -> bool:
+        """Whether a rollback came after it was verified; what is not for seeds may be the rollback itself."""
+        is_routed = queued.command.command_type in self._surgeon.routes
+        return not is_routed and queued.receiver_epoch != self.verifier.receiver_epoch
 
     def _let_go(self) -> int:
         """Empty the caches, and take out what a seed left that grows no more."""

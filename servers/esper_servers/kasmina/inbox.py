@@ -7,6 +7,7 @@ from google.protobuf.message import DecodeError
 
 from esper_rpc import rules
 from esper_rpc.envelope import Rejected, Verifier, reasons
+from esper_rpc.envelope.verification import Accepted
 from esper_rpc.errors import InvalidRequest
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, SeedOperation, SignedEnvelope
 
@@ -27,6 +28,8 @@ class Queued(NamedTuple):
     command: AdaptationCommand
     since: int
     """The global step at which it came."""
+    receiver_epoch: bytes = b""
+    """The challenge that it was issued for."""
     issuer: str = ""
     """The role that signed it."""
 
@@ -40,6 +43,8 @@ class CommandInbox:
         self._events = events
         self._progress = progress
         self._queue: deque[Queued] = deque()
+        self.supported = set(SUPPORTED)
+        """The types of commands that somebody here carries out."""
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -56,7 +61,7 @@ class CommandInbox:
             return self._refuse(envelope.nonce, refusal.reason), False
         if accepted.duplicate:
             return accepted.outcome or self._outcome(verdict.QUEUED, accepted.nonce), True
-        outcome = self._enqueue(accepted.payload, accepted.nonce, accepted.issuer)
+        outcome = self._enqueue(accepted, envelope.receiver_epoch)
         self.verifier.record_outcome(accepted.nonce, outcome)
         return outcome, False
 
@@ -68,16 +73,22 @@ class CommandInbox:
         """Let a command wait for another safe point."""
         self._queue.append(queued)
 
-    def _enqueue(self, payload: bytes, nonce: str, issuer: str) -> CommandOutcome:
-        command = _parse(payload)
-        reason = MALFORMED if command is None else _why_not(command, nonce)
+    def _enqueue(self, accepted: Accepted, receiver_epoch: bytes) -> CommandOutcome:
+        command, nonce = _parse(accepted.payload), accepted.nonce
+        reason = MALFORMED if command is None else self._why_not(command, nonce)
         if command is None or reason:
             self.verifier.count(reason)
             return self._refuse(nonce, reason)
         if command.seed_operation.operation == SeedOperation.SEED_OPERATION_GERMINATE:
             self._library.request(command.seed_operation.blueprint_id)
-        self._queue.append(Queued(command, self._progress.global_step, issuer=issuer))
+        self._queue.append(Queued(command, self._progress.global_step, receiver_epoch, accepted.issuer))
         return self._outcome(verdict.QUEUED, nonce, command)
+
+    def _why_not(self, command: AdaptationCommand, nonce: str) -> str:
+        """Why a well-formed command is refused, empty when it is not."""
+        if command.command_id != nonce:
+            return reasons.NONCE_REPLAYED
+        return "" if command.command_type in self.supported else reasons.UNSUPPORTED
 
     def _refuse(self, command_id: str, reason: str) -> CommandOutcome:
         return self._events.settled(self._outcome(verdict.rejected(reason), command_id))
@@ -95,10 +106,3 @@ def _parse(payload: bytes) -> AdaptationCommand | None:
     except (DecodeError, InvalidRequest):
         return None
     return command
-
-
-def _why_not(command: AdaptationCommand, nonce: str) -> str:
-    """Why a well-formed command is refused, empty when it is not."""
-    if command.command_id != nonce:
-        return reasons.NONCE_REPLAYED
-    return "" if command.command_type in SUPPORTED else reasons.UNSUPPORTED

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
 
-FOSSIL_SHARE: Final = 0.1
-"""The learning rate of a fossilised seed as a share of the user's."""
-# All commands together; each single one is limited by LocalLimits.
-LEAST_TOTAL: Final = 0.01
-MOST_TOTAL: Final = 4.0
+from esper_servers.optim import groups
+from esper_servers.optim.controller import JOINING_SHARE, LEAST_TOTAL, MOST_TOTAL
 
 
 class LearningRateAuthority(Protocol):
@@ -21,6 +18,10 @@ class LearningRateAuthority(Protocol):
 
     def adopt(self, module: nn.Module) -> None:
         """Train the parameters of a fossilised seed from here on, at 10 % of the base rate."""
+        ...
+
+    def release(self, module: nn.Module) -> None:
+        """Train the parameters of an adopted seed no longer; a module that was not adopted is left alone."""
         ...
 
     def step(self) -> None:
@@ -37,7 +38,9 @@ class LearningRateAuthority(Protocol):
 
 
 class OptimizerAuthority:
-    """The learning rates of a user's optimizer.
+    """The learning rates of a user's optimizer, where the user or the user's scheduler sets them.
+
+    A UnifiedLRController stands in its place where the mesh is to be the only one who does.
 
     Adopted parameters become a new group of it. If a scheduler drives it they do not: most schedulers refuse a group
     that they have not seen at their start, and would raise in the user's loop. They then get an optimizer of the same
@@ -62,23 +65,29 @@ class OptimizerAuthority:
 
     def adopt(self, module: nn.Module) -> None:
         """Train these parameters from here on."""
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        parameters = groups.trainable(module)
         if not parameters:
             return
         base = self._optimizer.param_groups[0]
-        options = {key: value for key, value in base.items() if key not in ("params", "initial_lr")}
-        group = {**options, "params": parameters, "lr": base["lr"] * FOSSIL_SHARE}
+        rate = base["lr"] * JOINING_SHARE
         if self._is_scheduled():
             kind: Any = type(self._optimizer)
-            self._followers.append(kind([group], lr=group["lr"]))
+            self._followers.append(kind([{**groups.options_of(base), "params": parameters, "lr": rate}], lr=rate))
         else:
-            self._optimizer.add_param_group(group)
+            groups.join(self._optimizer, parameters, like=base, rate=float(rate))
+
+    def release(self, module: nn.Module) -> None:
+        """Take these parameters out with what the optimizer remembered of them; all others keep their state."""
+        released = set(module.parameters())
+        for optimizer in (self._optimizer, *self._followers):
+            groups.take_out(optimizer, released)
+        self._followers = [follower for follower in self._followers if follower.param_groups]
 
     def step(self) -> None:
         """Step the followers at their share of the user's present learning rate."""
         for follower in self._followers:
             for group in follower.param_groups:
-                group["lr"] = self._optimizer.param_groups[0]["lr"] * FOSSIL_SHARE
+                group["lr"] = self._optimizer.param_groups[0]["lr"] * JOINING_SHARE
             follower.step()
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,8 @@ class LocalLimits:
     added_parameters: Annotated[int, Range(0, 10**12)] = 10_000_000
     learning_rate_multiplier: tuple[float, float] = (0.1, 2.0)
     pauses_per_minute: Annotated[int, Range(0, 10_000)] = 10
+    rollbacks_per_epoch: Annotated[int, Range(0, 10_000)] = 2
+    """Those that the mesh asks for."""
 
     def __post_init__(self) -> None:
         validate(self)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
 from esper_servers.blueprints.kernel import dtype_name
 
 from . import lifecycle
-from .alpha import AlphaSchedule
+from .alpha import AlphaSchedule, band_after, gradient_clip
+from .blend_config import BlendConfig, read_blend_config
 from .site import Site
 
 SEED_LEARNING_RATE = 1e-3
@@ -26,7 +27,7 @@ VIOLATIONS = 3
 DEFAULT_RISK_TOLERANCE = 0.5
 _SAVED = (
     "blueprint_id", "risk", "steps_in_stage", "age_epochs", "updates", "violations",
-    "gradient_norm", "loss_at_graft", "embargo_left", "is_fine_tuning",
+    "gradient_norm", "loss_at_graft", "embargo_left", "is_fine_tuning", "adopted_as", "alpha_band",
 )  # fmt: skip
 
 
@@ -54,11 +55,16 @@ class SeedSlot:
     violations: int = 0
     """Gradients in a row that were not finite."""
     schedule: AlphaSchedule = field(default_factory=AlphaSchedule)
+    blend: BlendConfig = field(default_factory=BlendConfig)
+    alpha_band: int = 0
+    """Who leads in the blend: 0 the host, 1 neither, 2 the seed."""
     optimizer: torch.optim.Optimizer | None = None
     gradient_norm: float | None = None
     loss_at_graft: float | None = None
     is_fine_tuning: bool = False
     embargo_left: int = 0
+    adopted_as: int = 0
+    """Its number among the fossils that joined the user's optimizer, from 1; the groups there stand in this order."""
     paused_until: float = 0.0
 
     @property
@@ -77,12 +83,16 @@ class SeedSlot:
             raise IllegalMove(f"{self.seed_id} cannot move from stage {self.stage} to {stage}")
         self.site.stage = stage
         self.steps_in_stage, self.is_fine_tuning = 0, False
+        if stage == lifecycle.SHADOWING:
+            # A gate opens a little below one, and what becomes a fossil is what stands on trial.
+            self._set_alpha(1.0)
 
     def plant(self, module: nn.Module, blueprint_id: str, extras_digest: bytes) -> None:
         """Put a module into the site, with an optimizer of its own."""
         self.site.hold(module)
         self.blueprint_id, self.extras_digest = blueprint_id, extras_digest
-        self.schedule, self.loss_at_graft = AlphaSchedule(), None
+        self.schedule, self.loss_at_graft, self.alpha_band = AlphaSchedule(), None, 0
+        self.blend = BlendConfig()
         self.updates, self.violations, self.age_epochs, self.gradient_norm = 0, 0, 0, None
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=SEED_LEARNING_RATE) if parameters else None
@@ -91,12 +101,25 @@ class SeedSlot:
         """Take the module out; the site is the host alone again."""
         self.site.hold(None)
         self.optimizer, self.gradient_norm, self.blueprint_id, self.extras_digest = None, None, "", b""
-        self.manifest, self.risk = b"", 0.0
+        self.manifest, self.risk, self.alpha_band, self.blend = b"", 0.0, 0, BlendConfig()
 
     def advance_alpha(self) -> float:
         """Move alpha one step on."""
-        self.site.alpha = self.schedule.advance()
-        return self.site.alpha
+        return self._set_alpha(self.schedule.advance())
+
+    def _set_alpha(self, alpha: float) -> float:
+        self.site.alpha, self.alpha_band = alpha, band_after(self.alpha_band, alpha)
+        return alpha
+
+    def blend_as(self, annotations: Mapping[str, str]) -> str:
+        """Blend as a command says; why that cannot be and it is CONVEX instead, empty when it can."""
+        config, problem = read_blend_config(annotations, self.site.seed_channels)
+        self._use(config)
+        return problem
+
+    def _use(self, config: BlendConfig) -> None:
+        self.blend = config
+        self.site.mix_as(config)
 
     def step_optimizer(self) -> None:
         """Use this step's gradients, if the seed learns in its stage; those that are not finite are dropped."""
@@ -109,7 +132,8 @@ class SeedSlot:
     def _update(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if all(p.grad is None for p in module.parameters()):
             return
-        self.gradient_norm = float(nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM))
+        most = gradient_clip(self.site.alpha) if self.stage == lifecycle.BLENDING else CLIP_NORM
+        self.gradient_norm = float(nn.utils.clip_grad_norm_(module.parameters(), most))
         if not math.isfinite(self.gradient_norm):
             self.violations += 1
             return
@@ -169,6 +193,7 @@ class SeedSlot:
             "alpha_steps": float(schedule.step),
             "alpha_total_steps": float(schedule.total_steps),
             "alpha_temperature": schedule.temperature,
+            "alpha_band": float(self.alpha_band),
             "alpha_schedule": float(BLENDING_METHODS.index(schedule.method)),
             "blend_allowed": float(not self.site.failure),
             "risk_tolerance": DEFAULT_RISK_TOLERANCE,
@@ -184,6 +209,14 @@ class SeedSlot:
         """Return what a resume needs, as tensors and plain values."""
         module = self.site.seed
         return {
+            **self.plain_state(),
+            "module": copy.deepcopy(dict(module.state_dict())) if module is not None else None,
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()) if self.optimizer is not None else None,
+        }
+
+    def plain_state(self) -> dict[str, Any]:
+        """Return all of it but the tensors, in plain values."""
+        return {
             **{name: getattr(self, name) for name in _SAVED},
             # In hexadecimal: torch.load(weights_only=True) reads no bytes.
             "extras_digest": self.extras_digest.hex(),
@@ -191,10 +224,9 @@ class SeedSlot:
             "stage": int(self.stage),
             "alpha": self.site.alpha,
             "schedule": dataclasses.asdict(self.schedule),
+            "blend": {**dataclasses.asdict(self.blend), "alpha_vec": list(self.blend.alpha_vec)},
             "feature_shape": list(self.site.output_shape),
             "input_shape": list(self.site.input_shape),
-            "module": copy.deepcopy(dict(module.state_dict())) if module is not None else None,
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()) if self.optimizer is not None else None,
         }
 
     def load_state_dict(self, saved: dict[str, Any], module: nn.Module | None) -> None:
@@ -202,16 +234,21 @@ class SeedSlot:
         self.uproot()
         if module is not None:
             self.plant(module, saved["blueprint_id"], bytes.fromhex(saved["extras_digest"]))
-            self.manifest = bytes.fromhex(saved["manifest"])
+        self.load_plain_state(saved)
+        if saved["optimizer"] is None:
+            self.optimizer = None
+        elif self.optimizer is not None:
+            self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+
+    def load_plain_state(self, saved: dict[str, Any]) -> None:
+        """Restore what `plain_state` returned, around the module that is here."""
+        self.extras_digest, self.manifest = bytes.fromhex(saved["extras_digest"]), bytes.fromhex(saved["manifest"])
         self.site.output_shape, self.site.input_shape = tuple(saved["feature_shape"]), tuple(saved["input_shape"])
         for name in _SAVED:
             setattr(self, name, saved[name])
         self.site.stage, self.site.alpha = saved["stage"], saved["alpha"]
         self.schedule = AlphaSchedule(**saved["schedule"])
-        if saved["optimizer"] is None:
-            self.optimizer = None
-        elif self.optimizer is not None:
-            self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+        self._use(BlendConfig.of(saved["blend"]))
 
 
 def _all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -12,7 +12,9 @@ from esper_rpc.proto.leyline.v1 import SeedLifecycleStage
 from esper_servers.blueprints.out_of_memory import describe
 
 from . import lifecycle
-from .blending import convex, shadow
+from .blend_config import BlendConfig
+from .blending import Blend, Mixing, linked, mixing_of, shadow
+from .channels import channel_count, channel_dim
 from .guarded_branch import guard, leaves
 
 log = structlog.get_logger(__name__)
@@ -24,6 +26,10 @@ _SHARED_WITH_HOST = (
     "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "_state_dict_hooks",
     "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
+_OWN = frozenset({
+    "training", "stage", "alpha", "paused", "failure", "is_classifier", "input_shape", "output_shape", "dtype",
+    "device", "_version", "_alpha", "_saw_non_finite",
+})  # fmt: skip
 
 
 class Site(nn.Module):
@@ -36,18 +42,22 @@ class Site(nn.Module):
 
     _host: nn.Module
     _seed: nn.Module | None
+    _blend: Blend
 
-    def __init__(self, host: nn.Module) -> None:
+    def __init__(self, host: nn.Module, *, is_head: bool = False) -> None:
+        """Stand for `host`; the head of a model is its last layer."""
         super().__init__()
         # Around nn.Module.__setattr__, which would register host and seed as children and prefix every key.
         for name in _SHARED_WITH_HOST:
             object.__setattr__(self, name, getattr(host, name))
         object.__setattr__(self, "_host", host)
         object.__setattr__(self, "_seed", None)
+        object.__setattr__(self, "_blend", Blend())
         self._version = getattr(host, "_version", 1)
         self.training = host.training
         self.stage: SeedLifecycleStage.ValueType = lifecycle.DORMANT
         self.alpha = 0.0
+        self.is_classifier = is_head and isinstance(host, nn.Linear) and host.out_features > 1
         self.paused = False
         self.failure = ""
         self.input_shape: tuple[int, ...] = ()
@@ -58,6 +68,8 @@ class Site(nn.Module):
         self._branches = 0
         self._foreign: list[Tensor] = []
         self._own: list[Tensor] = []
+        self.keeps_graph = False
+        """The host gets gradients of zero where it would get none: DistributedDataParallel waits for one of each."""
 
     @property
     def host(self) -> nn.Module:
@@ -69,9 +81,42 @@ class Site(nn.Module):
         """The module that grows here."""
         return self._seed
 
+    @property
+    def alpha(self) -> float:
+        """How far the seed is blended in, from 0 to 1."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        # The number beside the buffer: to read that of a device would wait for it.
+        self._alpha = alpha
+        self._blend.alpha.fill_(alpha)
+
+    @property
+    def seed_mixing(self) -> Mixing:
+        """The mode in which the seed is mixed in."""
+        return self._blend.mixing
+
+    @property
+    def seed_channels(self) -> int:
+        """How many channels the host puts out, 0 while that is not known."""
+        return channel_count(self.output_shape, self._channel_dim())
+
+    def mix_as(self, config: BlendConfig) -> None:
+        """Mix in another mode from here on; the configuration fits `seed_channels`."""
+        self._blend.mixing = mixing_of(
+            config, channels=self.seed_channels, dim=self._channel_dim(), dims=len(self.output_shape) + 1,
+            is_classifier=self.is_classifier,
+        )  # fmt: skip
+        self._blend.to(self.device)
+
+    def _channel_dim(self) -> int:
+        return channel_dim(self._host, len(self.output_shape) + 1)
+
     def hold(self, seed: nn.Module | None) -> None:
-        """Let a module grow here, or nothing, with alpha 0."""
+        """Let a module grow here, or nothing, with alpha 0 and CONVEX."""
         object.__setattr__(self, "_seed", seed)
+        self.mix_as(BlendConfig())
         self.alpha, self.paused, self.failure, self._saw_non_finite = 0.0, False, "", None
         self._branches, self._foreign = 0, []
         self._own = [p for p in seed.parameters() if p.requires_grad] if seed is not None else []
@@ -104,16 +149,21 @@ class Site(nn.Module):
 
     def _mixed(self, seed: nn.Module, h: Tensor) -> Tensor:
         if self.stage == lifecycle.FOSSILIZED:
-            return self._through(seed, h)
+            return self._blend.mixing(h, self._through(seed, h))  # type: ignore[no-any-return]  # As torch types a call.
         if self.stage == lifecycle.TRAINING and self.training and torch.is_grad_enabled():
             return shadow(h, self._beside(seed, h))
         if self.stage in lifecycle.BLENDED and self.alpha > 0.0:
             s = self._beside(seed, h)
-            # A flag on the device, read at the safe point, so that no forward pass waits for it.
-            broken = ~torch.isfinite(s.detach()).all()
-            self._saw_non_finite = broken if self._saw_non_finite is None else self._saw_non_finite | broken
-            return convex(h, s, self.alpha)
+            is_finite = torch.isfinite(s.detach())
+            self._note(is_finite)
+            mixed: Tensor = self._blend(h, s, is_finite)
+            return linked(mixed, h) if self.keeps_graph and h.requires_grad else mixed
         return h
+
+    def _note(self, is_finite: Tensor) -> None:
+        # A flag on the device, read at the safe point, so that no forward pass waits for it.
+        broken = ~is_finite.all()
+        self._saw_non_finite = broken if self._saw_non_finite is None else self._saw_non_finite | broken
 
     def _beside(self, seed: nn.Module, h: Tensor) -> Tensor:
         """Run the seed where its backward pass can neither raise nor reach anything but the seed."""
@@ -157,6 +207,7 @@ class Site(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self._host._apply(fn, recurse)  # type: ignore[no-untyped-call]  # Untyped in torch.
+        self._blend._apply(fn)
         if self._seed is not None:
             self._seed._apply(fn)  # type: ignore[no-untyped-call]  # Untyped in torch.
         return self
@@ -175,6 +226,13 @@ class Site(nn.Module):
     def extra_repr(self) -> str:
         """Name what stands here."""
         return f"host={type(self._host).__name__}, stage={SeedLifecycleStage.Name(self.stage)}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A host may have parameters of these names, which nn.Module would refuse to see overwritten.
+        if name in _OWN:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         if "_host" not in self.__dict__:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedLifecycleStage
@@ -8,6 +8,7 @@ from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY, describe
 
 from . import gates, lifecycle, verdict
 from .alpha import schedule_of
+from .blend_report import report_blend
 from .events import SeedEvents
 from .germination import Nursery
 from .inbox import Queued
@@ -30,6 +31,9 @@ KERNEL_LATE = "kernel_late"
 MEMORY_BOUNDS = "memory_bounds"
 COMMANDED = "commanded"
 _MULTIPLIER = "learning_rate_multiplier"
+
+Route = Callable[[AdaptationCommand], Verdict | None]
+"""Carries a command out at the safe point; None puts it off to the next one, where it is asked again."""
 
 
 class Surgeon:
@@ -61,10 +65,15 @@ class Surgeon:
         self._events = events
         self._progress = progress
         self._tell = tell
+        self.routes: dict[CommandType.ValueType, Route] = {}
+        """Who carries out the commands of a type that are not for seeds."""
 
     def carry_out(self, queued: Queued) -> Verdict | None:
         """Do what a command says; None when its kernel is still on its way."""
         command = queued.command
+        elsewhere = self.routes.get(command.command_type)
+        if elsewhere is not None:
+            return elsewhere(command)
         if command.command_type == CommandType.COMMAND_TYPE_PAUSE:
             return self._pauses.hold(queued, self._seeds.values())
         if command.command_type == CommandType.COMMAND_TYPE_OPTIMIZER:
@@ -149,8 +158,10 @@ class Surgeon:
         self._move(slot, target, COMMANDED, command.command_id)
         if target == lifecycle.BLENDING:
             slot.schedule, slot.loss_at_graft = schedule_of(command), self._progress.loss_or_none()
+            report_blend(self._events, slot, slot.blend_as(command.annotations))
         if target == lifecycle.FOSSILIZED and slot.site.seed is not None:
             slot.optimizer = None
+            slot.adopted_as = 1 + max(each.adopted_as for each in self._seeds.values())
             self._learning_rate.adopt(slot.site.seed)
 
     def _cull(self, slot: SeedSlot, reason: str, command_id: str = "") -> None:

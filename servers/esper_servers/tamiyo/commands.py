@@ -41,9 +41,15 @@ _HANDLING_NAMES = {number: name.removeprefix("HANDLING_CLASS_") for name, number
 
 
 def build_command(
-    run: RunState, choice: Choice, *, reason: str, policy_version: str, verdict: Verdict
+    run: RunState,
+    choice: Choice,
+    *,
+    reason: str,
+    policy_version: str,
+    verdict: Verdict,
+    blending: Mapping[str, str] | None = None,
 ) -> AdaptationCommand:
-    """Write the command of a choice, with the annotations that operators read."""
+    """Write the command of a choice, with the annotations that operators read and those on `blending`."""
     seconds, nanos = divmod(time.time_ns(), 10**9)
     command = AdaptationCommand(
         version=1,
@@ -51,7 +57,7 @@ def build_command(
         issued_by="tamiyo",
         issued_at=Timestamp(seconds=seconds, nanos=nanos),
         execution_deadline_ms=5,
-        annotations=_annotations(run, reason, policy_version, verdict),
+        annotations=_annotations(run, reason, policy_version, verdict) | (dict(blending) if blending else {}),
     )
     if choice.kind == schema.KIND_SEED:
         _write_seed_operation(command, run, choice)

@@ -33,6 +33,7 @@ from esper_servers.policy.policy import EAGER, Asked, Policy
 
 from . import choosing
 from .awaited_outcomes import OUTCOMES_MISSING
+from .blend_modes import BlendModeConfig, blend_annotations
 from .blueprint_cache import BlueprintCache
 from .breakers import INFERENCE, Breakers
 from .choosing import BREAKER_OPEN, BUDGET_EXHAUSTED, INFERENCE_FAILED, Decided
@@ -80,6 +81,7 @@ class StepPipeline:
         risk_config: RiskConfig | None = None,
         batch: BatchConfig | None = None,
         anticipation: AnticipationConfig | None = None,
+        blending: BlendModeConfig | None = None,
         clock: Callable[[], float] = time.perf_counter,
         clock_ns: Callable[[], int] | None = None,
     ) -> None:
@@ -97,6 +99,7 @@ class StepPipeline:
         self.mode = mode
         self._risk = risk_config or RiskConfig()
         self._risk_events = RiskEvents(self._risk.cool_down_steps)
+        self._blending = blending or BlendModeConfig()
         self._clock = clock
         self.clock_ns = clock_ns or SteadyClock()
         """The time that commands carry, and that OpenRun tells the run."""
@@ -318,7 +321,12 @@ class StepPipeline:
                 self._samples.append((run, gather))
             return StepDecision(no_action=NoAction(reason=decided.reason)), None
         command = build_command(
-            run, decided.choice, reason=decided.reason, policy_version=policy.version, verdict=verdict
+            run,
+            decided.choice,
+            reason=decided.reason,
+            policy_version=policy.version,
+            verdict=verdict,
+            blending=blend_annotations(run, decided.choice, self._blending),
         )
         envelope = sign_command(
             command,

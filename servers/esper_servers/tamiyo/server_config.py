@@ -9,6 +9,7 @@ from esper_rpc.pause_quota import PauseConfig
 from esper_rpc.server import ServerConfig
 from esper_servers.policy.prior import PriorConfig
 
+from .blend_modes import BlendModeConfig
 from .field_reports.config import ReportConfig
 from .field_reports.publisher import ReportPublisher
 from .plans.plan_switch import PlanConfig
@@ -34,6 +35,7 @@ class TamiyoServerConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     anticipation: AnticipationConfig = field(default_factory=AnticipationConfig)
+    blending: BlendModeConfig = field(default_factory=BlendModeConfig)
     pause: PauseConfig = field(default_factory=PauseConfig)
     reports: ReportConfig = field(default_factory=ReportConfig)
     publisher: ReportPublisher | None = None

@@ -49,6 +49,7 @@ class StepParts:
             risk_config=config.risk,
             batch=config.batch,
             anticipation=config.anticipation,
+            blending=config.blending,
         )
         self.dumps = StepDumps.of(self.pipeline.recorder, self.journal, clock_ns=self.pipeline.clock_ns)
 

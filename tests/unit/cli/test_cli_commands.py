@@ -131,7 +131,7 @@ def test_keys_are_listed_by_name_without_their_secrets(esper, home):
     output = esper("keys", "list", "--json").stdout
     document = json.loads(output)
     trainer = next(row for row in document["keyrings"] if row["identity"] == "trainer-local")
-    assert trainer["verifies"] == ["operator", "tamiyo"]
+    assert trainer["verifies"] == ["operator", "tamiyo", "weatherlight"]
     roots = json.loads(home.root_keys.read_text())["roots"]
     assert not any(secret in output for secret in roots.values())
 

@@ -16,9 +16,10 @@ from esper_rpc.identity.peer import STRANGER
 from esper_rpc.proto.identity.v1 import identity_service_pb2
 from esper_rpc.proto.kasmina.v1 import kasmina_service_pb2
 from esper_rpc.proto.tamiyo.v1 import tamiyo_service_pb2
+from esper_rpc.proto.tolaria.v1 import tolaria_service_pb2
 from esper_rpc.proto.urza.v1 import urza_service_pb2
 
-FILES = (identity_service_pb2, kasmina_service_pb2, tamiyo_service_pb2, urza_service_pb2)
+FILES = (identity_service_pb2, kasmina_service_pb2, tamiyo_service_pb2, tolaria_service_pb2, urza_service_pb2)
 METHODS = [
     f"/{service.full_name}/{method.name}"
     for file in FILES

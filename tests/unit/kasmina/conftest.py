@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -21,7 +22,7 @@ from esper_servers.blueprints.catalogue import BlueprintFactory, ModuleFactory, 
 from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.host import InProcessSeedHost
 from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
-from esper_servers.kasmina.learning_rate import OptimizerAuthority
+from esper_servers.kasmina.learning_rate import LearningRateAuthority, OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.trainer import wrap_sites
 
@@ -62,6 +63,7 @@ class Rig:
     kernels: dict[str, Kernel] = field(default_factory=lambda: {name: kernel_of(name) for name in FACTORIES})
     model: nn.Module = field(default_factory=make_model)
     clock: FakeClock = field(default_factory=FakeClock)
+    make_authority: Callable[[torch.optim.Optimizer], LearningRateAuthority] = OptimizerAuthority
     factories: dict[str, BlueprintFactory] = field(default_factory=lambda: dict(FACTORIES))
     options: dict[str, object] = field(default_factory=dict)
     """Further arguments of the host."""
@@ -70,7 +72,7 @@ class Rig:
         self.plain = copy.deepcopy(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.sites = wrap_sites(self.model, ["0", "2"])
-        self.authority = OptimizerAuthority(self.optimizer)
+        self.authority = self.make_authority(self.optimizer)
         self.library = KernelLibrary(self._fetch, run_now)
         self.host = InProcessSeedHost(
             model=self.model, sites=self.sites, keyring=keyring_for(ROOTS, TRAINER), audience=str(TRAINER),

@@ -14,6 +14,7 @@ from esper_servers.tamiyo.risk.events import SOURCE
 
 ROOT = Path(__file__).resolve().parents[3]
 TAMIYO = ROOT / "servers" / "esper_servers" / "tamiyo"
+TOLARIA = ROOT / "servers" / "esper_servers" / "tolaria"
 
 
 def section(title):
@@ -81,6 +82,20 @@ def test_no_row_is_for_an_event_that_nothing_tells():
     source = "\n".join(path.read_text() for path in TAMIYO.rglob("*.py"))
     assert len(TOLD) > 10
     assert {name for name in EVENTS if f'"{name}"' not in source} == set()
+
+
+TRAINER_ROWS = section("Emergencies").partition("| event of a trainer")[2]
+TRAINER_EVENTS = set(re.findall(r"`([\w.]+)`", " ".join(re.findall(r"^\| (`.*?) \| ", TRAINER_ROWS, re.MULTILINE))))
+
+
+def told_by_a_trainer(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tell":
+            yield node.args[0].value
+
+
+def test_the_events_of_a_trainer_are_those_of_the_table():
+    assert {name for path in TOLARIA.rglob("*.py") for name in told_by_a_trainer(path)} == TRAINER_EVENTS
 
 
 @pytest.mark.parametrize("row", TRANSLATED)

@@ -300,7 +300,10 @@ class AdaptationCommand(_message.Message):
 
     @_builtins.property
     def rollback_payload(self) -> _struct_pb2.Struct:
-        """The details of a rollback command."""
+        """The details of a rollback command: step, a number, to go back to the newest checkpoint up to that step; tier, fast or
+        full, which passes over checkpoints in memory; reason, for operators, at most 256 characters. Each may be absent, and
+        a command with another key or another kind of value is refused.
+        """
 
     @_builtins.property
     def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:

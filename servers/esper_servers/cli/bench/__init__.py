@@ -6,17 +6,40 @@ import typer
 
 from esper_servers.cli.console import Commands
 
-from . import apply, echo, fleet, germinate, growth, overload, rotate, runtime, soak, start, step, urza
+from . import (
+    apply,
+    blend,
+    echo,
+    emergency,
+    fleet,
+    germinate,
+    growth,
+    optim,
+    overhead,
+    overload,
+    rollback,
+    rotate,
+    runtime,
+    soak,
+    start,
+    step,
+    urza,
+)
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Measure the mesh on this machine.")
 app.command("apply", epilog="Example: esper bench apply --json")(apply.apply)
+app.command("blend", epilog="Example: esper bench blend --rounds 60 --json")(blend.blend)
 app.command("echo", epilog="Example: esper bench echo --json")(echo.echo)
 app.command("echo-server", hidden=True, epilog="Example: esper bench echo-server --home ~/.esper")(echo.echo_server)
 app.command("constant-server", hidden=True, epilog="Example: esper bench constant-server")(runtime.constant_server)
+app.command("emergency", epilog="Example: esper bench emergency --processes 8 --json")(emergency.emergency)
 app.command("fleet", epilog="Example: esper bench fleet --seconds 5 --json")(fleet.fleet)
 app.command("germinate", epilog="Example: esper bench germinate --json")(germinate.germinate)
 app.command("growth", epilog="Example: esper bench growth --plot growth.svg --json")(growth.growth)
+app.command("overhead", epilog="Example: esper bench overhead --step-ms 50 --json")(overhead.overhead)
+app.command("optim", epilog="Example: esper bench optim --json")(optim.optim)
 app.command("overload", epilog="Example: esper bench overload --seconds 10 --json")(overload.overload)
+app.command("rollback", epilog="Example: esper bench rollback --parameters 25 --json")(rollback.rollback)
 app.command("rotate", epilog="Example: esper bench rotate --certificates 10 --keys 5 --json")(rotate.rotate)
 app.command("soak", epilog="Example: esper bench soak --steps 1000000 --json")(soak.soak)
 app.command("start", epilog="Example: esper bench start --json")(start.start)

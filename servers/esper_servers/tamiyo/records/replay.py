@@ -20,6 +20,7 @@ from esper_servers.policy.graph import GraphInputs
 from esper_servers.policy.policy import CUDA, Policy, PolicyOutput
 from esper_servers.policy.prior import PriorConfig
 from esper_servers.tamiyo import choosing
+from esper_servers.tamiyo.blend_modes import annotations_of
 from esper_servers.tamiyo.choosing import UNDECIDED, Decided
 from esper_servers.tamiyo.commands import build_command
 from esper_servers.tamiyo.plans.plan_switch import TOLERANCE
@@ -155,7 +156,12 @@ def _command(
     if decided.choice is None:
         return None
     return build_command(
-        run, decided.choice, reason=decided.reason, policy_version=recorded.policy_version, verdict=verdict
+        run,
+        decided.choice,
+        reason=decided.reason,
+        policy_version=recorded.policy_version,
+        verdict=verdict,
+        blending=annotations_of(recorded.command.annotations),
     )
 
 

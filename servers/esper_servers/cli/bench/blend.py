@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import orjson
+import typer
+
+from esper_rpc.blending import BLEND_MODES, CHANNEL, CONVEX, MAP_CEILING
+from esper_servers.cli.console import JsonOption
+
+from .measure import machine, show
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+BLOCK = 10
+WARM_UP_ROUNDS = 3
+BLENDED = 0.5
+BATCH = 32
+
+RoundsOption = Annotated[int, typer.Option("--rounds", min=4, help="Blocks of ten steps in each mode.")]
+
+
+def blend(rounds: RoundsOption = 60, as_json: JsonOption = False) -> None:
+    """Measure what each way of blending costs a training step, against CONVEX."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        document = {name: _compared(Scene(name), rounds) for name in ("cnn", "transformer", "mlp")}
+    finally:
+        torch.set_num_threads(threads)
+    show("blend", {"blend": document, "steps": rounds * BLOCK, "machine": machine()}, as_json=as_json)
+
+
+class Scene:
+    """A small model in training with one seed half blended in."""
+
+    def __init__(self, name: str) -> None:
+        import torch
+
+        from esper_servers.blueprints.catalogue import load_factories
+        from esper_servers.kasmina import lifecycle
+        from esper_servers.kasmina.seed_slot import SeedSlot
+        from esper_servers.trainer import wrap_sites
+
+        torch.manual_seed(0)
+        self._model, site_id, blueprint, self._batch = _MODELS[name]()
+        site = wrap_sites(self._model, [site_id])[site_id]
+        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3)
+        self._model(self._batch)
+        self._slot = SeedSlot(seed_id="seed", site_id=site_id, site=site, depth=0)
+        self._slot.plant(load_factories()[blueprint].build({}, site.output_shape), blueprint, b"")
+        site.stage, site.alpha = lifecycle.BLENDING, BLENDED
+
+    @property
+    def seed(self) -> nn.Module:
+        """The module that grows in the model."""
+        assert self._slot.site.seed is not None
+        return self._slot.site.seed
+
+    @property
+    def failure(self) -> str:
+        """Why the seed was left out, empty while it is not."""
+        return self._slot.site.failure
+
+    def use(self, mode: str) -> None:
+        """Blend in a mode from here on; raises RuntimeError when it cannot be."""
+        channels = self._slot.site.seed_channels
+        vector = orjson.dumps([MAP_CEILING] * channels).decode()
+        problem = self._slot.blend_as({"blend_mode": mode, **({"alpha_vec": vector} if mode == CHANNEL else {})})
+        if problem:
+            raise RuntimeError(problem)
+
+    def step(self) -> None:
+        """Train one step: the model and the seed."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._model(self._batch).square().mean().backward()
+        self._optimizer.step()
+        self._slot.step_optimizer()
+
+
+def _compared(scene: Scene, rounds: int) -> dict[str, Any]:
+    """Take blocks of the modes in turns, so that a noisy moment hits all; compare within each round."""
+    blocks: dict[str, list[float]] = {mode: [] for mode in BLEND_MODES}
+    for turn in range(rounds + WARM_UP_ROUNDS):
+        for mode in _in_turn(turn):
+            scene.use(mode)
+            elapsed = _block_ms(scene.step)
+            if turn >= WARM_UP_ROUNDS:
+                blocks[mode].append(elapsed)
+    return {mode.lower(): _figures(blocks, mode) for mode in BLEND_MODES}
+
+
+def _in_turn(turn: int) -> Sequence[str]:
+    """The modes from another one on in each round, so that none always follows the same."""
+    first = turn % len(BLEND_MODES)
+    order = BLEND_MODES[first:] + BLEND_MODES[:first]
+    return order if turn // len(BLEND_MODES) % 2 == 0 else order[::-1]
+
+
+def _block_ms(step: Callable[[], object]) -> float:
+    """The median step of a block; the first one after a change of mode is not counted."""
+    times = []
+    for _ in range(BLOCK + 1):
+        begun = time.perf_counter()
+        step()
+        times.append((time.perf_counter() - begun) * 1e3)
+    return statistics.median(times[1:])
+
+
+def _figures(blocks: Mapping[str, list[float]], mode: str) -> dict[str, float]:
+    pairs = list(zip(blocks[mode], blocks[CONVEX], strict=True))
+    return {
+        "step_ms": round(statistics.median(blocks[mode]), 4),
+        "ratio_to_convex": round(statistics.median(own / convex for own, convex in pairs), 4),
+        "over_convex_ms": round(statistics.median(own - convex for own, convex in pairs), 4),
+    }
+
+
+def _cnn() -> tuple[nn.Module, str, str, torch.Tensor]:
+    import torch
+    from torch import nn
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
+        nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
+    )  # fmt: skip
+    return model, "3", "depthwise_conv", torch.randn(BATCH, 3, 32, 32)
+
+
+def _transformer() -> tuple[nn.Module, str, str, torch.Tensor]:
+    import torch
+    from torch import nn
+
+    layers = [nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True, norm_first=True) for _ in range(2)]
+    model = nn.Sequential(nn.Embedding(256, 128), *layers, nn.LayerNorm(128), nn.Linear(128, 256))
+    return model, "1", "residual_mlp", torch.randint(0, 256, (BATCH, 64))
+
+
+def _mlp() -> tuple[nn.Module, str, str, torch.Tensor]:
+    import torch
+    from torch import nn
+
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    return model, "2", "residual_mlp", torch.randn(4 * BATCH, 256)
+
+
+_MODELS: Mapping[str, Callable[[], tuple[nn.Module, str, str, torch.Tensor]]] = {
+    "cnn": _cnn,
+    "transformer": _transformer,
+    "mlp": _mlp,
+}

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from esper_client.seed_host import OutOfStep
+
+from . import lifecycle
+from .ranks import Ranks, together
+from .seed_slot import SeedSlot
+
+FAILED_ELSEWHERE = "failed on another rank"
+
+
+class Lockstep:
+    """What all ranks do at once at the start of a step, whether they have the module of a seed or not."""
+
+    def __init__(self, ranks: Ranks, seeds: Mapping[str, SeedSlot]) -> None:
+        self._ranks = ranks
+        self._seeds = seeds
+        self.layout: dict[str, list[int]] = {}
+        """The sizes of the parameters of each seed, as the first rank has them."""
+
+    def meet(self, loss: float) -> float:
+        """Agree on which seeds have failed, average their gradients, and return the mean loss.
+
+        Raises:
+            OutOfStep: When a rank is gone, or holds other seeds.
+        """
+        with together():
+            failed = [self._has_failed(slot) for slot in self._seeds.values()]
+            own = float(zlib.crc32(repr(self.layout).encode()))
+            loss_sum, layouts, *failures = self._ranks.total([loss, own, *map(float, failed)])
+            if layouts != own * self._ranks.size:
+                raise OutOfStep("The ranks hold different seeds; a checkpoint must be restored on every rank.")
+            for slot, here, anywhere in zip(self._seeds.values(), failed, failures, strict=True):
+                if anywhere and not here:
+                    slot.site.failure = FAILED_ELSEWHERE
+            self._average()
+            return loss_sum / self._ranks.size
+
+    def measure(self) -> None:
+        """Take the layout from the seeds as they are here."""
+        self.layout = {seed_id: sizes_of(slot) for seed_id, slot in self._seeds.items() if slot.site.seed is not None}
+
+    def _has_failed(self, slot: SeedSlot) -> bool:
+        is_missing = slot.seed_id in self.layout and slot.site.seed is None
+        return is_missing or (slot.stage in lifecycle.LIVE and slot.has_failed())
+
+    def _average(self) -> None:
+        if not self.layout:
+            return
+        slots = [self._seeds[seed_id] for seed_id in self.layout]
+        parts = [part for slot in slots for part in self._parts(slot)]
+        # Whatever their own precision, they are added up in at least single.
+        wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+        device = slots[0].site.device
+        mean = self._ranks.average(torch.cat([part.to(device=device, dtype=wide) for part in parts]))
+        self._spread(slots, list(torch.split(mean, [size + 1 for slot in slots for size in self.layout[slot.seed_id]])))
+
+    def _parts(self, slot: SeedSlot) -> list[Tensor]:
+        """For each parameter whether there is a gradient here, and the gradient."""
+        sizes, parameters = self.layout[slot.seed_id], parameters_of(slot)
+        device = slot.site.device
+        gradients = [parameter.grad for parameter in parameters] if parameters else [None] * len(sizes)
+        return [
+            torch.zeros(size + 1, device=device)
+            if gradient is None
+            else torch.cat([gradient.new_ones(1), gradient.reshape(-1)])
+            for size, gradient in zip(sizes, gradients, strict=True)
+        ]
+
+    def _spread(self, slots: Collection[SeedSlot], means: list[Tensor]) -> None:
+        for slot in slots:
+            taken = [means.pop(0) for _ in self.layout[slot.seed_id]]
+            for parameter, mean in zip(parameters_of(slot), taken, strict=False):
+                # Where no rank has a gradient there is none, as without ranks.
+                parameter.grad = mean[1:].to(parameter).reshape(parameter.shape) if mean[0] > 0 else None
+
+
+def parameters_of(slot: SeedSlot) -> list[nn.Parameter]:
+    """The parameters of a seed that learn, none without a seed."""
+    return [p for p in slot.site.seed.parameters() if p.requires_grad] if slot.site.seed is not None else []
+
+
+def sizes_of(slot: SeedSlot) -> list[int]:
+    """How many numbers each of them holds."""
+    return [math.prod(parameter.shape) for parameter in parameters_of(slot)]

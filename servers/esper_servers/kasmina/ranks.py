@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from esper_client.seed_host import OutOfStep
+
+FIRST = 0
+
+
+class Ranks:
+    """The processes that train one model together. Every rank makes it, and every call, in the same order.
+
+    Numbers and bytes go over a gloo group of their own, gradients on a device over the group of the user. A rank that
+    is gone raises OutOfStep as soon as torch tells it.
+    """
+
+    def __init__(self) -> None:
+        with together():
+            self._control = dist.new_group(backend="gloo", timeout=_patience_of_user())
+        self.size = dist.get_world_size()
+        self.is_first = dist.get_rank() == FIRST
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Add up the values of all ranks, each place by itself."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        with together():
+            dist.all_reduce(sums, group=self._control)
+        added: list[float] = sums.tolist()
+        return added
+
+    def share(self, content: bytes = b"") -> bytes:
+        """Return what the first rank gives; what the others give is ignored."""
+        length = torch.tensor([len(content)] if self.is_first else [0])
+        with together():
+            dist.broadcast(length, src=FIRST, group=self._control)
+            if not length.item():
+                return b""
+            raw = bytearray(content if self.is_first else int(length))
+            dist.broadcast(torch.frombuffer(raw, dtype=torch.uint8), src=FIRST, group=self._control)
+        return bytes(raw)
+
+    def average(self, flat: Tensor) -> Tensor:
+        """Return the mean of a tensor over all ranks: the same bits on each."""
+        with together():
+            dist.all_reduce(flat, group=None if flat.is_cuda else self._control)
+        return flat / self.size
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Have whatever fails in a block leave it as OutOfStep: a rank that skipped a part would hang the others."""
+    try:
+        yield
+    except OutOfStep:
+        raise
+    except Exception as error:
+        raise OutOfStep(f"The ranks of this training have come apart: {error}") from error
+
+
+def _patience_of_user() -> timedelta | None:
+    """How long the group of the user waits for a rank that hangs; torch shows it nowhere else."""
+    for device in ("cpu", "cuda"):
+        with contextlib.suppress(Exception):
+            backend = dist.group.WORLD._get_backend(torch.device(device))  # type: ignore[union-attr]
+            patience: timedelta = backend.options._timeout
+            return patience
+    return None

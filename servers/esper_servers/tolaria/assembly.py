@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+from torch.optim import Optimizer
+
+from . import participants
+from .checkpoint_store import CheckpointStore
+from .checkpoints import Checkpoints
+from .participants import SeedHostParticipant, TamiyoParticipant, TrainingParticipant
+from .rollback import Rollback, RollbackConfig
+from .schedule import CheckpointConfig
+from .snapshot_cache import SnapshotCache
+from .training_state import SESSION, TrainingState
+
+
+class Session(participants.Session, Protocol):
+    """The session of a run, as a part of its checkpoints."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters and the seeds."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        ...
+
+
+def keep_checkpoints(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    session: Session,
+    host: participants.SeedHost,
+    directory: Path,
+    config: CheckpointConfig,
+    rollback: RollbackConfig,
+) -> Checkpoints:
+    """Put together what keeps the checkpoints of a run; raises ConfigError when the directory cannot be written."""
+    state = TrainingState(model, optimizer)
+    state.register(SESSION, session)
+    cache = SnapshotCache(config.cache)
+    store = CheckpointStore(directory, config.store) if config.needs_directory else None
+    members = (TamiyoParticipant(session), SeedHostParticipant(session, host), TrainingParticipant(state))
+    return Checkpoints(
+        state, cache=cache, store=store, rollback=Rollback(members, cache=cache, store=store, config=rollback)
+    )

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import structlog
+import torch
+
+from esper_client.halt import HaltSwitch
+from esper_rpc.errors import EsperError, NotFound
+from esper_rpc.proto.leyline.v1 import CommandOutcome, TelemetryLevel
+from esper_rpc.proto.tamiyo.v1 import EvaluateEpochRequest, StepDecision
+
+from .checkpoint_keeper import CheckpointKeeper
+from .conservative_mode import ConservativeMode
+from .emergency import Emergencies
+from .emergency_levels import ELEVATED, HALT, NOTICE
+from .epoch_guard import EpochGuard, EpochReport
+from .escalation import FULL, Escalation, Trigger
+from .step_metrics import StepMetrics
+from .telemetry import SOURCE, show, tell
+
+log = structlog.get_logger(__name__)
+
+FAST_SECONDS, FULL_SECONDS = 0.5, 12.0
+STEPS_BETWEEN_EVENTS = 50
+CALM = "calm"
+
+
+class Controller(Protocol):
+    """Whom the trainer asks at the end of an epoch. A TrainingSession is one."""
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is anybody to ask."""
+        ...
+
+    def describe_epoch(self, loss: Any, metrics: Mapping[str, float] | None = None) -> EvaluateEpochRequest:
+        """Build the question."""
+        ...
+
+    def ask_epoch(self, question: EvaluateEpochRequest, *, timeout: float) -> Future[StepDecision]:
+        """Ask, and return at once."""
+        ...
+
+    def take_epoch(self, question: EvaluateEpochRequest, decision: StepDecision) -> None:
+        """Verify the answer, and have it carried out in the next step."""
+        ...
+
+
+class Session(Protocol):
+    """The session of a run, as far as the trainer needs it. A TrainingSession is one."""
+
+    halt: HaltSwitch
+    global_step: int
+    epoch: int
+    apply_ms: float
+    finalize_ms: float
+
+    def step(
+        self,
+        loss: Any,
+        *,
+        samples: int | None = None,
+        gradient_norm: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> list[CommandOutcome]:
+        """End a training step."""
+        ...
+
+    def start_epoch(self, epoch: int) -> None:
+        """Note that an epoch begins."""
+        ...
+
+
+class Trainer:
+    """Ends the steps and epochs of your loop: metrics, emergencies, the guard, and the session.
+
+    The parts are made by you, and work without it. While the run is halted, `step`, `hold` and every step of the
+    optimizer stay where they are; nothing here raises because of the mesh.
+    """
+
+    def __init__(
+        self,
+        *,
+        session: Session,
+        optimizer: torch.optim.Optimizer,
+        emergencies: Emergencies,
+        mode: ConservativeMode,
+        metrics: StepMetrics | None = None,
+        escalation: Escalation | None = None,
+        guard: EpochGuard | None = None,
+        checkpoints: CheckpointKeeper | None = None,
+        controller: Controller | None = None,
+    ) -> None:
+        """Without a `controller` nobody is asked at the end of an epoch."""
+        self.metrics = metrics or StepMetrics(optimizer=optimizer)
+        self.guard = guard or EpochGuard(mode=mode)
+        self._session = session
+        self._emergencies = emergencies
+        self._mode = mode
+        self._escalation = escalation or Escalation(emergencies.config)
+        self._checkpoints = checkpoints
+        self._controller = controller
+        self._last_loss = math.nan
+        self._epoch_failed = False
+        self._calm_epochs = 0
+        self._told_at: int | None = None
+        self._has_failed = False
+        # A step that began before the halt ends here, before it changes a parameter.
+        optimizer.register_step_pre_hook(lambda *_: self._hold())
+
+    @property
+    def is_halted(self) -> bool:
+        """Whether the run is to stand still."""
+        return self._session.halt.check()
+
+    def on_halt(self, callback: Callable[[bool, str], None]) -> Callable[[], None]:
+        """Call a function with whether the run stands still, and why, at each change; returns how to stop."""
+        return self._session.halt.listen(callback)
+
+    def hold(self, timeout: float | None = None) -> bool:
+        """Stay here while the run is halted; whether it may go on."""
+        return self._session.halt.hold(timeout)
+
+    def step(
+        self,
+        loss: Any,
+        *,
+        samples: int | None = None,
+        gradient_norm: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> list[CommandOutcome]:
+        """End a training step, after optimizer.step(): measure, ask the mesh, answer an emergency of the run itself."""
+        self.hold()
+        value = float(loss.detach() if hasattr(loss, "detach") else loss)
+        found = self._safely(lambda: self._measure(value, gradient_norm), {})
+        outcomes = self._session.step(
+            value, samples=samples, gradient_norm=gradient_norm, metrics={**found, **(metrics or {})}
+        )
+        self._safely(lambda: self._look_back(value, found), None)
+        self.hold()
+        return outcomes
+
+    def end_epoch(self, *, failed: bool = False, accuracy: float | None = None) -> EpochReport[StepDecision]:
+        """End an epoch within its budget, and begin the next one. `failed` adds to what the trainer saw itself.
+
+        The controller is asked beside the training; what it commands in time is carried out in the next step.
+        """
+        self.hold()
+        has_failed = failed or self._epoch_failed
+        report = self._close_epoch(accuracy, "failed" if has_failed else "")
+        self._epoch_failed = False
+        if accuracy is not None:
+            self._safely(lambda: show({"tolaria.training.accuracy": accuracy}), None)
+        self._safely(lambda: self._judge_epoch(has_failed, accuracy), None)
+        self._session.start_epoch(self._session.epoch + 1)
+        self.hold()
+        return report
+
+    def _close_epoch(self, accuracy: float | None, problem: str) -> EpochReport[StepDecision]:
+        controller, epoch = self._controller, self._session.epoch
+        if controller is None or not controller.is_connected:
+            return self.guard.run(epoch, assemble=lambda: None, problem=problem)
+        known = {} if accuracy is None else {"accuracy": accuracy}
+        question: list[EvaluateEpochRequest] = []
+
+        def assemble() -> EvaluateEpochRequest:
+            question.append(controller.describe_epoch(self._last_loss, known))
+            return question[0]
+
+        return self.guard.run(
+            epoch,
+            assemble=assemble,
+            ask=lambda asked: controller.ask_epoch(asked, timeout=self.guard.handshake_timeout_seconds),
+            process=lambda decision: controller.take_epoch(question[0], decision),
+            problem=problem,
+        )
+
+    def release(self, reason: str) -> None:
+        """End an emergency from here, for example when its cause is gone."""
+        self._emergencies.lower(NOTICE, reason)
+
+    def _hold(self) -> None:
+        self.hold()
+
+    def _measure(self, loss: float, gradient_norm: float | None) -> dict[str, float]:
+        return self.metrics.collect(
+            loss,
+            gradient_norm=gradient_norm,
+            apply_ms=self._session.apply_ms,
+            finalize_ms=self._session.finalize_ms,
+            enrich=not self._mode.is_active,
+            read_devices=self._emergencies.level == ELEVATED,
+        )
+
+    def _look_back(self, loss: float, found: Mapping[str, float]) -> None:
+        step, self._last_loss = self._session.global_step, loss
+        self._epoch_failed |= not math.isfinite(loss)
+        if not step % self._mode.sample_every:
+            latency = {"tolaria.training.latency_ms": found["step_latency_ms"]} if "step_latency_ms" in found else {}
+            show({"tolaria.training.loss": loss, **latency})
+        self._tell_of_a_slow_host(step)
+        self._answer(self._escalation.step(loss))
+
+    def _judge_epoch(self, failed: bool, accuracy: float | None) -> None:
+        trigger = self._escalation.epoch(failed=failed, accuracy=accuracy)
+        if trigger is None and not failed:
+            self._calm_down()
+        self._answer(trigger)
+
+    def _tell_of_a_slow_host(self, step: int) -> None:
+        spent, budget = self._session.apply_ms, self.metrics.config.kasmina_budget_ms
+        is_due = self._told_at is None or step - self._told_at >= STEPS_BETWEEN_EVENTS
+        if spent <= budget or not is_due:
+            return
+        self._told_at = step
+        tell(
+            "tolaria.kasmina_timeout", TelemetryLevel.TELEMETRY_LEVEL_WARNING, reason="apply_latency", step_index=step,
+            budget_ms=budget, spent_ms=round(spent, 3),
+        )  # fmt: skip
+
+    def _answer(self, trigger: Trigger | None) -> None:
+        """Raise the level, return to a checkpoint where that is called for, and go on from what came of it."""
+        while trigger is not None:
+            self._calm_epochs = 0
+            self._emergencies.alarm(trigger.level, trigger.reason)
+            keeper = self._checkpoints
+            trigger = self._roll_back(keeper, trigger) if trigger.rollback and keeper is not None else None
+
+    def _roll_back(self, keeper: CheckpointKeeper, trigger: Trigger) -> Trigger | None:
+        if (instead := self._escalation.may_roll_back()) is not None:
+            return instead
+        self._epoch_failed = True
+        try:
+            done = keeper.rollback("", trigger.rollback, trigger.reason)
+        except NotFound:
+            log.warning("rollback_impossible", reason=trigger.reason, problem="there is no checkpoint yet")
+            return None
+        except EsperError as error:
+            log.error("rollback_failed", reason=trigger.reason, problem=error.message)
+            return self._escalation.rollback_failed(trigger.rollback)
+        deadline = FULL_SECONDS if done.tier == FULL else FAST_SECONDS
+        return self._escalation.rolled_back(done.tier, done.seconds, deadline)
+
+    def _calm_down(self) -> None:
+        """After enough good epochs take back what this trainer raised by itself; a halt never."""
+        self._calm_epochs += 1
+        found = self._emergencies.in_force
+        is_ours = found is not None and found[0].origin == SOURCE and NOTICE < found[0].level < HALT
+        if is_ours and self._calm_epochs >= self._emergencies.config.calm_epochs:
+            self._emergencies.lower(NOTICE, CALM)
+
+    def _safely(self, work: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return work()
+        except Exception as error:  # The trainer's loop never sees a mesh exception.
+            if not self._has_failed:
+                log.error("trainer_step_failed", exc_info=error)
+            self._has_failed = True
+            return otherwise

@@ -1,0 +1,359 @@
+"""One rank of a distributed training; what it ends with goes into DIRECTORY/rank-N.pt.
+
+python rank.py SCENARIO DIRECTORY RANK
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import uuid
+from datetime import timedelta
+from pathlib import Path
+
+import esper_client  # Before torch: it sets how OpenMP's threads wait.
+
+import torch  # isort: skip
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, SeedOperation
+from esper_rpc.proto.urza.v1 import Blueprint
+from esper_rpc.testing import fake_mesh
+from esper_servers.blueprints.catalogue import load_factories
+from esper_servers.kasmina.kernel_library import Kernel
+
+SIZE = 2
+PATIENCE_SECONDS = 60.0
+LIFE = {
+    2: "GERMINATE", 4: "START_TRAINING", 8: "START_GRAFTING", 12: "PAUSE", 14: "OPTIMIZER", 40: "STABILIZE",
+    42: "EVALUATE", 44: "FOSSILIZE",
+}  # fmt: skip
+
+
+class Training:
+    """A classifier under DistributedDataParallel; every rank draws images of its own."""
+
+    def __init__(self, rank, address, **options):
+        torch.manual_seed(0)
+        self.rank = rank
+        self.model = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(),
+            nn.Linear(8, 3),
+        )  # fmt: skip
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        self.session = esper_client.attach(
+            self.model, self.optimizer, mesh=address, run_id="ranks", sites=["0", "3"], **options
+        )
+        self.wrapped = DistributedDataParallel(self.model)
+        self.generator = torch.Generator().manual_seed(100 + rank)
+        self.outcomes = []
+        self.steps_done = 0
+
+    def step(self):
+        x = torch.randn(8, 1, 4, 4, generator=self.generator)
+        loss = nn.functional.cross_entropy(self.wrapped(x), (x.sum((1, 2, 3)).sign() + 1).long())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.outcomes += self.session.step(loss)
+        self.steps_done += 1
+
+    def save(self, directory, **more):
+        torch.save(
+            {
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "session": self.session.state_dict(), "generator": self.generator.get_state(),
+                "results": [o.result for o in self.outcomes], "reasons": [o.reason for o in self.outcomes], **more,
+            },
+            directory / f"rank-{self.rank}.pt",
+        )  # fmt: skip
+
+    def load(self, saved):
+        self.model.load_state_dict(saved["model"])
+        self.session.load_state_dict(saved["session"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.generator.set_state(saved["generator"])
+
+
+class Orders:
+    """Commands at fixed steps, given to the first rank as an operator gives them; no clock decides anything."""
+
+    def __init__(self, training, mesh, orders, seed=0):
+        self.training, self.mesh, self.orders = training, mesh, orders
+        self.seed_id = list(training.session.host.seeds)[seed]
+        self.sequence = 10_000
+        if mesh is not None:
+            for factory in load_factories().values():
+                kernel = Kernel(Blueprint(descriptor=factory.descriptor(), manifest=factory.manifest()))
+                training.session.host._surgeon._library.add(kernel)
+
+    def run(self, steps, blueprint="residual_mlp"):
+        for _ in range(steps):
+            name = self.orders.get(self.training.steps_done)
+            if name and self.mesh is not None:
+                self.give(name, blueprint)
+            self.training.step()
+
+    def give(self, name, blueprint):
+        command = AdaptationCommand(version=1, command_id=str(uuid.UUID(int=self.sequence)))
+        if name == "OPTIMIZER":
+            command.command_type = CommandType.COMMAND_TYPE_OPTIMIZER
+            command.optimizer_adjustment.hyperparameters["learning_rate_multiplier"] = 0.7
+        elif name == "PAUSE":
+            command.command_type = CommandType.COMMAND_TYPE_PAUSE
+            command.execution_deadline_ms = 1
+        else:
+            command.command_type, command.target_seed_id = CommandType.COMMAND_TYPE_SEED, self.seed_id
+            command.seed_operation.operation = SeedOperation.Value(f"SEED_OPERATION_{name}")
+            command.seed_operation.blueprint_id = blueprint if name == "GERMINATE" else ""
+        host, tamiyo = self.training.session.host, self.mesh.tamiyo
+        self.sequence += 1
+        queued = host.submit(
+            tamiyo.sign(command, host.verifier.audience, self.sequence, host.receiver_epoch, b"", "ranks")
+        )
+        assert queued.result == CommandOutcome.RESULT_QUEUED, queued
+
+
+@contextlib.contextmanager
+def mesh_of(rank, directory):
+    """A mesh that says nothing, for the first rank: the others have none, nor an identity."""
+    if rank:
+        yield None, None
+        return
+    with fake_mesh(directory / "fake") as fake:
+        yield fake, esper_client.find_mesh(fake.environ)
+
+
+def stages(training):
+    return [slot.stage for slot in training.session.host.seeds.values()]
+
+
+def life(rank, directory, seed=1):
+    """A seed is born, trains, blends and is kept."""
+    with mesh_of(rank, directory) as (fake, address):
+        training = Training(rank, address)
+        Orders(training, fake, LIFE, seed).run(60)
+        plain = training.session.export()
+        training.save(directory, stages=stages(training), exported=plain(torch.ones(2, 1, 4, 4)))
+        training.session.close()
+
+
+def convolution(rank, directory):
+    """The same for a seed at a convolution, whose host is the first layer."""
+    life(rank, directory, seed=0)
+
+
+def operator(rank, directory):
+    """Somebody moves an alpha by hand, and somebody ends a step, by the first rank's KasminaService."""
+    with mesh_of(rank, directory) as (fake, address):
+        training = Training(rank, address)
+        Orders(training, fake, LIFE, 1).run(20)
+        host, said = training.session.host, ""
+        if rank == 0:
+            moved = host.at_safe_point(lambda: host.advance_alpha("seed-3"))
+            ended = host.at_safe_point(host.apply_pending)
+        training.step()
+        if rank == 0:
+            assert moved.result() > 0
+            error = ended.exception()
+            said = f"{type(error).__name__}: {error}"
+        training.save(directory, said=said)
+        training.session.close()
+
+
+def unbroken(rank, directory):
+    with mesh_of(rank, directory) as (fake, address):
+        training = Training(rank, address)
+        orders = Orders(training, fake, LIFE, 1)
+        orders.run(20)
+        (directory / "middle").mkdir(exist_ok=True)
+        training.save(directory / "middle")
+        orders.orders = {}
+        orders.run(10)
+        training.save(directory)
+        training.session.close()
+
+
+def resumed(rank, directory):
+    """Goes on from where `unbroken` was after 20 steps."""
+    with mesh_of(rank, directory) as (_, address):
+        training = Training(rank, address)
+        training.load(torch.load(directory.parent / "unbroken" / "middle" / f"rank-{rank}.pt", weights_only=False))
+        for _ in range(10):
+            training.step()
+        training.save(directory)
+        training.session.close()
+
+
+def restored_on_one(rank, directory):
+    """A checkpoint that only the first rank restores."""
+    with mesh_of(rank, directory) as (_, address):
+        training = Training(rank, address)
+        if rank == 0:
+            training.load(torch.load(directory.parent / "unbroken" / "middle" / "rank-0.pt", weights_only=False))
+        said = ""
+        try:
+            training.step()
+        except RuntimeError as error:
+            said = f"{type(error).__name__}: {error}"
+        torch.save({"said": said}, directory / f"rank-{rank}.pt")
+
+
+def fails_on_second(rank, directory):
+    """A seed that raises on one rank only."""
+    with mesh_of(rank, directory) as (fake, address):
+        training = Training(rank, address)
+        orders = Orders(training, fake, LIFE, 1)
+        orders.run(20)
+        slot = training.session.host.seeds["seed-3"]
+        before = slot.stage
+        if rank == 1:
+            slot.site.seed.forward = lambda _h: 1 / 0
+        orders.orders = {}
+        orders.run(2)
+        training.save(directory, before=before, stages=stages(training))
+        training.session.close()
+
+
+def not_installed_on_second(rank, directory):
+    """A blueprint that only the first rank has."""
+    if rank == 1:
+        from esper_servers import trainer
+
+        trainer.load_factories = dict
+    with mesh_of(rank, directory) as (fake, address):
+        training = Training(rank, address)
+        orders = Orders(training, fake, {2: "GERMINATE", 5: "GERMINATE"}, 1)
+        orders.run(3)
+        planted = stages(training)
+        orders.run(4)
+        training.save(directory, planted=planted, stages=stages(training))
+        training.session.close()
+
+
+def broken_on_first(rank, directory):
+    """Whatever fails on the first rank, the others do not wait for it."""
+    with mesh_of(rank, directory) as (fake, address):
+        training = Training(rank, address)
+        Orders(training, fake, LIFE, 1).run(10)
+        session, host = training.session, training.session.host
+
+        def breaks(*_, **__):
+            raise LookupError("a fault of ours")
+
+        for owner, name in [("session", "_packet"), ("session", "_receive"), ("_safe_point", "reach"),
+                            ("host", "_learning_rate"), ("_surgeon", "finalize")]:  # fmt: skip
+            if rank == 0:
+                place = {"session": session, "host": host}.get(owner) or getattr(host, owner)
+                whole = getattr(place, name)
+                setattr(place, name, breaks)
+                training.step()
+                setattr(place, name, whole)
+            else:
+                training.step()
+        training.session.step("no loss at all")
+        for _ in range(5):
+            training.step()
+        training.save(directory, failures=training.session.reasons["internal_error"])
+        training.session.close()
+
+
+def dies(rank, directory):
+    """The second rank is killed amid the training; the first must end, by torch's error or ours."""
+    with mesh_of(rank, directory) as (_, address):
+        training = Training(rank, address)
+        said = ""
+        try:
+            for _ in range(1000):
+                training.step()
+                if rank == 1 and training.steps_done == 5:
+                    os._exit(9)
+        except RuntimeError as error:
+            said = str(error)
+        torch.save({"said": said, "steps": training.steps_done}, directory / f"rank-{rank}.pt")
+
+
+def dies_in_step(rank, directory):
+    """The second rank is killed where the first waits for it in the step of the mesh."""
+    with mesh_of(rank, directory) as (_, address):
+        training = Training(rank, address)
+        training.step()
+        said = ""
+        try:
+            if rank == 1:
+                training.session.host.step = lambda *_: os._exit(9)
+            training.step()
+        except RuntimeError as error:
+            said = f"{type(error).__name__}: {error}"
+        torch.save({"said": said}, directory / f"rank-{rank}.pt")
+
+
+def without_mesh(rank, directory):
+    os.environ["ESPER_HOME"] = str(directory)
+    training = Training(rank, None)
+    training.step()
+    torch.save({"kind": type(training.session).__name__}, directory / f"rank-{rank}.pt")
+
+
+def bad_address(rank, directory):
+    """The first rank cannot attach: all are told."""
+    os.environ["ESPER_HOME"] = str(directory)
+    if rank == 0:
+        (directory / "mesh.toml").write_text("[mesh]\ntamiyo = '127.0.0.1:1'\n")
+    said = ""
+    try:
+        Training(rank, None)
+    except Exception as error:  # noqa: BLE001  # What it is goes into the file.
+        said = f"{type(error).__name__}: {error}"
+    torch.save({"said": said}, directory / f"rank-{rank}.pt")
+
+
+def alone(rank, directory):
+    """Each rank has a run of its own when it is told so."""
+    with fake_mesh(directory / f"fake-{rank}") as fake:
+        training = Training(rank, esper_client.find_mesh(fake.environ), distributed=False)
+        training.step()
+        torch.save({"kind": type(training.session).__name__}, directory / f"rank-{rank}.pt")
+        training.session.close()
+
+
+def real(rank, directory):
+    """A mesh of processes decides, until a seed learns; then its controller is stopped, and all go on."""
+    address = esper_client.find_mesh({"ESPER_HOME": os.environ["MESH_HOME"]}) if rank == 0 else None
+    training = Training(rank, address, step_budget_ms=50)
+    deadline, wanted = time.monotonic() + PATIENCE_SECONDS, torch.zeros(1)
+    while not wanted.item():
+        training.step()
+        grown = any(slot.updates > 3 for slot in training.session.host.seeds.values())
+        wanted = torch.tensor([float(grown or time.monotonic() > deadline)])
+        dist.broadcast(wanted, src=0)
+    (directory / f"grown-{rank}").touch()
+    while not (directory / "stopped").exists():
+        time.sleep(0.01)
+    before = training.steps_done
+    for _ in range(30):
+        training.step()
+    training.save(
+        directory, stages=stages(training), steps=training.steps_done - before,
+        connections=len([t for t in __import__("threading").enumerate() if t.name.startswith("esper")]),
+        address=training.session.kasmina_address,
+    )  # fmt: skip
+    training.session.close()
+
+
+def main(scenario, directory, rank):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=SIZE, timeout=timedelta(seconds=60)
+    )
+    globals()[scenario](rank, directory)
+    with contextlib.suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

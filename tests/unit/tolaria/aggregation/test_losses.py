@@ -67,9 +67,14 @@ def test_a_seed_that_pulls_against_the_model_is_projected(scene):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_one_gradient_for_two_parameters_is_not_changed_twice():
+@pytest.mark.parametrize(
+    "loss_of",
+    [lambda both: both.sum() * 100, lambda both: (both * torch.full((3,), 100.0)).sum()],
+    ids=["one number", "one tensor"],
+)
+def test_one_gradient_for_two_parameters_is_not_changed_twice(loss_of):
     first, second = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
-    backward(GradientAggregator(), (first + second).sum() * 100, {}, [first, second], host_samples=1)
+    backward(GradientAggregator(), loss_of(first + second), {}, [first, second], host_samples=1)
     assert first.grad.data_ptr() != second.grad.data_ptr()
     assert float(torch.cat([first.grad, second.grad]).norm()) == pytest.approx(10.0, rel=1e-5)
 

@@ -116,6 +116,9 @@ class Orders:
             tamiyo.sign(command, host.verifier.audience, self.sequence, host.receiver_epoch, b"", "ranks")
         )
         assert queued.result == CommandOutcome.RESULT_QUEUED, queued
+        # Its module is built beside the training; so that no clock says in which step it is planted.
+        while name == "GERMINATE" and host._surgeon._nursery.prepared(host.seeds[self.seed_id], command) is None:
+            time.sleep(0.001)
 
 
 @contextlib.contextmanager

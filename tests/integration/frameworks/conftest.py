@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 import uuid
 
 import pytest
@@ -47,6 +48,10 @@ class Orders:
         host.submit(
             self.mesh.tamiyo.sign(command, host.verifier.audience, sequence, host.receiver_epoch, b"", session.run_id)
         )
+        # Its module is built beside the training; so that no clock says in which step it is planted.
+        slot = next(iter(host.seeds.values()))
+        while operation == "GERMINATE" and host._surgeon._nursery.prepared(slot, command) is None:
+            time.sleep(0.001)
 
 
 @pytest.fixture

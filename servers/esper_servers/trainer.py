@@ -58,6 +58,7 @@ from esper_servers.tolaria.epoch_guard import EpochGuard, EpochGuardConfig
 from esper_servers.tolaria.escalation import EmergencyConfig
 from esper_servers.tolaria.metrics_feed import MetricsFeed
 from esper_servers.tolaria.rollback import RollbackConfig
+from esper_servers.tolaria.run_checkpoints import RunCheckpoints
 from esper_servers.tolaria.schedule import CheckpointConfig, CheckpointSchedule
 from esper_servers.tolaria.service import TolariaServicer
 from esper_servers.tolaria.shared_signal import SharedSignal, place_for
@@ -195,11 +196,12 @@ def _attach(
     session = TrainingSession(
         host=host, identity=member.identity, tamiyo_address=found.tamiyo, run_id=run_id, config=config, thread=thread
     )
+    keeper = None
     if ranks is None:
-        _keep_checkpoints(model, optimizer, session, host, member, limits)
+        keeper = _keep_checkpoints(model, optimizer, session, host, member, limits)
     else:  # Another rank would not go back with this one.
         _keep_groups_apart(optimizer)
-    session.tolaria = tolaria = _make_tolaria(session, host, member, settings)
+    session.tolaria = tolaria = _make_tolaria(session, host, member, settings, keeper)
     kasmina = thread.run(
         _serve_kasmina(host, member, kasmina_address, session.run_id, session.move, tolaria=tolaria.servicer),
         timeout=10,
@@ -422,8 +424,8 @@ def _keep_checkpoints(
     host: InProcessSeedHost,
     member: Membership,
     limits: LocalLimits,
-) -> None:
-    """Make checkpoints as the settings say, and where there are any, let the mesh ask for a rollback."""
+) -> CheckpointKeeper | None:
+    """Make checkpoints as the settings say, and where there are any, let the mesh and operators ask for a rollback."""
     config = member.checkpoint_config()
     session.checkpoints = keep_checkpoints(
         model, optimizer, session=session, host=host, config=config, rollback=member.rollback_config(),
@@ -432,8 +434,9 @@ def _keep_checkpoints(
     session.close_with(partial(asyncio.to_thread, session.checkpoints.close))
     schedule = CheckpointSchedule(session.checkpoints, session, config, rollbacks_per_epoch=limits.rollbacks_per_epoch)
     session.after_step = schedule.end_step
+    keeper = RunCheckpoints(session.checkpoints, session) if config.is_enabled or config.needs_directory else None
     if not config.is_enabled:
-        return
+        return keeper
 
     def carry_out(command: AdaptationCommand) -> Verdict | None:
         answer = schedule.carry_out(command)
@@ -441,6 +444,7 @@ def _keep_checkpoints(
 
     host.route(CommandType.COMMAND_TYPE_ROLLBACK, carry_out)
     session.features = (*session.features, "rollback")
+    return keeper
 
 
 def choose_sites(model: nn.Module) -> list[str]:
@@ -493,6 +497,7 @@ class Tolaria:
     mode: ConservativeMode
     guard: EpochGuard
     config: TolariaConfig
+    checkpoints: CheckpointKeeper | None
 
 
 def orchestrate(
@@ -504,12 +509,13 @@ def orchestrate(
     """Have Tolaria end the steps and epochs of a loop with an attached session; without a mesh the session itself.
 
     The loop then calls `step` and `end_epoch` of what is returned instead of `step` and `start_epoch` of the session.
-    `checkpoints` is what CreateCheckpoint, Rollback and emergencies use. Settings come from [tolaria], [emergency] and
-    [epoch_guard].
+    `checkpoints` is what CreateCheckpoint, Rollback and emergencies use instead of those of the session. Settings come
+    from [tolaria], [emergency] and [epoch_guard].
     """
     if isinstance(session, DetachedSession):
         return session
     parts: Tolaria = session.tolaria
+    checkpoints = checkpoints or parts.checkpoints
     if checkpoints is not None:
         parts.servicer.keep(checkpoints)
     return Trainer(
@@ -525,7 +531,11 @@ def orchestrate(
 
 
 def _make_tolaria(
-    session: TrainingSession, host: InProcessSeedHost, member: Membership, settings: TolariaSettings
+    session: TrainingSession,
+    host: InProcessSeedHost,
+    member: Membership,
+    settings: TolariaSettings,
+    keeper: CheckpointKeeper | None,
 ) -> Tolaria:
     """Let a session be halted, watched, and told of emergencies."""
     mode, feed = ConservativeMode(lambda: session.global_step), MetricsFeed()
@@ -549,7 +559,9 @@ def _make_tolaria(
     servicer = TolariaServicer(
         session, emergencies, at_safe_point=host.at_safe_point, mode=mode, feed=feed, guard=guard
     )
-    return Tolaria(servicer, emergencies, mode, guard, settings.metrics)
+    if keeper is not None:
+        servicer.keep(keeper)
+    return Tolaria(servicer, emergencies, mode, guard, settings.metrics, keeper)
 
 
 def _share(run_id: str, member: Membership) -> tuple[SharedSignal | None, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import errno
 import importlib.util
 import json
@@ -428,3 +429,41 @@ def test_a_controller_that_is_slow_at_the_end_of_an_epoch_is_not_waited_for(deci
     assert trainer.end_epoch().handshake == "late"
     tamiyo.before_answer = None
     assert session.epoch == 1
+
+
+@pytest.fixture
+def checkpointed(tmp_path):
+    made = Attached(tmp_path, ESPER_CHECKPOINTS_SAVE_EVERY_STEPS="1000000")
+    yield made
+    made.session.close()
+
+
+def weights_of(loop):
+    return [each.detach().clone() for each in loop.model.parameters()]
+
+
+def beside(loop, *arguments):
+    """Run a command while the loop goes on; returns what came of it, and the weights after each step."""
+    done = concurrent.futures.ThreadPoolExecutor(1).submit(loop.esper, *arguments)
+    weights = []
+    while not done.done():
+        loop.step()
+        weights.append(weights_of(loop))
+    return *done.result(), weights
+
+
+def test_an_operator_writes_a_checkpoint_of_a_session_and_has_it_returned_to(checkpointed):
+    code, output, before = beside(checkpointed, "checkpoint", checkpointed.address, "--json")
+    assert code == 0, output
+    made = json.loads(output)
+    made, taken_at = made.get("checkpoint", made), checkpointed.session.global_step
+    checkpointed.step()
+    before.append(weights_of(checkpointed))
+    code, output, after = beside(checkpointed, "rollback", checkpointed.address, "--json")
+    assert code == 0, output
+    restored = before[int(made["global_step"]) - 1]
+    assert int(made["size_bytes"]) > 0
+    assert int(made["global_step"]) <= taken_at
+    assert any(all(torch.equal(a, b) for a, b in zip(step, restored, strict=True)) for step in after)
+    status = json.loads(checkpointed.esper("status", checkpointed.address, "--json")[1])
+    assert [each["name"] for each in status["checkpoints"]] == [made["name"]]

@@ -98,6 +98,14 @@ class CheckpointStore:
         """Every checkpoint that was not abandoned, newest first."""
         return [path.name for path in reversed(self._all()) if not path.name.endswith(ABANDONED)]
 
+    def manifests(self) -> list[Manifest]:
+        """Return what each of them says of itself, oldest first; those that say nothing readable are left out."""
+        found = []
+        for name in reversed(self.names()):
+            with contextlib.suppress(ValueError):
+                found.append(manifests.read(self.directory / name))
+        return found
+
     def save(self, state: Mapping[str, Any], *, epoch: int, step: int) -> Manifest:
         """Write a checkpoint of what `state` holds by name, then remove those beyond `keep`.
 

@@ -60,6 +60,15 @@ class Checkpoints:
         """Whether a checkpoint is on its way to the disk."""
         return self._writing is not None and not self._writing.done()
 
+    @property
+    def has_disk(self) -> bool:
+        """Whether there is a directory for them."""
+        return self._store is not None
+
+    def on_disk(self) -> list[Manifest]:
+        """Return what those on the disk say of themselves, oldest first; from any thread."""
+        return self._store.manifests() if self._store is not None else []
+
     def snapshot(self, *, epoch: int, step: int) -> Snapshot | None:
         """Keep a checkpoint in memory; None when a weight is no number, or it is larger than the memory for them."""
         state = self._capture(step)

@@ -230,9 +230,9 @@ def fails_on_second(rank, directory):
 def not_installed_on_second(rank, directory):
     """A blueprint that only the first rank has."""
     if rank == 1:
-        from esper_servers import trainer
+        from esper_servers.trainer import attaching
 
-        trainer.load_factories = dict
+        attaching.load_factories = dict
     with mesh_of(rank, directory) as (fake, address):
         training = Training(rank, address)
         orders = Orders(training, fake, {2: "GERMINATE", 5: "GERMINATE"}, 1)

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import structlog
+import torch
+
+from esper_client.discovery import home_directory
+from esper_client.session import TrainingSession
+from esper_servers.kasmina.host import InProcessSeedHost
+from esper_servers.tolaria.checkpoint_keeper import CheckpointKeeper
+from esper_servers.tolaria.conservative_mode import ConservativeMode
+from esper_servers.tolaria.emergency import SWITCHED_OFF, Emergencies
+from esper_servers.tolaria.epoch_guard import EpochGuard
+from esper_servers.tolaria.metrics_feed import MetricsFeed
+from esper_servers.tolaria.service import TolariaServicer
+from esper_servers.tolaria.shared_signal import SharedSignal, place_for
+from esper_servers.tolaria.step_metrics import StepMetrics, TolariaConfig
+from esper_servers.tolaria.trainer import Trainer
+
+from .detached import DetachedSession
+from .membership import Membership, TolariaSettings
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Tolaria:
+    """What runs beside a session for its emergencies and epochs."""
+
+    servicer: TolariaServicer
+    emergencies: Emergencies
+    mode: ConservativeMode
+    guard: EpochGuard
+    config: TolariaConfig
+    checkpoints: CheckpointKeeper | None
+
+
+def orchestrate(
+    session: TrainingSession | DetachedSession,
+    optimizer: torch.optim.Optimizer,
+    *,
+    checkpoints: CheckpointKeeper | None = None,
+) -> Trainer | DetachedSession:
+    """Have Tolaria end the steps and epochs of a loop with an attached session; without a mesh the session itself.
+
+    The loop then calls `step` and `end_epoch` of what is returned instead of `step` and `start_epoch` of the session.
+    `checkpoints` is what CreateCheckpoint, Rollback and emergencies use instead of those of the session. Settings come
+    from [tolaria], [emergency] and [epoch_guard].
+    """
+    if isinstance(session, DetachedSession):
+        return session
+    parts: Tolaria = session.tolaria
+    checkpoints = checkpoints or parts.checkpoints
+    if checkpoints is not None:
+        parts.servicer.keep(checkpoints)
+    return Trainer(
+        session=session,
+        optimizer=optimizer,
+        emergencies=parts.emergencies,
+        mode=parts.mode,
+        metrics=StepMetrics(optimizer=optimizer, config=parts.config),
+        guard=parts.guard,
+        checkpoints=checkpoints,
+        controller=session,
+    )
+
+
+def make_tolaria(
+    session: TrainingSession,
+    host: InProcessSeedHost,
+    member: Membership,
+    settings: TolariaSettings,
+    keeper: CheckpointKeeper | None,
+) -> Tolaria:
+    """Let a session be halted, watched, and told of emergencies."""
+    mode, feed = ConservativeMode(lambda: session.global_step), MetricsFeed()
+    shared, problem = _share(session.run_id, member) if settings.emergency.share else (None, SWITCHED_OFF)
+    emergencies = Emergencies(
+        run_id=session.run_id,
+        keyring=member.keyring,
+        audience=str(member.identity.spiffe_id),
+        halt=session.halt,
+        mode=mode,
+        config=settings.emergency,
+        shared=shared,
+        problem=problem,
+        now_ns=host.verifier.now_ns,
+        step_of=lambda: session.global_step,
+    )
+    emergencies.begin()
+    session.listen(feed.publish)
+    session.halt.meanwhile(host.reach_safe_point)
+    guard = EpochGuard(mode=mode, config=settings.epoch_guard)
+    servicer = TolariaServicer(
+        session, emergencies, at_safe_point=host.at_safe_point, mode=mode, feed=feed, guard=guard
+    )
+    if keeper is not None:
+        servicer.keep(keeper)
+    return Tolaria(servicer, emergencies, mode, guard, settings.metrics, keeper)
+
+
+def _share(run_id: str, member: Membership) -> tuple[SharedSignal | None, str]:
+    """Open the memory that processes of this run share on the host, or say why there is none."""
+    try:
+        place = place_for(run_id, home=home_directory(member.environ))
+        return SharedSignal(place, run_id=run_id, keyring=member.keyring), ""
+    except OSError as error:
+        log.warning("shared_signal_unavailable", problem=str(error))
+        return None, str(error)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from esper_rpc.errors import ConfigError
+from esper_servers.kasmina.site import Site
+
+WRAPPABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
+OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def choose_sites(model: nn.Module) -> list[str]:
+    """Name every layer that can be a site, except the last one."""
+    return _layers(model)[:-1]
+
+
+def _layers(model: nn.Module) -> list[str]:
+    # These read the weights of their children past any forward, so that a site inside would do nothing.
+    opaque = [name for name, module in model.named_modules() if isinstance(module, OPAQUE)]
+    names = [name for name, module in model.named_modules() if name and isinstance(module, WRAPPABLE)]
+    return [name for name in names if not name.startswith(tuple(f"{each}." for each in opaque))]
+
+
+def wrap_sites(model: nn.Module, names: Sequence[str]) -> dict[str, Site]:
+    """Replace submodules by sites; raises ConfigError when the model is wrapped already or a name is unknown."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.jit.ScriptModule)
+    is_compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    if is_compiled or isinstance(model, wrappers):
+        raise ConfigError("Attach before torch.compile and before DistributedDataParallel: sites go inside.")
+    known = dict(model.named_modules())
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"The model has no submodule {unknown[0]!r}.")
+    if any(isinstance(module, Site) for module in known.values()):
+        raise ConfigError("This model has been attached already.")
+    sites, head = {}, _layers(model)[-1:]
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        sites[name] = Site(known[name], is_head=name in head)
+        setattr(known[parent], leaf, sites[name])
+    return sites

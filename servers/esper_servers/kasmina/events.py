@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
 
 from esper_rpc.proto.kasmina.v1 import SeedEvent
-from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage, TelemetryEvent, TelemetryLevel
-from esper_rpc.telemetry.events import PRIORITY_OF, Detail, name_of
+from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage
 
 from . import lifecycle
 from .progress import Progress
@@ -20,7 +18,7 @@ Listener = Callable[[SeedEvent | None], None]
 
 
 class SeedEvents:
-    """Tells listeners what happens to seeds, and remembers the last outcomes and what the next packets must tell."""
+    """Tells listeners what happens to seeds, and remembers the last outcomes."""
 
     def __init__(self, seeds: Mapping[str, SeedSlot], progress: Progress) -> None:
         self._seeds = seeds
@@ -28,33 +26,11 @@ class SeedEvents:
         self._listeners: list[Listener] = []
         self.outcomes: deque[CommandOutcome] = deque(maxlen=REMEMBERED_OUTCOMES)
         self.rejections = Rejections()
-        self._of_step: list[TelemetryEvent] = []
 
     def listen(self, listener: Listener) -> Callable[[], None]:
         """Call a function at every event, from whatever thread it happens in; returns how to stop."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener) if listener in self._listeners else None
-
-    def tell(
-        self, name: str, level: TelemetryLevel.ValueType, *, reason: str, seed_id: str = "", **details: Detail
-    ) -> None:
-        """Have an event in the packets of the step."""
-        indicators = {"reason": reason, "priority": name_of(PRIORITY_OF[level]), "seed_id": seed_id, **details}
-        self._of_step.append(
-            TelemetryEvent(
-                event_id=str(uuid.uuid4()),
-                description=name,
-                level=level,
-                attributes={key: str(value) for key, value in indicators.items() if value or key != "seed_id"},
-            )
-        )
-
-    def take(self, step_index: int) -> list[TelemetryEvent]:
-        """Return what happened since the last call, for the packets of a step."""
-        events, self._of_step = self._of_step, []
-        for event in events:
-            event.attributes["step_index"] = str(step_index)
-        return [*events, *self.rejections.take(step_index)]
 
     def moved(
         self,

@@ -229,7 +229,7 @@ class InProcessSeedHost:
                 self._surgeon.finalize(slot)
             self._pauses.tick()
             has_looked = self._governor.look()
-            events = [*self._events.take(step_index), *self._notices.take(step_index)]
+            events = [*self._events.rejections.take(step_index), *self._notices.take(step_index)]
             packets = step_packets.flush(self.seeds.values(), step_index, events)
             if has_looked:
                 packets[-1].metrics.extend([*self._nursery.metrics(), *self._governor.metrics()])

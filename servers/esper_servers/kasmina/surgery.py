@@ -8,7 +8,6 @@ from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY, describe
 
 from . import gates, lifecycle, verdict
 from .alpha import schedule_of
-from .blend_report import report_blend
 from .events import SeedEvents
 from .germination import Nursery
 from .inbox import Queued
@@ -16,7 +15,7 @@ from .learning_rate import LearningRateAuthority
 from .limits import LocalLimits
 from .live_seeds import LiveSeeds
 from .memory import MemoryGovernor
-from .notices import WARNING, Tell
+from .notices import INFO, WARNING, Tell
 from .ownership import PARAMETER_VIOLATION, Ownership
 from .pausing import UNKNOWN_SEED, Pauses
 from .prewarm import Prepared
@@ -30,6 +29,7 @@ ILLEGAL_TRANSITION = "illegal_transition"
 KERNEL_LATE = "kernel_late"
 MEMORY_BOUNDS = "memory_bounds"
 COMMANDED = "commanded"
+INVALID_BLEND_CONFIG = "invalid_blend_config"
 _MULTIPLIER = "learning_rate_multiplier"
 
 Route = Callable[[AdaptationCommand], Verdict | None]
@@ -158,11 +158,21 @@ class Surgeon:
         self._move(slot, target, COMMANDED, command.command_id)
         if target == lifecycle.BLENDING:
             slot.schedule, slot.loss_at_graft = schedule_of(command), self._progress.loss_or_none()
-            report_blend(self._events, slot, slot.blend_as(command.annotations))
+            self._blend_as_commanded(slot, command)
         if target == lifecycle.FOSSILIZED and slot.site.seed is not None:
             slot.optimizer = None
             slot.adopted_as = 1 + max(each.adopted_as for each in self._seeds.values())
             self._learning_rate.adopt(slot.site.seed)
+
+    def _blend_as_commanded(self, slot: SeedSlot, command: AdaptationCommand) -> None:
+        problem, blend = slot.blend_as(command.annotations), slot.blend
+        details: dict[str, str | float] = {
+            "mode": blend.mode, "source": blend.source, "alpha_vec_len": len(blend.alpha_vec)
+        }  # fmt: skip
+        if problem:
+            reason = INVALID_BLEND_CONFIG
+            self._tell("fallback_applied", WARNING, reason=reason, seed_id=slot.seed_id, problem=problem, **details)
+        self._tell("blend_config", INFO, reason=COMMANDED, seed_id=slot.seed_id, **details)
 
     def _cull(self, slot: SeedSlot, reason: str, command_id: str = "") -> None:
         before = slot.stage

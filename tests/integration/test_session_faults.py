@@ -186,7 +186,7 @@ def test_a_command_that_came_late_is_told_as_late_until_a_step_that_told_it_was_
     fake.before_answer = None
     gate._loop.call_soon_threadsafe(gate.set)  # The event belongs to the server's loop.
     step_until(session, lambda: any(o.result == CommandOutcome.RESULT_LATE for o in session.outcomes))
-    step_until(session, lambda: not session._unacknowledged)
+    step_until(session, lambda: not session._questions.untold)
     session.step(0.5)
 
     late = [o for o in session.outcomes if o.result == CommandOutcome.RESULT_LATE]
@@ -329,17 +329,17 @@ def test_a_fault_in_the_session_never_reaches_the_loop(session):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("part", ["_packet", "_receive", "_submit"])
-def test_a_host_ends_its_step_whatever_fails_before_it(session, fake, part):
+@pytest.mark.parametrize(("part", "work"), [("_questions", "packet"), ("_answers", "receive"), ("_answers", "submit")])
+def test_a_host_ends_its_step_whatever_fails_before_it(session, fake, part, work):
     ended = []
     session.host.finalize_step = lambda index: ended.append(index) or []
     fake.decide = pause
     step_until(session, lambda: session.reasons["command"] > 0)
 
-    def breaks(*_):
+    def breaks(*_, **__):
         raise LookupError("a fault of ours")
 
-    setattr(session, part, breaks)
+    setattr(getattr(session, part), work, breaks)
     step_until(session, lambda: session.reasons["internal_error"] > 0)
     assert ended == list(range(1, session.global_step + 1))
 

@@ -54,7 +54,7 @@ def test_an_answer_that_came_while_the_loop_worked_is_carried_out_though_the_bud
     mesh.tamiyo.decide = pause
     misses = session.guard.misses
     session.begin_step(0.5)
-    wait_until(lambda: not session.guard.awaits(session._sequence))
+    wait_until(lambda: not session.guard.awaits(session._questions.sequence))
     [queued, applied] = session.finish_step()
     assert (queued.result, applied.result) == (CommandOutcome.RESULT_QUEUED, CommandOutcome.RESULT_APPLIED)
     assert session.guard.misses == misses

@@ -1,87 +1,57 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import structlog
 from opentelemetry import trace
 
-from esper_rpc.breaker import BreakerConfig
-from esper_rpc.config import Range, validate
+from esper_client.connection import StepConnection
+from esper_client.decision_stream import DecisionStream
+from esper_client.epoch_exchange import EpochExchange
+from esper_client.event_loop import LoopThread
+from esper_client.halt import HaltSwitch
+from esper_client.seed_host import OutOfStep, SeedHost
+from esper_client.step_exchange import StepExchange
 from esper_rpc.guard import StepGuard
 from esper_rpc.identity import Identity
-from esper_rpc.ledger import StepTiming, TimingWindow
-from esper_rpc.proto.leyline.v1 import CommandOutcome, SystemStatePacket
-from esper_rpc.proto.tamiyo.v1 import (
-    EvaluateEpochRequest,
-    EvaluateStepsRequest,
-    OpenRunRequest,
-    Step,
-    StepDecision,
-    StepLedger,
-)
+from esper_rpc.ledger import TimingWindow
+from esper_rpc.proto.leyline.v1 import CommandOutcome
+from esper_rpc.proto.tamiyo.v1 import EvaluateEpochRequest, OpenRunRequest, StepDecision, StepLedger
 from esper_rpc.telemetry import PacketSink, record_packets
-from esper_rpc.telemetry.metrics import STEP_ANSWERS, observe_outcome, observe_step
-from esper_rpc.telemetry.tracing import TRACER, current_traceparent, record_span
+from esper_rpc.telemetry.tracing import TRACER
 
-from .connection import StepConnection
-from .decision_stream import DecisionStream
-from .epoch_exchange import EpochExchange
-from .event_loop import LoopThread
-from .halt import HaltSwitch
-from .packet import build_packet
-from .seed_host import OutOfStep, SeedHost
-from .step_exchange import MISSED, StepExchange
+from .answers import Answers
+from .config import SessionConfig
+from .loss import Loss, read_loss
+from .questions import Measured, Questions
+from .step_report import report_step, trace_step
+from .step_times import StepTimes
 
 log = structlog.get_logger(__name__)
 
-PROTOCOL_VERSIONS = (1, 2)
 FEATURES = ("seed", "pause", "optimizer")
 CLOSE_SECONDS = 5.0
 REPORTING_DELAY_SECONDS = 0.001
 StepListener = Callable[[int, int, Mapping[str, float]], None]
 
-Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SessionConfig:
-    """How a session asks."""
-
-    step_budget_ms: Annotated[float, Range(2, 1000)] = 5.0
-    """2 to 50 in training; more only in a benchmark."""
-    breaker: BreakerConfig = field(default_factory=lambda: BreakerConfig(cool_down_seconds=0.5, successes=1))
-    optimizer_family: str = ""
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        validate(self)
-
-
-class Loss(Protocol):
-    """A number, or a tensor of one element."""
-
-    def __float__(self) -> float: ...
+Result = TypeVar("Result")
 
 
 class _BegunStep(NamedTuple):
-    """A step whose answer is on its way, and when its parts were done."""
+    """A step whose answer is on its way."""
 
     span: trace.Span
-    raw: bytes
-    reason: str
+    question: bytes
+    unsent: str
     """Why it was not sent, empty when it was."""
     outcomes: list[CommandOutcome]
-    begun: float
-    built: float
-    sent: float
+    times: StepTimes
 
 
 class TrainingSession:
@@ -131,11 +101,6 @@ class TrainingSession:
         self.finalize_ms = 0.0
         """How long it took to end the last step."""
         self._step_listeners: list[StepListener] = []
-        self._unacknowledged: deque[tuple[int, CommandOutcome]] = deque(maxlen=256)
-        self._sequence = 0
-        self._told_epoch = b""
-        self._hook_latency_ms = 0.0
-        self._last_step_at: float | None = None
         self._failed = False
         self._begun: _BegunStep | None = None
         self._is_in_step = False
@@ -144,6 +109,8 @@ class TrainingSession:
         self._exchange = StepExchange(
             thread=self._thread, budget_seconds=self.config.step_budget_ms / 1000, breaker=self.config.breaker
         )
+        self._questions = Questions(run_id=self.run_id, host=host, config=self.config)
+        self._answers = Answers(host=host, questions=self._questions, exchange=self._exchange, reasons=self.reasons)
         self._stream = DecisionStream(
             address=tamiyo_address,
             identity=identity,
@@ -217,7 +184,7 @@ class TrainingSession:
             self.finish_step()
         is_halted = self._is_halted()
         if is_halted:
-            self._count("halted")
+            self._answers.count("halted")
             if self.config.world_size == 1:
                 return
         self._is_in_step = True
@@ -225,7 +192,7 @@ class TrainingSession:
         if is_halted:
             return
         try:
-            self._begun = self._begin(read_loss(loss), samples, gradient_norm, metrics or {})
+            self._begun = self._begin(Measured(read_loss(loss), samples, gradient_norm, metrics))
         except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
             self._note_failure(error)
 
@@ -250,9 +217,8 @@ class TrainingSession:
 
     def describe_epoch(self, loss: Loss, metrics: Mapping[str, float] | None = None) -> EvaluateEpochRequest:
         """Build the question for the end of an epoch; on the training thread, between two steps."""
-        self._sequence = max(self._sequence, self.host.last_sequence) + 1
-        packet = self._packet(read_loss(loss), None, None, metrics or {})
-        return EvaluateEpochRequest(run_id=self.run_id, packet=packet, sequence=self._sequence)
+        measured = Measured(read_loss(loss), metrics=metrics)
+        return self._questions.epoch(self._questions.packet(measured, epoch=self.epoch, global_step=self.global_step))
 
     def ask_epoch(self, question: EvaluateEpochRequest, *, timeout: float = 2.0) -> Future[StepDecision]:
         """Ask Tamiyo beside the training, and return at once."""
@@ -260,7 +226,7 @@ class TrainingSession:
 
     def take_epoch(self, question: EvaluateEpochRequest, decision: StepDecision) -> None:
         """Verify what Tamiyo answered, and carry it out in the next step, before which no other step may be asked."""
-        self._remember(self._submit(decision, question.SerializeToString()))
+        self._answers.keep(self._answers.submit(decision, question.SerializeToString()))
 
     def start_epoch(self, epoch: int) -> None:
         """Note that an epoch begins."""
@@ -317,46 +283,50 @@ class TrainingSession:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _begin(
-        self, loss: float, samples: int | None, gradient_norm: float | None, metrics: Mapping[str, float]
-    ) -> _BegunStep:
-        begun = time.perf_counter()
+    def _begin(self, measured: Measured) -> _BegunStep:
+        times = StepTimes(begun=time.perf_counter())
         self._start()
-        outcomes = self._settle_late()
-        self._remember(outcomes)
-        self.host.observe(loss, self.global_step)
+        outcomes = self._answers.take_late(self.global_step)
+        self.host.observe(measured.loss, self.global_step)
         span = TRACER.start_span("esper.step")
         with trace.use_span(span):
-            packet = self._packet(loss, samples, gradient_norm, metrics)
-            raw = self._request(packet)
+            packet = self._questions.packet(measured, epoch=self.epoch, global_step=self.global_step)
+            question = self._questions.step(packet)
         for listener in self._step_listeners:
             listener(self.global_step, self.epoch, packet.training_metrics)
-        built = time.perf_counter()
-        reason = self._exchange.send(self._sequence, raw)
-        return _BegunStep(span, raw, reason, outcomes, begun, built, time.perf_counter())
+        times.built = time.perf_counter()
+        unsent = self._exchange.send(self._questions.sequence, question)
+        times.sent = time.perf_counter()
+        return _BegunStep(span, question, unsent, outcomes, times)
 
     def _complete(self, step: _BegunStep) -> list[CommandOutcome]:
-        resumed = time.perf_counter()
-        decision = self._guarded(lambda: self._receive(step.reason))
-        answered = time.perf_counter()
+        times = step.times
+        times.resumed = time.perf_counter()
+        decision = self._guarded(lambda: self._answers.receive(step.unsent, global_step=self.global_step))
+        times.answered = time.perf_counter()
         # What came for a run that was halted meanwhile is dropped.
         taken = None if self.halt.is_engaged else decision
-        settled = (self._guarded(lambda: self._submit(taken, step.raw)) or []) if taken is not None else []
-        verified = time.perf_counter()
+        settled = self._guarded(lambda: self._answers.submit(taken, step.question) if taken is not None else []) or []
+        times.verified = time.perf_counter()
         settled += self._end_for_others() if self.halt.is_engaged else self._finish()
-        ended = time.perf_counter()
-        self._remember(settled)
+        times.ended = time.perf_counter()
+        self._answers.keep(settled)
         outcomes = step.outcomes + settled
         self.outcomes += outcomes
         self._tell_of_new_host()
-        if step_span := current_traceparent():
-            self._trace(step_span, outcomes, ended - answered)
-        timing = self._time(step, resumed, answered, verified, ended, decision)
-        # Metrics and logs take as long as verifying a command. At once the loop would take the interpreter from here.
-        self._thread.run_later(REPORTING_DELAY_SECONDS, self._report, self.global_step, timing, outcomes)
+        trace_step(self.run_id, self.global_step, outcomes, times.apply_seconds)
+        self._account(times, decision, outcomes)
         return outcomes
 
-    def _guarded(self, work: Callable[[], Answer]) -> Answer | None:
+    def _account(self, times: StepTimes, decision: StepDecision | None, outcomes: list[CommandOutcome]) -> None:
+        self._questions.hook_latency_ms = times.hook_seconds * 1e3
+        self.last_ledger = decision.ledger if decision is not None else StepLedger()
+        timing = times.timing(float(self.last_ledger.total_us))
+        self.timings.add(timing)
+        # At once the loop would take the interpreter from here.
+        self._thread.run_later(REPORTING_DELAY_SECONDS, report_step, self.run_id, self.global_step, timing, outcomes)
+
+    def _guarded(self, work: Callable[[], Result]) -> Result | None:
         """Do what may fail without keeping the host from ending its step, which other ranks wait for."""
         try:
             return work()
@@ -376,7 +346,7 @@ class TrainingSession:
         return [] if self.halt.is_engaged and self.config.world_size == 1 else self._finish()
 
     def _note_failure(self, error: Exception) -> None:
-        self._count("internal_error")
+        self._answers.count("internal_error")
         if not self._failed:
             log.error("session_step_failed", exc_info=error)
         self._failed = True
@@ -387,57 +357,6 @@ class TrainingSession:
             self._started = True
             self._exchange.start(self._stream)
 
-    def _packet(
-        self, loss: float, samples: int | None, gradient_norm: float | None, metrics: Mapping[str, float]
-    ) -> SystemStatePacket:
-        known = {"hook_latency_ms": self._hook_latency_ms, **metrics}
-        if gradient_norm is not None:
-            known["gradient_norm"] = gradient_norm
-        now = time.monotonic()
-        if samples is not None and self._last_step_at is not None:
-            known["samples_per_s"] = samples / max(1e-9, now - self._last_step_at)
-        self._last_step_at = now
-        return build_packet(
-            run_id=self.run_id,
-            epoch=self.epoch,
-            global_step=self.global_step,
-            loss=loss,
-            metrics=known,
-            seeds=self.host.export_seed_states(),
-        )
-
-    def _request(self, packet: SystemStatePacket) -> bytes:
-        # A host in another process may have answered an earlier session of this run.
-        self._sequence = max(self._sequence, self.host.last_sequence) + 1
-        step = Step(
-            run_id=self.run_id,
-            sequence=self._sequence,
-            budget_us=int(self.config.step_budget_ms * 1000),
-            traceparent=current_traceparent(),
-            packet=packet,
-            outcomes=[outcome for _, outcome in self._unacknowledged],
-        )
-        return EvaluateStepsRequest(step=step).SerializeToString()
-
-    def _receive(self, reason: str) -> StepDecision | None:
-        decision = None if reason else self._exchange.receive()
-        if decision is None:
-            reason = reason or MISSED
-            self._count(reason)
-            self._remember_fallback(reason)
-        else:
-            self._acknowledge()
-        return decision
-
-    def _submit(self, decision: StepDecision, raw: bytes) -> list[CommandOutcome]:
-        kind = decision.WhichOneof("decision")
-        if kind != "command":
-            self._count(decision.no_action.reason if kind == "no_action" else f"error_{decision.error.code}")
-            return []
-        self._count("command")
-        digest = hashlib.sha256(raw).digest()
-        return [self.host.submit(decision.command, expected_sequence=decision.sequence, request_digest=digest)]
-
     def _finish(self) -> list[CommandOutcome]:
         begun = time.perf_counter()
         outcomes = self.host.apply_pending()
@@ -447,110 +366,13 @@ class TrainingSession:
         self.apply_ms, self.finalize_ms = (applied - begun) * 1e3, (time.perf_counter() - applied) * 1e3
         return outcomes
 
-    def _count(self, reason: str) -> None:
-        self.reasons[reason] += 1
-        STEP_ANSWERS.labels(reason).inc()
-
     def _tell_of_new_host(self) -> None:
-        if self._exchange.is_connected and self.host.receiver_epoch != self._told_epoch:
+        if self._exchange.is_connected and not self._questions.is_host_told:
             self.open_again()
 
-    def _settle_late(self) -> list[CommandOutcome]:
-        return [
-            CommandOutcome(command_id=command_id, result=CommandOutcome.RESULT_LATE, global_step=self.global_step)
-            for command_id in self._exchange.take_late_commands()
-        ]
-
-    def _remember(self, outcomes: list[CommandOutcome]) -> None:
-        self._unacknowledged += ((self._sequence, outcome) for outcome in outcomes)
-
-    def _remember_fallback(self, reason: str) -> None:
-        # One stands for all steps in a row, lest an outage push out what became of commands.
-        if self._unacknowledged and self._unacknowledged[-1][1].result == CommandOutcome.RESULT_LOCAL_FALLBACK:
-            self._unacknowledged.pop()
-        fallback = CommandOutcome.RESULT_LOCAL_FALLBACK
-        self._remember([CommandOutcome(result=fallback, reason=reason, global_step=self.global_step)])
-
-    def _acknowledge(self) -> None:
-        # What this request carried was remembered in an earlier step.
-        while self._unacknowledged and self._unacknowledged[0][0] < self._sequence:
-            self._unacknowledged.popleft()
-
-    def _trace(self, traceparent: str, outcomes: list[CommandOutcome], apply_seconds: float) -> None:
-        trace.get_current_span().set_attributes({"esper.run_id": self.run_id, "esper.global_step": self.global_step})
-        now = time.time_ns()
-        record_span(
-            "kasmina.apply",
-            start_ns=now - int(apply_seconds * 1e9),
-            end_ns=now,
-            traceparent=traceparent,
-            attributes={"esper.command_ids": ",".join(outcome.command_id for outcome in outcomes)},
-        )
-
-    def _time(
-        self,
-        step: _BegunStep,
-        resumed: float,
-        answered: float,
-        verified: float,
-        ended: float,
-        decision: StepDecision | None,
-    ) -> StepTiming:
-        # What the loop did between the halves of a step is its own.
-        away = resumed - step.sent
-        self._hook_latency_ms = (ended - step.begun - away) * 1e3
-        self.last_ledger = decision.ledger if decision is not None else StepLedger()
-        timing = StepTiming(
-            build=(step.built - step.begun) * 1e6,
-            exchange=(answered - step.built - away) * 1e6,
-            server=float(self.last_ledger.total_us),
-            verify=(verified - answered) * 1e6,
-            apply=(ended - verified) * 1e6,
-            total=(ended - step.begun - away) * 1e6,
-        )
-        self.timings.add(timing)
-        return timing
-
-    def _report(self, step: int, timing: StepTiming, outcomes: list[CommandOutcome]) -> None:
-        observe_step(timing)
-        for outcome in outcomes:
-            observe_outcome(outcome)
-            # What is queued is settled in this step or the next.
-            if outcome.result != CommandOutcome.RESULT_QUEUED:
-                self._log(step, outcome)
-
-    def _log(self, step: int, outcome: CommandOutcome) -> None:
-        log.info(
-            "command_outcome",
-            run_id=self.run_id,
-            step=step,
-            command_id=outcome.command_id,
-            result=CommandOutcome.Result.Name(outcome.result),
-            reason=outcome.reason,
-        )
-
     def _describe(self) -> OpenRunRequest:
-        run = self.host.describe()
-        self._told_epoch = self.host.receiver_epoch
-        return OpenRunRequest(
-            run_id=self.run_id,
-            protocol_versions=PROTOCOL_VERSIONS,
-            features=self.features,
-            receiver_epoch=self._told_epoch,
-            host_topology=run.host_topology,
-            sites=run.sites,
-            seeds=run.seeds,
-            optimizer_family=self.config.optimizer_family,
-            world_size=self.config.world_size,
-            step_budget_us=int(self.config.step_budget_ms * 1000),
-            last_sequence=self._exchange.last_answered,
-        )
+        return self._questions.run(self.features, last_sequence=self._exchange.last_answered)
 
     def _on_open(self, connection: StepConnection) -> None:
         self.policy_version = connection.run.policy_version
         self.host.set_clock_offset(connection.server_clock_offset_ns)
-
-
-def read_loss(loss: Loss) -> float:
-    """Read a number, or a tensor of one element without its graph."""
-    return float(loss.detach() if hasattr(loss, "detach") else loss)

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from esper_client.packet import build_packet
+from esper_client.seed_host import SeedHost
+from esper_rpc.proto.leyline.v1 import SystemStatePacket
+from esper_rpc.proto.tamiyo.v1 import EvaluateEpochRequest, EvaluateStepsRequest, OpenRunRequest, Step
+from esper_rpc.telemetry.tracing import current_traceparent
+
+from .config import SessionConfig
+from .untold_outcomes import UntoldOutcomes
+
+PROTOCOL_VERSIONS = (1, 2)
+
+
+class Measured(NamedTuple):
+    """What the loop told of a step."""
+
+    loss: float
+    samples: int | None = None
+    gradient_norm: float | None = None
+    metrics: Mapping[str, float] | None = None
+
+
+class Questions:
+    """Words what a session asks Tamiyo, and numbers it: a run, its steps, the ends of its epochs."""
+
+    def __init__(self, *, run_id: str, host: SeedHost, config: SessionConfig) -> None:
+        self.sequence = 0
+        self.untold = UntoldOutcomes()
+        self.hook_latency_ms = 0.0
+        self._run_id = run_id
+        self._host = host
+        self._config = config
+        self._told_epoch = b""
+        self._last_step_at: float | None = None
+
+    @property
+    def is_host_told(self) -> bool:
+        """Whether the host is still the one that the run was opened with."""
+        return self._host.receiver_epoch == self._told_epoch
+
+    def run(self, features: tuple[str, ...], *, last_sequence: int) -> OpenRunRequest:
+        """Describe the run as it is at present."""
+        model = self._host.describe()
+        self._told_epoch = self._host.receiver_epoch
+        return OpenRunRequest(
+            run_id=self._run_id,
+            protocol_versions=PROTOCOL_VERSIONS,
+            features=features,
+            receiver_epoch=self._told_epoch,
+            host_topology=model.host_topology,
+            sites=model.sites,
+            seeds=model.seeds,
+            optimizer_family=self._config.optimizer_family,
+            world_size=self._config.world_size,
+            step_budget_us=self._budget_us,
+            last_sequence=last_sequence,
+        )
+
+    def packet(self, measured: Measured, *, epoch: int, global_step: int) -> SystemStatePacket:
+        """Build the state that a question is about."""
+        known = {"hook_latency_ms": self.hook_latency_ms, **(measured.metrics or {})}
+        if measured.gradient_norm is not None:
+            known["gradient_norm"] = measured.gradient_norm
+        now = time.monotonic()
+        if measured.samples is not None and self._last_step_at is not None:
+            known["samples_per_s"] = measured.samples / max(1e-9, now - self._last_step_at)
+        self._last_step_at = now
+        return build_packet(
+            run_id=self._run_id,
+            epoch=epoch,
+            global_step=global_step,
+            loss=measured.loss,
+            metrics=known,
+            seeds=self._host.export_seed_states(),
+        )
+
+    def step(self, packet: SystemStatePacket) -> bytes:
+        """Ask what to do after a step, and tell what became of commands."""
+        self._number()
+        step = Step(
+            run_id=self._run_id,
+            sequence=self.sequence,
+            budget_us=self._budget_us,
+            traceparent=current_traceparent(),
+            packet=packet,
+            outcomes=self.untold,
+        )
+        return EvaluateStepsRequest(step=step).SerializeToString()
+
+    def epoch(self, packet: SystemStatePacket) -> EvaluateEpochRequest:
+        """Ask what to do at the end of an epoch."""
+        self._number()
+        return EvaluateEpochRequest(run_id=self._run_id, packet=packet, sequence=self.sequence)
+
+    @property
+    def _budget_us(self) -> int:
+        return int(self._config.step_budget_ms * 1000)
+
+    def _number(self) -> None:
+        # A host in another process may have answered an earlier session of this run.
+        self.sequence = max(self.sequence, self._host.last_sequence) + 1

@@ -47,6 +47,21 @@ class _Guarded(torch.autograd.Function):
         return None, None
 
 
+class _Anchored(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, _anchor: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        return outputs[0].detach()
+
+    @staticmethod
+    def backward(_ctx: Any, _gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def anchored(output: Tensor) -> Tensor:
+    """Return a tensor that a backward pass may start from or go through, and that gives nobody a gradient."""
+    return cast("Tensor", _Anchored.apply(_ANCHOR, [output]))  # type: ignore[no-untyped-call]
+
+
 def guard(s: Tensor, parameters: Sequence[Tensor], on_error: Callable[[Exception], None]) -> Tensor:
     """Return the output of a seed whose backward pass reaches these parameters and nothing else, and never raises.
 

@@ -61,7 +61,6 @@ class SeedSlot:
     optimizer: torch.optim.Optimizer | None = None
     gradient_norm: float | None = None
     loss_at_graft: float | None = None
-    is_fine_tuning: bool = False
     embargo_left: int = 0
     adopted_as: int = 0
     """Its number among the fossils that joined the user's optimizer, from 1; the groups there stand in this order."""
@@ -71,6 +70,15 @@ class SeedSlot:
     def stage(self) -> SeedLifecycleStage.ValueType:
         """The stage, which lives with the site because the forward pass depends on it."""
         return self.site.stage
+
+    @property
+    def is_fine_tuning(self) -> bool:
+        """Whether it learns although it stands on trial; the site has to know, since it computes no gradients then."""
+        return self.site.is_fine_tuning
+
+    @is_fine_tuning.setter
+    def is_fine_tuning(self, learns: bool) -> None:
+        self.site.is_fine_tuning = learns
 
     @property
     def parameter_count(self) -> int:

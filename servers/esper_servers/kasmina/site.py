@@ -15,7 +15,7 @@ from . import lifecycle
 from .blend_config import BlendConfig
 from .blending import Blend, Mixing, mixing_of, shadow
 from .channels import channel_count, channel_dim
-from .guarded_branch import guard, leaves
+from .guarded_branch import anchored, guard, leaves
 from .zero_gradient import tie
 
 log = structlog.get_logger(__name__)
@@ -28,8 +28,8 @@ _SHARED_WITH_HOST = (
     "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
 _OWN = frozenset({
-    "training", "stage", "alpha", "paused", "failure", "is_classifier", "input_shape", "output_shape", "dtype",
-    "device", "_version", "_alpha", "_saw_non_finite",
+    "training", "stage", "alpha", "is_fine_tuning", "paused", "failure", "is_classifier", "input_shape",
+    "output_shape", "dtype", "device", "_version", "_alpha", "_saw_non_finite",
 })  # fmt: skip
 
 
@@ -58,6 +58,7 @@ class Site(nn.Module):
         self.training = host.training
         self.stage: SeedLifecycleStage.ValueType = lifecycle.DORMANT
         self.alpha = 0.0
+        self.is_fine_tuning = False
         self.is_classifier = is_head and isinstance(host, nn.Linear) and host.out_features > 1
         self.paused = False
         self.failure = ""
@@ -154,12 +155,31 @@ class Site(nn.Module):
         if self.stage == lifecycle.TRAINING and self.training and torch.is_grad_enabled():
             return shadow(h, self._beside(seed, h))
         if self.stage in lifecycle.BLENDED and self.alpha > 0.0:
-            s = self._beside(seed, h)
-            is_finite = torch.isfinite(s.detach())
-            self._note(is_finite)
-            mixed: Tensor = self._blend(h, s, is_finite)
-            return tie(mixed, h) if self.keeps_graph and h.requires_grad else mixed
+            return self._tied(self._blended(seed, h) if self._learns else self._probed(seed, h), h)
         return h
+
+    @property
+    def _learns(self) -> bool:
+        return self.stage == lifecycle.BLENDING or self.is_fine_tuning
+
+    def _blended(self, seed: nn.Module, h: Tensor) -> Tensor:
+        s = self._beside(seed, h)
+        is_finite = torch.isfinite(s.detach())
+        self._note(is_finite)
+        return self._blend(h, s, is_finite)  # type: ignore[no-any-return]  # As torch types a call.
+
+    def _probed(self, seed: nn.Module, h: Tensor) -> Tensor:
+        """Blend a seed that is judged and does not learn: nothing is kept for a backward pass."""
+        with torch.no_grad():
+            return self._blended(seed, h)
+
+    def _tied(self, mixed: Tensor, h: Tensor) -> Tensor:
+        """Have the mixture in a graph where h is: the user's backward pass may begin right behind the site."""
+        if not h.requires_grad:
+            return mixed
+        if self.keeps_graph:
+            return tie(mixed, h)
+        return mixed if mixed.requires_grad else anchored(mixed)
 
     def _note(self, is_finite: Tensor) -> None:
         # A flag on the device, read at the safe point, so that no forward pass waits for it.

@@ -40,7 +40,8 @@ class FailsForward(FailsBackward):
 CUDA_OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU_OOM = RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: not enough memory: you tried to")
 ERRORS = [(CUDA_OOM, "out_of_memory"), (CPU_OOM, "out_of_memory"), (ValueError("a bug"), "seed_failed")]
-STAGES = [lifecycle.TRAINING, lifecycle.BLENDING, lifecycle.SHADOWING, lifecycle.PROBATIONARY]
+ON_TRIAL = [lifecycle.SHADOWING, lifecycle.PROBATIONARY]
+STAGES = [lifecycle.TRAINING, lifecycle.BLENDING, *ON_TRIAL]
 
 
 def replace_seed(rig, module):
@@ -55,6 +56,9 @@ def replace_seed(rig, module):
 def test_a_seed_that_fails_forwards_or_backwards_is_culled_and_the_step_goes_on(rig, stage, kind, error, reason):
     rig.grow(stage)
     rig.train()
+    if stage in ON_TRIAL:
+        # Otherwise it is only judged, and nothing goes backwards.
+        rig.do("FINE_TUNE")
     replace_seed(rig, kind(error))
     before = rig.model[4].weight.clone()
     rig.optimizer.zero_grad()

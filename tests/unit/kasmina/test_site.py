@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from esper_rpc.proto.leyline.v1 import CommandOutcome
 from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.site import Site
 
@@ -85,16 +86,75 @@ def test_a_seed_that_raises_does_not_stop_the_training_and_is_culled(rig, stage)
     rig.train()
 
 
-@pytest.mark.parametrize("stage", [lifecycle.BLENDING, lifecycle.SHADOWING, lifecycle.PROBATIONARY])
-def test_a_blended_seed_sees_a_detached_host(rig, stage):
+ON_TRIAL = [lifecycle.SHADOWING, lifecycle.PROBATIONARY]
+
+
+@pytest.mark.parametrize("is_fine_tuning", [False, True])
+@pytest.mark.parametrize("stage", [lifecycle.BLENDING, *ON_TRIAL])
+def test_a_blended_seed_sees_a_detached_host_and_learns_unless_it_is_only_judged(rig, stage, is_fine_tuning):
     rig.grow(stage)
     rig.train()
+    if is_fine_tuning and stage != lifecycle.BLENDING:
+        assert rig.do("FINE_TUNE").result == CommandOutcome.RESULT_APPLIED
     rig.model.zero_grad(set_to_none=True)
     rig.slot.clear_gradients()
     rig.model(rig.x).square().sum().backward()
     assert rig.model[2].weight.grad is None
     assert rig.model[4].weight.grad is not None
-    assert any(p.grad is not None for p in rig.slot.site.seed.parameters())
+    learns = any(p.grad is not None for p in rig.slot.site.seed.parameters())
+    assert learns == (is_fine_tuning or stage == lifecycle.BLENDING)
+
+
+def modes_of_grad(module):
+    """Tell at each forward pass of a module whether autograd is on."""
+    seen = []
+    module.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    return seen
+
+
+@pytest.mark.parametrize("stage", ON_TRIAL)
+def test_a_probe_runs_without_autograd_until_the_seed_is_fine_tuned_and_again_in_the_next_stage(rig, stage):
+    rig.grow(stage)
+    seen = modes_of_grad(rig.slot.site.seed)
+    before = [p.clone() for p in rig.slot.site.seed.parameters()]
+    rig.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, rig.slot.site.seed.parameters(), strict=True))
+    rig.do("FINE_TUNE")
+    rig.train()
+    assert any(not torch.equal(a, b) for a, b in zip(before, rig.slot.site.seed.parameters(), strict=True))
+    if stage == lifecycle.SHADOWING:
+        rig.do("EVALUATE")
+    else:
+        rig.slot.is_fine_tuning = False
+    rig.train()
+    assert seen == [False, True, False]
+
+
+@pytest.mark.parametrize("stage", [lifecycle.BLENDING, *ON_TRIAL])
+@pytest.mark.parametrize("keeps_graph", [False, True])
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_loss_right_behind_a_blended_seed_can_be_differentiated(rig, stage, keeps_graph, learns):
+    rig.grow(stage)
+    rig.train()
+    if not learns:
+        replace_seed(rig, nn.Tanh())
+    rig.slot.site.keeps_graph = keeps_graph
+    rig.model.zero_grad(set_to_none=True)
+    out = rig.model[:3](rig.x)
+    # In place, as the activation behind a layer often is.
+    out.relu_().sum().backward()
+    # DistributedDataParallel waits for a gradient of every parameter.
+    gradient = rig.model[2].weight.grad
+    assert gradient is not None and not gradient.any() if keeps_graph else gradient is None
+
+
+def test_a_probe_gives_what_blending_at_full_alpha_gives(rig):
+    rig.grow(lifecycle.SHADOWING)
+    site = rig.slot.site
+    site.stage = lifecycle.BLENDING
+    expected = rig.model(rig.x)
+    site.stage = lifecycle.SHADOWING
+    assert torch.equal(rig.model(rig.x), expected)
 
 
 def test_blending_mixes_by_alpha(rig):

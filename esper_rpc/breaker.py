@@ -9,6 +9,7 @@ from typing import Annotated
 from .config import Range, validate
 from .proto.leyline.v1 import CircuitState
 
+_MOVABLE = frozenset(CircuitState.values()) - {CircuitState.CIRCUIT_STATE_UNSPECIFIED}
 Transition = Callable[[CircuitState.ValueType, CircuitState.ValueType], None]
 
 
@@ -79,6 +80,17 @@ class CircuitBreaker:
             if half_open or self.consecutive_failures >= self._config.failures:
                 self._opened_at = self._clock()
                 self._move(CircuitState.CIRCUIT_STATE_OPEN)
+
+    def move_to(self, state: CircuitState.ValueType) -> None:
+        """Put it into a state from outside; it goes on from there as if it had come to it by itself."""
+        if state not in _MOVABLE:
+            raise ValueError(f"state is {state}; choose closed, open or half open.")
+        with self._lock:
+            self._successes, self._probing = 0, False
+            if state == CircuitState.CIRCUIT_STATE_CLOSED:
+                self.consecutive_failures = 0
+            self._opened_at = self._clock()
+            self._move(state)
 
     def _cool_down(self) -> None:
         is_open = self._state == CircuitState.CIRCUIT_STATE_OPEN

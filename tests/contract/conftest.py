@@ -121,6 +121,9 @@ def make_servicers(mesh, policy, directory):
         # A rollback needs a policy to return to.
         tamiyo._updates._lineage = Lineage((Entry("gnn_v1-heuristic-0"), Entry(policy.version)))
         loop = stack.enter_context(seed_host_process.TrainingLoop(mesh.identity("trainer"), mesh.keyring("trainer")))
+        seed_host_process.route_commands(
+            host, loop.emergencies, seed_host_process.breakers_of(host, loop.trainer.guard)
+        )
         yield {
             IDENTITY: IdentityServicer(lambda: authority, EnrolmentTokens(mesh.directory / "tokens")),
             KASMINA: KasminaServicer(host, "run"),

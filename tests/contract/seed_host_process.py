@@ -24,6 +24,7 @@ from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
 from esper_servers.kasmina.learning_rate import OptimizerAuthority
 from esper_servers.kasmina.service import KasminaServicer
 from esper_servers.trainer import wrap_sites
+from esper_servers.trainer.routing import breakers_of, route_commands
 
 sys.path.insert(0, str(Path(__file__).parent))
 from training_loop import TOLARIA, TrainingLoop  # Beside this file, which is run as a program too.
@@ -83,6 +84,7 @@ async def serve(identity_dir):
     server = MeshServer(config=ServerConfig(drain_seconds=0.2), identity=identity)
     server.add_service(KASMINA, KasminaServicer(host, "run"))
     with TrainingLoop(identity, keyrings[0]) as loop:
+        route_commands(host, loop.emergencies, breakers_of(host, loop.trainer.guard))
         server.add_service(TOLARIA, loop.servicer)
         announce("kasmina", await server.start())
         await server.run_until_signal()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from esper_client.discovery import MeshAddress
-from esper_rpc.proto.leyline.v1 import SignedEnvelope
+from esper_rpc.proto.leyline.v1 import CircuitState, CommandOutcome, EmergencyLevel, SignedEnvelope
 from esper_servers.cli.home import Home
 from esper_servers.cli.processes import cli_command
 from esper_servers.trainer import attach
@@ -51,18 +51,34 @@ def sign(home, session, *options):
     return subprocess.run([*command, *options], capture_output=True, text=True, timeout=60)
 
 
-def test_a_command_signed_by_an_operator_is_verified_and_reaches_the_training_thread(home, session):
-    signed = sign(home, session, "--seed", "seed-0", "--operation", "cull", "--apply")
-    assert signed.returncode == 0, signed.stderr
-    document = json.loads(signed.stdout)
-    assert document["result"] == "RESULT_QUEUED"
+def settled(session, document):
     for _ in range(1000):
         found = {o.command_id: o for o in list(session.outcomes)}
         if document["command_id"] in found:
             break
         threading.Event().wait(0.01)
+    return found[document["command_id"]]
+
+
+def test_a_command_signed_by_an_operator_is_verified_and_reaches_the_training_thread(home, session):
+    signed = sign(home, session, "--seed", "seed-0", "--operation", "cull", "--apply")
+    assert signed.returncode == 0, signed.stderr
+    document = json.loads(signed.stdout)
+    assert document["result"] == "RESULT_QUEUED"
     # A dormant seed cannot be culled: the command arrived, was carried to the safe point, and was judged there.
-    assert found[document["command_id"]].reason == "illegal_transition"
+    assert settled(session, document).reason == "illegal_transition"
+
+
+def test_an_emergency_and_the_move_of_a_breaker_reach_what_orchestrates_the_run(home, session):
+    assert {"emergency", "circuit_breaker"} <= set(session.features)
+    raised = sign(home, session, "--emergency", "elevated", "--apply", "--reason", "data looks wrong")
+    assert raised.returncode == 0, raised.stderr
+    assert settled(session, json.loads(raised.stdout)).result == CommandOutcome.RESULT_APPLIED
+    signal, _ = session.tolaria.emergencies.in_force
+    assert (signal.level, signal.reason) == (EmergencyLevel.EMERGENCY_LEVEL_ELEVATED, "data looks wrong")
+    moved = sign(home, session, "--breaker", "kernel_loading", "--state", "open", "--apply")
+    assert settled(session, json.loads(moved.stdout)).result == CommandOutcome.RESULT_APPLIED
+    assert session.host.breakers["kernel_loading"].state == CircuitState.CIRCUIT_STATE_OPEN
 
 
 def test_an_envelope_that_is_written_down_is_not_applied(home, session, tmp_path):

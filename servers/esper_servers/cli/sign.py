@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +17,10 @@ from esper_rpc.errors import FailedPrecondition
 from esper_rpc.proto.kasmina.v1 import ApplyCommandRequest, GetStatusRequest, GetStatusResponse
 from esper_rpc.proto.leyline.v1 import (
     AdaptationCommand,
+    CircuitState,
     CommandOutcome,
-    CommandSeedOperation,
     CommandType,
+    EmergencyLevel,
     SeedOperation,
     SignedEnvelope,
 )
@@ -26,22 +28,36 @@ from esper_rpc.proto.leyline.v1 import (
 from .console import HomeOption, JsonOption, home_of, print_json, run
 from .home import Home
 
+LEVELS = [name.removeprefix("EMERGENCY_LEVEL_").lower() for name in EmergencyLevel.keys()[1:]]
+STATES = [name.removeprefix("CIRCUIT_STATE_").lower() for name in CircuitState.keys()[1:]]
 OPERATIONS = sorted(name.removeprefix("SEED_OPERATION_").lower() for name in SeedOperation.keys()[1:])
 
 
 def sign(
     context: typer.Context,
     address: Annotated[str, typer.Option(help="host:port of the trainer's KasminaService.")],
-    seed: Annotated[str, typer.Option(help="The seed that the command is for.")],
-    operation: Annotated[str, typer.Option(help=f"One of {', '.join(OPERATIONS)}.")],
+    seed: Annotated[str, typer.Option(help="The seed that the command is for.")] = "",
+    operation: Annotated[str, typer.Option(help=f"What the seed does: {', '.join(OPERATIONS)}.")] = "",
     blueprint: Annotated[str, typer.Option(help="For germinate: which blueprint.")] = "",
+    emergency: Annotated[str, typer.Option(help=f"Instead of a seed, raise a level: {', '.join(LEVELS)}.")] = "",
+    breaker: Annotated[str, typer.Option(help="Instead of a seed, move this breaker of the trainer.")] = "",
+    state: Annotated[str, typer.Option(help=f"Where the breaker moves to: {', '.join(STATES)}.")] = "open",
+    reason: Annotated[str, typer.Option(help="Why, for the log.")] = "operator",
     output: Annotated[Path | None, typer.Option(help="Write the envelope to this file.")] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Send it at once.")] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Sign a command as operator for one seed host, and apply it or write it down."""
-    command = command_for(seed, operation, blueprint)
+    if bool(seed or operation) + bool(emergency) + bool(breaker) != 1:
+        raise typer.BadParameter("Give one of --seed with --operation, --emergency, and --breaker.")
+    command = _begin(reason)
+    if emergency:
+        _write_emergency(command, emergency)
+    elif breaker:
+        _write_breaker(command, breaker, state, reason)
+    else:
+        _write_operation(command, seed, operation, blueprint)
     envelope, document = run(_sign(home_of(context, home), address, command, apply=apply))
     if output is not None:
         output.write_bytes(envelope.SerializeToString())
@@ -55,22 +71,45 @@ def sign(
 
 def command_for(seed: str, operation: str, blueprint: str) -> AdaptationCommand:
     """Build a seed command; raises a usage error for an unknown operation."""
-    if operation.lower() not in OPERATIONS:
-        raise typer.BadParameter(f"{operation!r} is not an operation; choose from {', '.join(OPERATIONS)}.")
-    change = CommandSeedOperation(
-        operation=SeedOperation.Value(f"SEED_OPERATION_{operation.upper()}"), blueprint_id=blueprint
-    )
+    command = _begin("operator")
+    _write_operation(command, seed, operation, blueprint)
+    return command
+
+
+def _begin(reason: str) -> AdaptationCommand:
     command = AdaptationCommand(
-        version=1,
-        command_id=str(uuid.uuid4()),
-        command_type=CommandType.COMMAND_TYPE_SEED,
-        target_seed_id=seed,
-        issued_by="operator",
-        seed_operation=change,
+        version=1, command_id=str(uuid.uuid4()), issued_by="operator", annotations={"reason": reason}
     )
     command.issued_at.FromNanoseconds(time.time_ns())
-    command.annotations["reason"] = "operator"
     return command
+
+
+def _write_operation(command: AdaptationCommand, seed: str, operation: str, blueprint: str) -> None:
+    if not seed:
+        raise typer.BadParameter("--operation is for a seed: name it with --seed.")
+    _require(operation, OPERATIONS, "an operation")
+    command.command_type, command.target_seed_id = CommandType.COMMAND_TYPE_SEED, seed
+    command.seed_operation.operation = SeedOperation.Value(f"SEED_OPERATION_{operation.upper()}")
+    command.seed_operation.blueprint_id = blueprint
+
+
+def _write_emergency(command: AdaptationCommand, level: str) -> None:
+    _require(level, LEVELS, "a level")
+    command.command_type = CommandType.COMMAND_TYPE_EMERGENCY
+    command.annotations["emergency_level"] = level.upper()
+
+
+def _write_breaker(command: AdaptationCommand, breaker: str, state: str, reason: str) -> None:
+    _require(state, STATES, "a state")
+    command.command_type = CommandType.COMMAND_TYPE_CIRCUIT_BREAKER
+    command.annotations["breaker"] = breaker
+    command.circuit_breaker.desired_state = CircuitState.Value(f"CIRCUIT_STATE_{state.upper()}")
+    command.circuit_breaker.rationale = reason
+
+
+def _require(given: str, known: Sequence[str], what: str) -> None:
+    if given.lower() not in known:
+        raise typer.BadParameter(f"{given!r} is not {what}; choose from {', '.join(known)}.")
 
 
 async def _sign(

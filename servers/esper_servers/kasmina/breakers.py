@@ -19,13 +19,13 @@ class TellingBreaker(CircuitBreaker):
 
     def __init__(self, name: str, *, config: BreakerConfig, clock: Callable[[], float], tell: Tell) -> None:
         super().__init__(config=config, clock=clock, on_transition=self._tell_of_move)
-        self._name = name
+        self.name = name
         self._tell = tell
 
     def metric(self) -> MetricPoint:
         """Return the state, 1 closed, 2 open, 3 half open."""
-        return MetricPoint(name="kasmina.breaker.state", value=float(self.state), attributes={"breaker": self._name})
+        return MetricPoint(name="kasmina.breaker.state", value=float(self.state), attributes={"breaker": self.name})
 
     def _tell_of_move(self, before: CircuitState.ValueType, after: CircuitState.ValueType) -> None:
         name, level = _TOLD_AS[after]
-        self._tell(name, level, reason=self._name, breaker=self._name, before=CircuitState.Name(before))
+        self._tell(name, level, reason=self.name, breaker=self.name, before=CircuitState.Name(before))

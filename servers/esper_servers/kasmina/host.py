@@ -11,6 +11,7 @@ import orjson
 from torch import Tensor, nn
 
 from esper_client.seed_host import RunDescription
+from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.envelope import Keyring, Verifier
 from esper_rpc.errors import FailedPrecondition, NotFound
 from esper_rpc.pause_quota import PauseConfig
@@ -145,6 +146,11 @@ class InProcessSeedHost:
     def waiting_work(self) -> int:
         """Calls of `at_safe_point` that wait for one."""
         return len(self._safe_point)
+
+    @property
+    def breakers(self) -> Mapping[str, CircuitBreaker]:
+        """The breakers here, by name."""
+        return {each.name: each for each in (self._library.breaker, self._governor.breaker)}
 
     @property
     def recent_outcomes(self) -> list[CommandOutcome]:

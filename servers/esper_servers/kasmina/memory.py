@@ -71,7 +71,7 @@ class MemoryGovernor:
         self._next_look = clock()
         self._was_short = self._was_emergency = False
         self._share: float | None = None
-        self._breaker = TellingBreaker(BREAKER, config=BREAKER_CONFIG, clock=clock, tell=tell)
+        self.breaker = TellingBreaker(BREAKER, config=BREAKER_CONFIG, clock=clock, tell=tell)
         self._ran_out_at = -math.inf
 
     def look(self) -> bool:
@@ -87,12 +87,12 @@ class MemoryGovernor:
 
     def admits(self) -> bool:
         """Whether a seed may be planted. Half-open admits: the next look is what decides."""
-        return self._breaker.state != CircuitState.CIRCUIT_STATE_OPEN
+        return self.breaker.state != CircuitState.CIRCUIT_STATE_OPEN
 
     def ran_out(self) -> None:
         """Note that an allocation failed."""
         self._ran_out_at = self._clock()
-        self._breaker.record_failure()
+        self.breaker.record_failure()
         self.clean_up(OUT_OF_MEMORY)
 
     def end_epoch(self, epoch: int) -> None:
@@ -112,16 +112,16 @@ class MemoryGovernor:
         """Yield what is known of the memory and the breaker."""
         if self._share is not None:
             yield MetricPoint(name="kasmina.memory.share", value=self._share)
-        yield self._breaker.metric()
+        yield self.breaker.metric()
 
     def _judge(self, share: float) -> None:
         is_short, is_emergency = share >= self._config.warn_share, share >= self._config.emergency_share
         if is_emergency:
-            self._breaker.record_failure()
+            self.breaker.record_failure()
             if not self._was_emergency:
                 self.clean_up(EMERGENCY)
         elif self.admits() and self._clock() - self._ran_out_at >= BREAKER_CONFIG.cool_down_seconds:
-            self._breaker.record_success()
+            self.breaker.record_success()
         if is_short and not self._was_short:
             self._tell("memory_pressure", WARNING, reason="memory_short", share=share)
         # It counts as over when it is no longer short, lest a share at the edge empty the caches again and again.

@@ -32,7 +32,7 @@ COMMANDED = "commanded"
 INVALID_BLEND_CONFIG = "invalid_blend_config"
 _MULTIPLIER = "learning_rate_multiplier"
 
-Route = Callable[[AdaptationCommand], Verdict | None]
+Route = Callable[[Queued], Verdict | None]
 """Carries a command out at the safe point; None puts it off to the next one, where it is asked again."""
 
 
@@ -73,7 +73,7 @@ class Surgeon:
         command = queued.command
         elsewhere = self.routes.get(command.command_type)
         if elsewhere is not None:
-            return elsewhere(command)
+            return elsewhere(queued)
         if command.command_type == CommandType.COMMAND_TYPE_PAUSE:
             return self._pauses.hold(queued, self._seeds.values())
         if command.command_type == CommandType.COMMAND_TYPE_OPTIMIZER:

@@ -21,6 +21,8 @@ from .telemetry import SOURCE, show, tell
 LOWERS = "lowers"
 """The attribute, `true`, of a signal that sets the level instead of raising it."""
 CAUSE = "emergency"
+OPERATOR = "operator"
+_TRUSTED = ("trainer", OPERATOR)
 DEGRADED = "tolaria.emergency.shared_signal_degraded"
 SWITCHED_OFF = "[emergency] share is off"
 
@@ -114,6 +116,10 @@ class Emergencies:
             return Receipt(reason=refusal.reason)
         return Receipt(duplicate=verified.duplicate)
 
+    def obeys(self, level: Level, issuer: str) -> bool:
+        """Whether somebody may have this level: a HALT of the mesh only where that is allowed."""
+        return level != HALT or issuer in _TRUSTED or self.config.allow_remote_halt
+
     def poll(self) -> None:
         """Take over what another process on the host has put in force. Cheap; it never raises."""
         with self._lock:
@@ -152,7 +158,7 @@ class Emergencies:
         if verified.issuer == "trainer" and peer != self.verifier.audience:
             self._refuse(reasons.WRONG_ISSUER, "another trainer sent it")
         is_about_halting = HALT in (verified.signal.level, self.level)
-        if verified.issuer == "weatherlight" and is_about_halting and not self.config.allow_remote_halt:
+        if is_about_halting and not self.obeys(HALT, verified.issuer):
             self._refuse(reasons.LOCAL_LIMIT, "allow_remote_halt is off")
         if _lowers(verified.signal) and verified.issued_at_ns < self._issued_at_ns:
             self._refuse(reasons.STALE_COMMAND, "it is older than the signal in force")

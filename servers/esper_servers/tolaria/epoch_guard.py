@@ -181,10 +181,10 @@ class EpochGuard:
         if is_tried:
             (self.breaker.record_failure if report.breached or problem else self.breaker.record_success)()
 
-    def _moved(self, before: CircuitState.ValueType, after: CircuitState.ValueType) -> None:
+    def _moved(self, _before: CircuitState.ValueType, after: CircuitState.ValueType) -> None:
         name = CircuitState.Name(after).removeprefix("CIRCUIT_STATE_")
         observe_breaker_move(BREAKER, name.lower())
-        if after == CircuitState.CIRCUIT_STATE_OPEN and before == CircuitState.CIRCUIT_STATE_CLOSED:
-            self._mode.enter(CAUSE)
         if after == CircuitState.CIRCUIT_STATE_CLOSED:
             self._mode.leave(CAUSE)
+        else:
+            self._mode.enter(CAUSE)

@@ -35,7 +35,7 @@ class EmergencyConfig:
     calm_epochs: Annotated[int, Range(1, 1_000_000)] = 3
     """So many good epochs in a row end what the trainer raised by itself, but no halt."""
     allow_remote_halt: bool = False
-    """Whether a HALT that weatherlight signed is obeyed."""
+    """Whether a HALT that weatherlight or tamiyo signed is obeyed."""
     share: bool = True
     """Whether other processes on the host are told by shared memory."""
 

@@ -8,12 +8,12 @@ from esper_rpc.config import Range, validate
 from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, EmergencyLevel
 
+from .answer import MALFORMED, Answer, failed, rejected
 from .checkpoint_store import StoreConfig
 from .checkpoints import Checkpoints
 from .rollback import FAST, FULL
 from .snapshot_cache import CacheConfig
 
-MALFORMED = "malformed_payload"
 ROLLBACK_FAILED = "rollback_failed"
 COMMANDED = "commanded"
 _ANY_STEP = 2**53
@@ -59,13 +59,6 @@ class CheckpointConfig:
         return CacheConfig(snapshots=self.snapshots, memory_mb=self.memory_mb)
 
 
-class Answer(NamedTuple):
-    """What became of a command, and the stable reason why."""
-
-    result: CommandOutcome.Result.ValueType
-    reason: str = ""
-
-
 class _Wanted(NamedTuple):
     step: int
     reason: str
@@ -104,9 +97,9 @@ class CheckpointSchedule:
             return None
         wanted = _read(command)
         if wanted is None:
-            return Answer(CommandOutcome.RESULT_REJECTED, MALFORMED)
+            return rejected(MALFORMED)
         if self._asked[self._session.epoch] >= self._limit:
-            return Answer(CommandOutcome.RESULT_REJECTED, reasons.LOCAL_LIMIT)
+            return rejected(reasons.LOCAL_LIMIT)
         self._asked[self._session.epoch] += 1
         self._waiting[command.command_id] = wanted
         return None
@@ -135,7 +128,7 @@ class CheckpointSchedule:
         )
         if result.succeeded:
             return Answer(CommandOutcome.RESULT_APPLIED, result.tier)
-        return Answer(CommandOutcome.RESULT_FAILED, ROLLBACK_FAILED)
+        return failed(ROLLBACK_FAILED)
 
 
 def _read(command: AdaptationCommand) -> _Wanted | None:

@@ -28,6 +28,7 @@ from .checkpoints import keep_run_checkpoints
 from .detached import DetachedSession
 from .membership import Membership
 from .orchestration import make_tolaria
+from .routing import breakers_of, route_commands
 from .seed_host import make_seed_host
 from .serving import serve_host
 from .sites import wrap_sites
@@ -104,6 +105,8 @@ def _attach(
     else:  # Another rank would not go back with this one.
         _keep_groups_apart(optimizer)
     session.tolaria = tolaria = make_tolaria(session, host, member, settings, keeper)
+    breakers = breakers_of(host, tolaria.guard, authority)
+    session.features = (*session.features, *route_commands(host, tolaria.emergencies, breakers))
     kasmina = thread.run(
         serve_host(host, member, kasmina_address, session.run_id, session.move, tolaria=tolaria.servicer),
         timeout=10,

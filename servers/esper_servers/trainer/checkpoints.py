@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from esper_client.session import TrainingSession
-from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType
+from esper_rpc.proto.leyline.v1 import CommandType
 from esper_servers.kasmina.host import InProcessSeedHost
+from esper_servers.kasmina.inbox import Queued
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.verdict import Verdict
 from esper_servers.tolaria.assembly import keep_checkpoints
@@ -40,8 +41,8 @@ def keep_run_checkpoints(
     if not config.is_enabled:
         return keeper
 
-    def carry_out(command: AdaptationCommand) -> Verdict | None:
-        answer = schedule.carry_out(command)
+    def carry_out(queued: Queued) -> Verdict | None:
+        answer = schedule.carry_out(queued.command)
         return None if answer is None else Verdict(*answer)
 
     host.route(CommandType.COMMAND_TYPE_ROLLBACK, carry_out)

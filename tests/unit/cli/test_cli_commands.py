@@ -142,11 +142,18 @@ def test_an_unknown_role_is_a_failure_that_names_it(esper, home):
     assert "spiffe://esper/Trainer/local" in result.output
 
 
-def test_wrong_usage_exits_with_2(esper, home):
-    arguments = ("sign", "--address", "127.0.0.1:1", "--seed", "seed-0", "--operation", "explode")
-    result = esper(*arguments)
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        (("--seed", "seed-0", "--operation", "explode"), "germinate"), (("--operation", "cull"), "--seed"),
+        ((), "--emergency"), (("--seed", "seed-0", "--emergency", "halt"), "--breaker"),
+        (("--emergency", "panic"), "halt"), (("--breaker", "epoch", "--state", "ajar"), "half_open"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_exits_with_2(esper, home, options, hint):
+    result = esper("sign", "--address", "127.0.0.1:1", *options)
     assert result.exit_code == 2
-    assert "germinate" in result.output
+    assert hint in result.output
 
 
 def test_an_unreachable_peer_exits_with_3(esper, home):

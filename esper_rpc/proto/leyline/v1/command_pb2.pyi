@@ -37,11 +37,11 @@ class _CommandTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CommandTy
     COMMAND_TYPE_OPTIMIZER: _CommandType.ValueType  # 3
     """Adjust an optimizer."""
     COMMAND_TYPE_CIRCUIT_BREAKER: _CommandType.ValueType  # 4
-    """Move a circuit breaker to a given state."""
+    """Move a circuit breaker to a given state: the one of the annotation breaker, without it the trainer's own."""
     COMMAND_TYPE_PAUSE: _CommandType.ValueType  # 5
     """Pause adaptation. Training itself goes on."""
     COMMAND_TYPE_EMERGENCY: _CommandType.ValueType  # 6
-    """Enter the emergency protocol."""
+    """Raise the level of the emergency protocol to that of the annotation emergency_level. It never lowers one."""
     COMMAND_TYPE_STRUCTURAL_PRUNING: _CommandType.ValueType  # 7
     """Prune the structure of the host."""
 
@@ -57,11 +57,11 @@ COMMAND_TYPE_ROLLBACK: CommandType.ValueType  # 2
 COMMAND_TYPE_OPTIMIZER: CommandType.ValueType  # 3
 """Adjust an optimizer."""
 COMMAND_TYPE_CIRCUIT_BREAKER: CommandType.ValueType  # 4
-"""Move a circuit breaker to a given state."""
+"""Move a circuit breaker to a given state: the one of the annotation breaker, without it the trainer's own."""
 COMMAND_TYPE_PAUSE: CommandType.ValueType  # 5
 """Pause adaptation. Training itself goes on."""
 COMMAND_TYPE_EMERGENCY: CommandType.ValueType  # 6
-"""Enter the emergency protocol."""
+"""Raise the level of the emergency protocol to that of the annotation emergency_level. It never lowers one."""
 COMMAND_TYPE_STRUCTURAL_PRUNING: CommandType.ValueType  # 7
 """Prune the structure of the host."""
 Global___CommandType: _TypeAlias = CommandType  # noqa: Y015
@@ -308,7 +308,9 @@ class AdaptationCommand(_message.Message):
     @_builtins.property
     def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Strings for operators by name: feature_coverage, coverage_map, coverage_types, policy_version, blending_method,
-        blending_method_index, reason, priority, step_index, risk_score, risk_map, and the keys of the blend mode.
+        blending_method_index, reason, priority, step_index, risk_score, risk_map, and the keys of the blend mode. Two say
+        what a command is about, for want of a field: emergency_level, an EmergencyLevel without its prefix such as HALT, for
+        an emergency command, which has no payload; breaker, for a circuit breaker command.
         """
 
     def __init__(

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from esper_rpc.proto.kasmina.v1 import (
+    AdvanceAlphaRequest,
+    AdvanceAlphaResponse,
+    ApplyCommandRequest,
+    ApplyCommandResponse,
+    ExportSeedStatesRequest,
+    ExportSeedStatesResponse,
+    FinalizeStepRequest,
+    FinalizeStepResponse,
+    GetStatusRequest,
+    GetStatusResponse,
+    UpdateEpochRequest,
+    UpdateEpochResponse,
+    WatchSeedEventsRequest,
+    WatchSeedEventsResponse,
+)
+
+from .mesh_client import MeshClient
+
+
+class KasminaClient(MeshClient):
+    """KasminaService is the seed host: it carries out signed commands on a live model."""
+
+    role = "trainer"  # It lives where the tensors are, under the trainer's certificate.
+    service = "esper.kasmina.v1.KasminaService"
+    retried = ("ApplyCommand", "ExportSeedStates", "GetStatus")  # An envelope that comes twice is applied once.
+
+    async def apply_command(self, request: ApplyCommandRequest, *, timeout: float = 2.0) -> ApplyCommandResponse:
+        """Verifies a command and queues it for the next safe point of the training loop."""
+        return await self._unary("ApplyCommand", request, ApplyCommandResponse, timeout)
+
+    async def export_seed_states(
+        self, request: ExportSeedStatesRequest, *, timeout: float = 2.0
+    ) -> ExportSeedStatesResponse:
+        """Returns the state of every seed."""
+        return await self._unary("ExportSeedStates", request, ExportSeedStatesResponse, timeout)
+
+    async def advance_alpha(self, request: AdvanceAlphaRequest, *, timeout: float = 2.0) -> AdvanceAlphaResponse:
+        """Moves the alpha of a blending seed one step on."""
+        return await self._unary("AdvanceAlpha", request, AdvanceAlphaResponse, timeout)
+
+    async def finalize_step(self, request: FinalizeStepRequest, *, timeout: float = 2.0) -> FinalizeStepResponse:
+        """Ends one training step: steps the seeds' optimizers and flushes their packets."""
+        return await self._unary("FinalizeStep", request, FinalizeStepResponse, timeout)
+
+    async def update_epoch(self, request: UpdateEpochRequest, *, timeout: float = 2.0) -> UpdateEpochResponse:
+        """Tells the host that an epoch ended."""
+        return await self._unary("UpdateEpoch", request, UpdateEpochResponse, timeout)
+
+    def watch_seed_events(
+        self, request: WatchSeedEventsRequest, *, timeout: float | None = None
+    ) -> AsyncIterator[WatchSeedEventsResponse]:
+        """Streams what happens to seeds."""
+        return self._download("WatchSeedEvents", request, WatchSeedEventsResponse, timeout)
+
+    async def get_status(self, request: GetStatusRequest, *, timeout: float = 2.0) -> GetStatusResponse:
+        """Reports what the host does at present, with what an operator needs to sign a command for it."""
+        return await self._unary("GetStatus", request, GetStatusResponse, timeout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -109,20 +110,18 @@ async def test_a_hedge_whose_first_attempt_fails_waits_for_the_second():
 
 
 async def test_the_breaker_of_a_method_opens_alone_and_closes_after_a_success(mesh):
-    urza = Moody(*[errors.Internal("broken")] * 3, 0)
-    breaker = BreakerConfig(failures=3, cool_down_seconds=0.05, successes=1)
+    urza, never = Moody(*[errors.Internal("broken")] * 3, 0), HedgeConfig(after_seconds=60)
+    breaker = BreakerConfig(failures=3, cool_down_seconds=3600, successes=1)
     async with serving(mesh.identity("urza"), (URZA, urza)) as server:
-        async with UrzaClient(server.address, identity=mesh.identity("operator"), breaker=breaker) as client:
+        async with UrzaClient(
+            server.address, identity=mesh.identity("operator"), breaker=breaker, hedge=never
+        ) as client:
             for _ in range(3):
                 with pytest.raises(errors.Internal):
                     await client.get_extras(REQUEST)
             with pytest.raises(errors.Unavailable) as caught:
                 await client.get_extras(REQUEST)
             assert (caught.value.reason, urza.calls) == ("BREAKER_OPEN", 3)
-            async with asyncio.timeout(5):
-                while True:
-                    try:
-                        await client.get_extras(REQUEST)
-                        break
-                    except errors.Unavailable:
-                        await asyncio.sleep(0.01)
+            client._breakers["GetExtras"]._clock = lambda: time.monotonic() + 3600
+            await client.get_extras(REQUEST)
+            assert client._breakers["GetExtras"].consecutive_failures == 0

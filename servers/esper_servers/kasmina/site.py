@@ -15,6 +15,7 @@ from . import lifecycle
 from .blend_config import BlendConfig
 from .blending import Blend, Mixing, mixing_of, shadow
 from .channels import channel_count, channel_dim
+from .finite import finite_mask
 from .guarded_branch import anchored, guard, leaves
 from .zero_gradient import tie
 
@@ -164,8 +165,9 @@ class Site(nn.Module):
 
     def _blended(self, seed: nn.Module, h: Tensor) -> Tensor:
         s = self._beside(seed, h)
-        is_finite = torch.isfinite(s.detach())
-        self._note(is_finite)
+        is_finite = finite_mask(s.detach())
+        if is_finite is not None:
+            self._note(is_finite)
         return self._blend(h, s, is_finite)  # type: ignore[no-any-return]  # As torch types a call.
 
     def _probed(self, seed: nn.Module, h: Tensor) -> Tensor:

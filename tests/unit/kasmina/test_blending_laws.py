@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper_rpc.blending import BLEND_MODES
+from esper_servers.kasmina import blending
 from esper_servers.kasmina.alpha import band_after, gradient_clip
 from esper_servers.kasmina.blend_config import BlendConfig
 from esper_servers.kasmina.blending import Blend, mixing_of
+from esper_servers.kasmina.finite import finite_mask
 
 BATCH, CHANNELS = 3, 6
 LAYOUTS = {
@@ -46,7 +48,7 @@ def maps(layout, seed, scale=1.0, dtype=torch.float32):
 
 
 def mixed(blend, h, s):
-    return blend(h, s, torch.isfinite(s.detach()))
+    return blend(h, s, finite_mask(s.detach()))
 
 
 @modes
@@ -135,6 +137,37 @@ def test_no_gradient_reaches_the_host_and_the_seed_gets_one(mode, layout, alpha,
     mixed(blend_of(mode, layout, alpha=alpha), h, s).square().sum().backward()
     assert h.grad is None
     assert torch.isfinite(s.grad).all()
+
+
+@modes
+@layouts
+@pytest.mark.parametrize("is_masked", [True, False], ids=["masked", "finite"])
+def test_the_gradient_of_the_seed_is_the_slope_of_what_it_gives(mode, layout, is_masked):
+    h, s = maps(layout, 5, dtype=torch.float64)
+    # Bounds that meet hold the gate: of a gate that moves the gradient does not tell, and should not.
+    blend = blend_of(mode, layout, alpha=0.4, alpha_lo=0.6, alpha_hi=0.6)
+    mask = torch.rand(s.shape, generator=torch.Generator().manual_seed(6)) < 0.7 if is_masked else None
+    assert torch.autograd.gradcheck(lambda seed: blend(h, seed, mask), (s,))
+
+
+@pytest.mark.parametrize("layout", ["image", "sequence"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gate_that_is_computed_by_parts_is_the_one_of_the_whole(layout, dtype, monkeypatch):
+    monkeypatch.setattr(blending, "_PART", 40)
+    h, s = maps(layout, 9, dtype=dtype)
+    blend = blend_of("CONFIDENCE", layout, alpha=1.0)
+    assert len(list(blending._parts(h, s))) > 1
+    assert torch.equal(mixed(blend, h, s), blend.mixing(h, s))
+
+
+@layouts
+@pytest.mark.parametrize("is_classifier", [True, False], ids=["classifier", "map"])
+def test_the_gradient_of_the_seed_is_its_share_of_what_comes_back(layout, is_classifier):
+    h, s = maps(layout, 7)
+    blend = blend_of("CONFIDENCE", layout, alpha=0.4, is_classifier=is_classifier)
+    back = torch.randn(s.shape, generator=torch.Generator().manual_seed(8))
+    mixed(blend, h, s).backward(back)
+    torch.testing.assert_close(s.grad, back * 0.4 * blend.mixing.share(h, s))
 
 
 @modes

@@ -88,10 +88,12 @@ class TrainingLoop:
         self.halt.release("the end")
         self._thread.join()
 
-    def step(self, loss, *, samples=None, gradient_norm=None, metrics=None):
+    def begin_step(self, loss, *, samples=None, gradient_norm=None, metrics=None):
         self.global_step += 1
-        self.safe_point.reach()
         self.feed.publish(self.global_step, self.epoch, {"loss": loss, **(metrics or {})})
+
+    def finish_step(self):
+        self.safe_point.reach()
         return []
 
     def start_epoch(self, epoch):

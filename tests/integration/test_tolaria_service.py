@@ -385,9 +385,8 @@ def test_the_metrics_of_an_attached_session_are_streamed(attached):
     assert "hook_latency_ms" in found[0].metrics
 
 
-def test_without_a_mesh_tolaria_leaves_the_session_as_it_is():
+def test_without_a_mesh_a_session_does_nothing():
     session = DetachedSession(nn.Linear(1, 1))
-    assert orchestrate(session, None) is session
     assert (session.step(1.0), session.end_epoch(), session.hold(), session.halted) == ([], None, True, False)
 
 

@@ -32,6 +32,8 @@ class Questions:
         self.sequence = 0
         self.untold = UntoldOutcomes()
         self.hook_latency_ms = 0.0
+        self.tamiyo_latency_ms: float | None = None
+        """How long the loop waited for Tamiyo in the step before; None when it could not be asked."""
         self._run_id = run_id
         self._host = host
         self._config = config
@@ -64,6 +66,8 @@ class Questions:
     def packet(self, measured: Measured, *, epoch: int, global_step: int) -> SystemStatePacket:
         """Build the state that a question is about."""
         known = {"hook_latency_ms": self.hook_latency_ms, **(measured.metrics or {})}
+        if self.tamiyo_latency_ms is not None:
+            known["tamiyo_latency_ms"] = self.tamiyo_latency_ms
         if measured.gradient_norm is not None:
             known["gradient_norm"] = measured.gradient_norm
         now = time.monotonic()

@@ -23,6 +23,11 @@ class StepTimes:
         return self.ended - self.begun - self._away
 
     @property
+    def exchange_seconds(self) -> float:
+        """How long the step waited for its answer."""
+        return self.answered - self.built - self._away
+
+    @property
     def apply_seconds(self) -> float:
         """How long the model was worked on."""
         return self.ended - self.answered
@@ -31,7 +36,7 @@ class StepTimes:
         """Account for the step; `server_us` is what Tamiyo says that it took."""
         return StepTiming(
             build=(self.built - self.begun) * 1e6,
-            exchange=(self.answered - self.built - self._away) * 1e6,
+            exchange=self.exchange_seconds * 1e6,
             server=server_us,
             verify=(self.verified - self.answered) * 1e6,
             apply=(self.ended - self.verified) * 1e6,

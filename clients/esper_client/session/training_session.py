@@ -315,6 +315,7 @@ class TrainingSession:
         self.outcomes += outcomes
         self._tell_of_new_host()
         trace_step(self.run_id, self.global_step, outcomes, times.apply_seconds)
+        self._questions.tamiyo_latency_ms = None if step.unsent else times.exchange_seconds * 1e3
         self._account(times, decision, outcomes)
         return outcomes
 

@@ -60,6 +60,13 @@ class StepProfiler:
             if self._running is not None:
                 self._end_step(self._running)
 
+    def next_step(self) -> None:
+        """End one training step and begin the next: for a loop that can put nothing around its steps."""
+        if self._running is not None:
+            self._end_step(self._running)
+        if self._wanted is not None and self._running is None:
+            self._start()
+
     def close(self) -> None:
         """Write what was traced so far."""
         if self._running is not None:

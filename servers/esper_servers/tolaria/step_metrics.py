@@ -27,6 +27,8 @@ class TolariaConfig:
     """How often the use of processors and devices is read."""
     kasmina_budget_ms: Annotated[float, Range(0.1, 60_000)] = 5.0
     """A step in which the seed host took longer is told."""
+    seed_layer_norms: Annotated[int, Range(0, 16)] = 0
+    """Of so many layers of each seed, those with the largest, the norm of the gradient is shown."""
 
     def __post_init__(self) -> None:
         validate(self)

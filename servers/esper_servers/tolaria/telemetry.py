@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from esper_rpc.proto.leyline.v1 import MetricPoint, TelemetryLevel, TelemetryPacket
 from esper_rpc.telemetry import record_packets
@@ -19,5 +19,9 @@ def tell(
 
 def show(values: Mapping[str, float]) -> None:
     """Show the newest values of metrics by their names in the design, `tolaria.…`."""
-    points = [MetricPoint(name=name, value=value) for name, value in values.items()]
+    show_points([MetricPoint(name=name, value=value) for name, value in values.items()])
+
+
+def show_points(points: Sequence[MetricPoint]) -> None:
+    """Show the newest values of metrics with attributes."""
     record_packets([TelemetryPacket(packet_id=str(uuid.uuid4()), source_subsystem=SOURCE, metrics=points)])

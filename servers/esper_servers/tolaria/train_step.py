@@ -3,17 +3,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Protocol
 
-import structlog
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper_rpc.config import Range, validate
 from esper_rpc.errors import ConfigError
+from esper_rpc.proto.leyline.v1 import TelemetryLevel
 
-log = structlog.get_logger(__name__)
+from .aggregation.batches import BatchAggregator
+from .telemetry import show, tell
 
 PRECISIONS: Mapping[str, torch.dtype] = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -51,6 +52,18 @@ class StepResult(NamedTuple):
     has_updated: bool
 
 
+class Loop(Protocol):
+    """Whoever ends the steps of a training. A Trainer is one."""
+
+    def begin_step(self, loss: Any, *, samples: int | None = None) -> object:
+        """Begin the end of a step, when its loss is known."""
+        ...
+
+    def finish_step(self, *, gradient_norm: float | None = None) -> object:
+        """End it, after the optimizer."""
+        ...
+
+
 class TrainStep:
     """Forward, backward and optimizer of one step, of one batch or of several that are accumulated.
 
@@ -59,9 +72,23 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, loss_of: LossOf, *, config: TrainStepConfig | None = None
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss_of: LossOf,
+        *,
+        config: TrainStepConfig | None = None,
+        batches: BatchAggregator | None = None,
     ) -> None:
+        """With `batches` the gradients of several batches are put together by it, conflicts and all.
+
+        Raises:
+            ConfigError: With `batches` in float16, whose gradients are scaled: a limit to their norm means nothing.
+        """
         self.config = config or TrainStepConfig()
+        if batches is not None and self.config.precision == "float16":
+            raise ConfigError("Batches are not aggregated in float16; choose bfloat16 or float32.")
+        self.batches = batches
         self._model = model
         self._optimizer = optimizer
         self._loss_of = loss_of
@@ -72,6 +99,9 @@ class TrainStep:
         self._compiled = torch.compile(model) if self.config.compile else None
         if self.config.tf32 and self._device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        show({"tolaria.train.amp_enabled": float(self.config.precision != "float32")})
+        if self.is_compiled:
+            tell("tolaria.compile_enabled", TelemetryLevel.TELEMETRY_LEVEL_INFO, reason="asked_for")
 
     @property
     def is_compiled(self) -> bool:
@@ -94,7 +124,34 @@ class TrainStep:
             if index == len(batches) and on_loss is not None:
                 on_loss(total / len(batches))
             self.scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+            if self.batches is not None:
+                self._hand_over(self.batches, len(batches))
+        if self.batches is not None:
+            self._take_back(self.batches)
         return self._update(total / len(batches))
+
+    def within(self, loop: Loop, *batches: Any, samples: int | None = None) -> StepResult:
+        """Train on batches in a step of a loop: it is begun when the loss is known, and finished after the update."""
+        result = self(*batches, on_loss=lambda loss: loop.begin_step(loss, samples=samples))
+        loop.finish_step(gradient_norm=result.gradient_norm)
+        return result
+
+    def _hand_over(self, batches: BatchAggregator, count: int) -> None:
+        """Give the gradients of a batch to the aggregator. Those of seeds stay: nobody else reaches their weights."""
+        parameters = self._parameters()
+        gradients = [each.grad for each in parameters]
+        # Its loss was divided by the count, so that seeds get a mean.
+        torch._foreach_mul_([each for each in gradients if each is not None], float(count))
+        batches.add(gradients, samples=1)
+        for each in parameters:
+            each.grad = None
+
+    def _take_back(self, batches: BatchAggregator) -> None:
+        for parameter, gradient in zip(self._parameters(), batches.finish().gradients, strict=True):
+            parameter.grad = gradient
+
+    def _parameters(self) -> list[Tensor]:
+        return [each for group in self._optimizer.param_groups for each in group["params"]]
 
     def _forward(self, batch: Any) -> Tensor:
         dtype = PRECISIONS[self.config.precision]
@@ -106,13 +163,15 @@ class TrainStep:
             except Exception as error:  # noqa: BLE001  # If it was the user's own, the eager model raises it again.
                 loss = self._loss_of(self._model, batch)
                 self._compiled = None
-                log.warning("compile_fallback", event_type="tolaria.compile_fallback", error=str(error)[:500])
+                tell(
+                    "tolaria.compile_fallback", TelemetryLevel.TELEMETRY_LEVEL_WARNING, reason=type(error).__name__,
+                    error=str(error)[:500],
+                )  # fmt: skip
                 return loss
 
     def _update(self, loss: float) -> StepResult:
         self.scaler.unscale_(self._optimizer)
-        parameters = [each for group in self._optimizer.param_groups for each in group["params"]]
-        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.max_gradient_norm))
+        norm = float(nn.utils.clip_grad_norm_(self._parameters(), self.config.max_gradient_norm))
         if not math.isfinite(norm):
             # Not the optimizer's: one NaN in a gradient would stay in its momentum for ever.
             self._optimizer.zero_grad(set_to_none=True)

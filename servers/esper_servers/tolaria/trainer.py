@@ -1,26 +1,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 import torch
+from torch import Tensor
 
 from esper_client.halt import HaltSwitch
-from esper_rpc.errors import EsperError, NotFound
+from esper_client.session import read_loss
+from esper_rpc.errors import EsperError, FailedPrecondition, NotFound
 from esper_rpc.proto.leyline.v1 import CommandOutcome, TelemetryLevel
 from esper_rpc.proto.tamiyo.v1 import EvaluateEpochRequest, StepDecision
 
+from .aggregation.aggregator import Aggregated, GradientAggregator
+from .aggregation.layer_norms import Seeds, as_points, layer_norms
+from .aggregation.losses import backward as aggregate
+from .aggregation.weights import SeedLoss
 from .checkpoint_keeper import CheckpointKeeper
 from .conservative_mode import ConservativeMode
 from .emergency import Emergencies
 from .emergency_levels import ELEVATED, HALT, NOTICE
 from .epoch_guard import EpochGuard, EpochReport
 from .escalation import FULL, Escalation, Trigger
+from .profiling import StepProfiler
 from .step_metrics import StepMetrics
-from .telemetry import SOURCE, show, tell
+from .telemetry import SOURCE, show, show_points, tell
+from .train_step import StepResult, TrainStep
 
 log = structlog.get_logger(__name__)
 
@@ -59,20 +67,30 @@ class Session(Protocol):
     apply_ms: float
     finalize_ms: float
 
-    def step(
+    def begin_step(
         self,
         loss: Any,
         *,
         samples: int | None = None,
         gradient_norm: float | None = None,
         metrics: Mapping[str, float] | None = None,
-    ) -> list[CommandOutcome]:
-        """End a training step."""
+    ) -> None:
+        """Ask the mesh, as soon as the loss of a step is known."""
+        ...
+
+    def finish_step(self) -> list[CommandOutcome]:
+        """End the step, after its optimizer."""
         ...
 
     def start_epoch(self, epoch: int) -> None:
         """Note that an epoch begins."""
         ...
+
+
+class _BegunStep(NamedTuple):
+    loss: float
+    found: Mapping[str, float]
+    """What was measured of it."""
 
 
 class Trainer:
@@ -94,8 +112,15 @@ class Trainer:
         guard: EpochGuard | None = None,
         checkpoints: CheckpointKeeper | None = None,
         controller: Controller | None = None,
+        train_step: TrainStep | None = None,
+        aggregator: GradientAggregator | None = None,
+        seeds: Seeds | None = None,
+        profiler: StepProfiler | None = None,
     ) -> None:
-        """Without a `controller` nobody is asked at the end of an epoch."""
+        """Without a `controller` nobody is asked at the end of an epoch.
+
+        `train_step` is what `train` does, `aggregator` what `backward` puts gradients together with.
+        """
         self.metrics = metrics or StepMetrics(optimizer=optimizer)
         self.guard = guard or EpochGuard(mode=mode)
         self._session = session
@@ -104,6 +129,15 @@ class Trainer:
         self._escalation = escalation or Escalation(emergencies.config)
         self._checkpoints = checkpoints
         self._controller = controller
+        self.train_step = train_step
+        self.aggregator = aggregator or GradientAggregator()
+        self._seeds = seeds
+        self.profiler = profiler
+        """Traces the steps after a request, where there is one."""
+        self._begun: _BegunStep | None = None
+        self._gradient_norm: float | None = None
+        """Of the step before, where it became known too late to be told with it."""
+        self._accuracy: float | None = None
         self._last_loss = math.nan
         self._epoch_failed = False
         self._calm_epochs = 0
@@ -134,15 +168,58 @@ class Trainer:
         metrics: Mapping[str, float] | None = None,
     ) -> list[CommandOutcome]:
         """End a training step, after optimizer.step(): measure, ask the mesh, answer an emergency of the run itself."""
+        self.begin_step(loss, samples=samples, gradient_norm=gradient_norm, metrics=metrics)
+        return self.finish_step()
+
+    def begin_step(
+        self,
+        loss: Any,
+        *,
+        samples: int | None = None,
+        gradient_norm: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Ask the mesh when the loss is known, so that it decides while backward and optimizer work.
+
+        `finish_step` must follow, after optimizer.step(). Without a `gradient_norm` that of the step before is told.
+        """
+        if self._begun is not None:
+            self.finish_step()
         self.hold()
-        value = float(loss.detach() if hasattr(loss, "detach") else loss)
-        found = self._safely(lambda: self._measure(value, gradient_norm), {})
-        outcomes = self._session.step(
-            value, samples=samples, gradient_norm=gradient_norm, metrics={**found, **(metrics or {})}
-        )
-        self._safely(lambda: self._look_back(value, found), None)
+        value = read_loss(loss)
+        norm = self._gradient_norm if gradient_norm is None else gradient_norm
+        found = self._safely(lambda: self._measure(value, norm), {})
+        self._session.begin_step(value, samples=samples, gradient_norm=norm, metrics={**found, **(metrics or {})})
+        self._begun = _BegunStep(value, found)
+
+    def finish_step(self, *, gradient_norm: float | None = None) -> list[CommandOutcome]:
+        """End the step that was begun. The norm of its gradient, where it is given here, is told with the next one."""
+        begun, self._begun, self._gradient_norm = self._begun, None, gradient_norm
+        if begun is None:
+            return []
+        self._safely(self._show_seeds, None)
+        outcomes = self._session.finish_step()
+        self._safely(lambda: self._look_back(begun.loss, begun.found), None)
+        if self.profiler is not None:
+            self._safely(self.profiler.next_step, None)
         self.hold()
         return outcomes
+
+    def train(self, *batches: Any, samples: int | None = None) -> StepResult:
+        """Train on batches by the `train_step`, and end the step; the mesh decides while backward and optimizer work.
+
+        Raises:
+            FailedPrecondition: When there is no `train_step`.
+        """
+        if self.train_step is None:
+            raise FailedPrecondition("There is nothing to train by: give orchestrate a train_step.")
+        return self.train_step.within(self, *batches, samples=samples)
+
+    def backward(
+        self, loss: Tensor, seeds: Mapping[str, SeedLoss], parameters: Sequence[Tensor], *, samples: int
+    ) -> Aggregated:
+        """Take the place of loss.backward() where seeds have losses of their own; see aggregation.losses.backward."""
+        return aggregate(self.aggregator, loss, seeds, parameters, host_samples=samples)
 
     def end_epoch(self, *, failed: bool = False, accuracy: float | None = None) -> EpochReport[StepDecision]:
         """End an epoch within its budget, and begin the next one. `failed` adds to what the trainer saw itself.
@@ -154,6 +231,7 @@ class Trainer:
         report = self._close_epoch(accuracy, "failed" if has_failed else "")
         self._epoch_failed = False
         if accuracy is not None:
+            self._accuracy = accuracy
             self._safely(lambda: show({"tolaria.training.accuracy": accuracy}), None)
         self._safely(lambda: self._judge_epoch(has_failed, accuracy), None)
         self._session.start_epoch(self._session.epoch + 1)
@@ -187,7 +265,9 @@ class Trainer:
         self.hold()
 
     def _measure(self, loss: float, gradient_norm: float | None) -> dict[str, float]:
-        return self.metrics.collect(
+        self.metrics.gradient_conflict_rate = self._conflict_rate()
+        known = {} if self._accuracy is None else {"accuracy": self._accuracy}
+        return known | self.metrics.collect(
             loss,
             gradient_norm=gradient_norm,
             apply_ms=self._session.apply_ms,
@@ -195,6 +275,21 @@ class Trainer:
             enrich=not self._mode.is_active,
             read_devices=self._emergencies.level == ELEVATED,
         )
+
+    def _conflict_rate(self) -> float | None:
+        batches = self.train_step.batches if self.train_step is not None else None
+        rates = [each.rate.metrics() for each in (self.aggregator, batches) if each is not None]
+        return next((found["grad_conflict_rate"] for found in rates if found), self.metrics.gradient_conflict_rate)
+
+    def _show_seeds(self) -> None:
+        """Before the step ends, since the seeds' gradients go with it."""
+        top = self.metrics.config.seed_layer_norms
+        if self._seeds is None or self._session.global_step % self._mode.sample_every:
+            return
+        growing = self._seeds.growing()
+        show({"tolaria.seeds.active": float(len(growing))})
+        if top and not self._mode.is_active:
+            show_points(as_points(layer_norms(growing, top=top)))
 
     def _look_back(self, loss: float, found: Mapping[str, float]) -> None:
         step, self._last_loss = self._session.global_step, loss

@@ -25,6 +25,7 @@ from esper_servers.tolaria.schedule import CheckpointConfig
 from esper_servers.tolaria.step_metrics import TolariaConfig
 
 DEFAULT_CHECKPOINTS = Path("state") / "trainer" / "checkpoints"
+TRACES = Path("state") / "trainer" / "traces"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +93,13 @@ class Membership:
         return load(RollbackConfig, "rollback", path=self._settings, environ=self.environ)
 
     def checkpoint_directory(self, config: CheckpointConfig, run_id: str) -> Path:
-        """Where the checkpoints of a run are; its name may hold anything."""
+        """Where the checkpoints of a run are."""
         parent = Path(config.directory) if config.directory else home_directory(self.environ) / DEFAULT_CHECKPOINTS
-        return parent / quote(run_id, safe="").replace(".", "%2E")
+        return parent / name_of(run_id)
+
+    def trace_directory(self, run_id: str) -> Path:
+        """Where the traces of a run are."""
+        return home_directory(self.environ) / TRACES / name_of(run_id)
 
     def trace(self) -> Callable[[], object]:
         """Trace if the environment asks for it; a program that set up OpenTelemetry itself keeps its own provider."""
@@ -105,3 +110,8 @@ class Membership:
     @property
     def _settings(self) -> Path:
         return home_directory(self.environ) / SETTINGS_FILE
+
+
+def name_of(run_id: str) -> str:
+    """Name a directory for a run, whose own name may hold anything."""
+    return quote(run_id, safe="").replace(".", "%2E")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 import torch
@@ -8,18 +10,23 @@ import torch
 from esper_client.discovery import home_directory
 from esper_client.session import TrainingSession
 from esper_servers.kasmina.host import InProcessSeedHost
+from esper_servers.tolaria.aggregation.aggregator import GradientAggregator
 from esper_servers.tolaria.checkpoint_keeper import CheckpointKeeper
 from esper_servers.tolaria.conservative_mode import ConservativeMode
 from esper_servers.tolaria.emergency import SWITCHED_OFF, Emergencies
 from esper_servers.tolaria.epoch_guard import EpochGuard
 from esper_servers.tolaria.metrics_feed import MetricsFeed
+from esper_servers.tolaria.profiling import StepProfiler
 from esper_servers.tolaria.service import TolariaServicer
 from esper_servers.tolaria.shared_signal import SharedSignal, place_for
 from esper_servers.tolaria.step_metrics import StepMetrics, TolariaConfig
+from esper_servers.tolaria.train_step import TrainStep
 from esper_servers.tolaria.trainer import Trainer
 
 from .detached import DetachedSession
-from .membership import Membership, TolariaSettings
+from .detached_trainer import DetachedTrainer
+from .growing_seeds import GrowingSeeds
+from .membership import TRACES, Membership, TolariaSettings
 
 log = structlog.get_logger(__name__)
 
@@ -34,6 +41,8 @@ class Tolaria:
     guard: EpochGuard
     config: TolariaConfig
     checkpoints: CheckpointKeeper | None
+    seeds: GrowingSeeds
+    traces: Path
 
 
 def orchestrate(
@@ -41,15 +50,23 @@ def orchestrate(
     optimizer: torch.optim.Optimizer,
     *,
     checkpoints: CheckpointKeeper | None = None,
-) -> Trainer | DetachedSession:
-    """Have Tolaria end the steps and epochs of a loop with an attached session; without a mesh the session itself.
+    train_step: TrainStep | None = None,
+    aggregator: GradientAggregator | None = None,
+    traces: Path | None = None,
+) -> Trainer | DetachedTrainer:
+    """Have Tolaria end the steps and epochs of a loop with an attached session; without a mesh nobody is told of them.
 
-    The loop then calls `step` and `end_epoch` of what is returned instead of `step` and `start_epoch` of the session.
-    `checkpoints` is what CreateCheckpoint, Rollback and emergencies use instead of those of the session. Settings come
-    from [tolaria], [emergency] and [epoch_guard].
+    The loop then calls `step` and `end_epoch` of what is returned instead of `step` and `start_epoch` of the session;
+    or `begin_step` before backward and `finish_step` after the optimizer; or, with a `train_step`, only `train`.
+    `checkpoints` is what CreateCheckpoint, Rollback and emergencies use instead of those of the session, `aggregator`
+    what `backward` puts the losses of single seeds together with, `traces` where `profiler.request` has traces
+    written: without it `state/trainer/traces` of the home. Settings come from [tolaria], [emergency] and [epoch_guard].
     """
     if isinstance(session, DetachedSession):
-        return session
+        profiler = StepProfiler(traces or home_directory(os.environ) / TRACES)
+        return DetachedTrainer(
+            session, optimizer, profiler=profiler, train_step=train_step, aggregator=aggregator
+        )  # fmt: skip
     parts: Tolaria = session.tolaria
     checkpoints = checkpoints or parts.checkpoints
     if checkpoints is not None:
@@ -63,6 +80,10 @@ def orchestrate(
         guard=parts.guard,
         checkpoints=checkpoints,
         controller=session,
+        train_step=train_step,
+        aggregator=aggregator,
+        seeds=parts.seeds,
+        profiler=StepProfiler(traces or parts.traces),
     )
 
 
@@ -97,7 +118,10 @@ def make_tolaria(
     )
     if keeper is not None:
         servicer.keep(keeper)
-    return Tolaria(servicer, emergencies, mode, guard, settings.metrics, keeper)
+    return Tolaria(
+        servicer, emergencies, mode, guard, settings.metrics, keeper, GrowingSeeds(host),
+        member.trace_directory(session.run_id),
+    )  # fmt: skip
 
 
 def _share(run_id: str, member: Membership) -> tuple[SharedSignal | None, str]:

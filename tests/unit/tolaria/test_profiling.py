@@ -79,3 +79,14 @@ def test_while_the_user_profiles_the_training_goes_on(profiler):
 def test_a_request_that_makes_no_sense_is_refused(profiler, asked):
     with pytest.raises(ValueError, match="choose"):
         profiler.request(**asked)
+
+
+def test_a_loop_that_can_put_nothing_around_its_steps_says_when_one_ends(profiler):
+    path = profiler.request(steps=2)
+    model = nn.Linear(4, 2)
+    for is_there in (False, False, True, True):
+        profiler.next_step()
+        assert path.exists() is is_there
+        with torch.profiler.record_function("training_step"):
+            model(torch.randn(8, 4)).sum().backward()
+    assert steps_in(path) == 2

@@ -8,10 +8,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from torch import nn
 
 from esper_rpc.errors import ConfigError
+from esper_servers.tolaria.aggregation.aggregator import AggregationConfig
+from esper_servers.tolaria.aggregation.batches import BatchAggregator
 from esper_servers.tolaria.train_step import TrainStep, TrainStepConfig
+
+KEEP = AggregationConfig(conflict="keep")
 
 
 class Pair(NamedTuple):
@@ -125,7 +130,7 @@ def test_the_loss_is_told_before_the_last_backward_pass():
     assert gradients == [None] * len(gradients)
 
 
-def test_what_cannot_be_compiled_runs_eagerly(monkeypatch):
+def test_what_cannot_be_compiled_runs_eagerly(monkeypatch, told):
     def broken(_model):
         def call(*_args, **_kwargs):
             raise RuntimeError("no compiler here")
@@ -139,6 +144,8 @@ def test_what_cannot_be_compiled_runs_eagerly(monkeypatch):
     assert step(batch_of(0)).loss == TrainStep(plain, sgd(plain), loss_of)(batch_of(0)).loss
     assert not step.is_compiled
     assert are_equal(state_of(model), state_of(plain))
+    assert [name for name, _ in told] == ["tolaria.compile_enabled", "tolaria.compile_fallback"]
+    assert "no compiler here" in told[1][1]["error"]
 
 
 def test_the_users_own_error_is_the_users_also_when_compiled(monkeypatch):
@@ -175,3 +182,68 @@ def test_bad_settings_say_what_may_be_chosen():
     model = build()
     with pytest.raises(ValueError, match="no batch"):
         TrainStep(model, sgd(model), loss_of)()
+
+
+class Guest(nn.Module):
+    """A model with a part that the optimizer does not know, as a seed is."""
+
+    def __init__(self):
+        super().__init__()
+        self.host, self.seed = nn.Linear(4, 1, bias=False), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.host(x) + self.seed
+
+
+def test_batches_that_agree_are_accumulated_as_ever():
+    plain, aggregated = build(), build()
+    batches = [batch_of(seed) for seed in range(3)]
+    for _ in range(3):
+        one = TrainStep(plain, sgd(plain), loss_of)(*batches)
+        other = TrainStep(aggregated, sgd(aggregated), loss_of, batches=BatchAggregator(KEEP))(*batches)
+    assert other.loss == one.loss
+    assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(state_of(plain), state_of(aggregated), strict=True))
+
+
+def test_batches_that_pull_against_each_other_are_projected_and_a_seed_learns_from_all():
+    model = Guest()
+    optimizer = torch.optim.SGD(model.host.parameters(), lr=1.0)
+    start = model.host.weight.detach().clone()
+    aggregator = BatchAggregator()
+    step = TrainStep(model, optimizer, lambda m, batch: m(batch).mean(), batches=aggregator)
+    with_one, against = torch.tensor([[1.0, 0, 0, 0]]), torch.tensor([[-1.0, 0.5, 0, 0]])
+    result = step(with_one, against)
+    # Of the second what lies across the first is left, and both count half.
+    moved = start - model.host.weight.detach()
+    assert torch.allclose(moved, torch.tensor([[0.5, 0.25, 0.0, 0.0]]), atol=1e-6)
+    assert aggregator.rate.metrics() == {"grad_conflict_rate": 1.0}
+    assert result.gradient_norm == pytest.approx(math.hypot(0.5, 0.25))
+    assert model.seed.grad == pytest.approx(1.0)
+
+
+def test_a_batch_whose_gradient_is_no_number_is_left_out():
+    model = Guest()
+    step = TrainStep(
+        model, torch.optim.SGD(model.host.parameters(), lr=1.0), lambda m, batch: m(batch).mean(),
+        batches=BatchAggregator(),
+    )  # fmt: skip
+    result = step(torch.full((1, 4), math.inf), torch.ones(1, 4))
+    assert result.has_updated
+    assert torch.isfinite(model.host.weight).all()
+
+
+def test_scaled_gradients_are_not_aggregated():
+    model = build()
+    with pytest.raises(ConfigError, match="bfloat16"):
+        TrainStep(
+            model, sgd(model), loss_of, config=TrainStepConfig(precision="float16"), batches=BatchAggregator()
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("precision", "shown"), [("float32", 0.0), ("bfloat16", 1.0)])
+def test_whether_it_runs_under_autocast_is_shown(precision, shown):
+    model = build()
+    TrainStep(model, sgd(model), loss_of, config=TrainStepConfig(precision=precision))
+    found = REGISTRY.get_sample_value("esper_tolaria_train_amp_enabled")
+    assert found == shown

@@ -9,14 +9,23 @@ import torch
 from torch import nn
 
 from esper_client.halt import HaltSwitch
-from esper_rpc.errors import DataLoss, NotFound
+from esper_rpc.errors import DataLoss, FailedPrecondition, NotFound
+from esper_rpc.proto.leyline.v1 import SeedLifecycleStage
 from esper_rpc.proto.tolaria.v1 import Checkpoint
+from esper_servers.tolaria.aggregation.batches import BatchAggregator
+from esper_servers.tolaria.aggregation.layer_norms import NAME as LAYER_NORM
+from esper_servers.tolaria.aggregation.layer_norms import SeedGradients
+from esper_servers.tolaria.aggregation.weights import SeedLoss
 from esper_servers.tolaria.checkpoint_keeper import RolledBack
 from esper_servers.tolaria.emergency_levels import CONSERVATIVE, ELEVATED, HALT, NONE, NOTICE
 from esper_servers.tolaria.escalation import FAST, FULL, EmergencyConfig
+from esper_servers.tolaria.profiling import StepProfiler
+from esper_servers.tolaria.step_metrics import StepMetrics, TolariaConfig
+from esper_servers.tolaria.train_step import TrainStep
 from esper_servers.tolaria.trainer import Trainer
 
 PATIENCE_SECONDS = 30
+SHADOWING = SeedLifecycleStage.SEED_LIFECYCLE_STAGE_SHADOWING
 
 
 class Session:
@@ -25,11 +34,15 @@ class Session:
     def __init__(self, halt):
         self.halt, self.global_step, self.epoch = halt, 0, 0
         self.apply_ms = self.finalize_ms = 0.0
-        self.told = []
+        self.told, self.calls = [], []
 
-    def step(self, loss, **what):
+    def begin_step(self, loss, **what):
         self.global_step += 1
         self.told.append((loss, what))
+        self.calls.append("begin")
+
+    def finish_step(self):
+        self.calls.append("finish")
         return []
 
     def start_epoch(self, epoch):
@@ -268,3 +281,163 @@ def test_a_fault_of_ours_does_not_reach_the_loop(loop, monkeypatch):
     monkeypatch.setattr(loop.trainer.metrics, "collect", lambda *_, **__: 1 / 0)
     loop.step(2)
     assert len(loop.session.told) == 2
+
+
+class Watched(Session):
+    """A session that looks at the model when it is asked and when the step ends."""
+
+    def __init__(self, halt, model):
+        super().__init__(halt)
+        self.model, self.seen = model, []
+
+    def look(self):
+        self.seen.append((self.model.weight.detach().clone(), self.model.weight.grad is not None))
+
+    def begin_step(self, loss, **what):
+        super().begin_step(loss, **what)
+        self.look()
+
+    def finish_step(self):
+        self.look()
+        return super().finish_step()
+
+
+def cross_entropy(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.fixture
+def make_trainer(ward):
+    """Make a trainer of a loop whose session looks at the model; options go to the trainer."""
+
+    def make(**options):
+        loop = Loop(ward)
+        loop.session = Watched(ward.halt, loop.model)
+        step = TrainStep(loop.model, loop.optimizer, cross_entropy)
+        loop.trainer = Trainer(
+            session=loop.session, optimizer=loop.optimizer, emergencies=ward.emergencies, mode=ward.mode,
+            **{"train_step": step, **options},
+        )  # fmt: skip
+        return loop
+
+    return make
+
+
+def test_the_mesh_is_asked_before_backward_and_finished_after_the_update(make_trainer):
+    loop = make_trainer()
+    start = loop.model.weight.detach().clone()
+    result = loop.trainer.train((loop.x, loop.y), samples=8)
+    (at_begin, had_gradient), (at_end, _) = loop.session.seen
+    assert loop.session.calls == ["begin", "finish"]
+    assert torch.equal(at_begin, start)
+    assert not had_gradient
+    assert not torch.equal(at_end, start)
+    loss, what = loop.session.told[0]
+    assert (loss, what["samples"], what["gradient_norm"]) == (result.loss, 8, None)
+    loop.trainer.train((loop.x, loop.y))
+    assert loop.session.told[1][1]["gradient_norm"] == result.gradient_norm
+
+
+def test_a_run_that_the_trainer_trains_has_the_same_bits_as_one_without(make_trainer):
+    plain, loop = Loop(), make_trainer()
+    step = TrainStep(plain.model, plain.optimizer, cross_entropy)
+    for _ in range(20):
+        step((plain.x, plain.y))
+        loop.trainer.train((loop.x, loop.y))
+    assert same(plain.weights(), loop.weights())
+
+
+def test_the_norm_of_a_step_is_told_once(loop):
+    trainer, session = loop.trainer, loop.session
+    trainer.begin_step(1.0)
+    trainer.finish_step(gradient_norm=3.0)
+    trainer.step(1.0)
+    trainer.step(1.0)
+    trainer.begin_step(1.0, gradient_norm=2.0)
+    assert [what["gradient_norm"] for _, what in session.told] == [None, 3.0, None, 2.0]
+
+
+def test_a_step_that_was_begun_twice_is_finished_first_and_one_that_was_not_is_not(loop):
+    assert loop.trainer.finish_step() == []
+    loop.trainer.begin_step(1.0)
+    loop.trainer.begin_step(1.0)
+    assert loop.session.calls == ["begin", "finish", "begin"]
+
+
+def test_what_an_epoch_was_worth_is_told_with_the_steps_after_it(loop):
+    loop.step()
+    loop.trainer.end_epoch(accuracy=0.75)
+    loop.step()
+    assert [what["metrics"].get("accuracy") for _, what in loop.session.told] == [None, 0.75]
+
+
+def test_losses_of_seeds_are_put_together_and_their_conflicts_told(loop):
+    weight = loop.model.weight
+    for _ in range(2):
+        seeds = {"seed-a": SeedLoss(loss=-weight.sum(), stage=SHADOWING, samples=8)}
+        done = loop.trainer.backward(weight.sum(), seeds, [weight], samples=8)
+        assert done.conflicts == ("seed-a",)
+        loop.trainer.step(1.0, gradient_norm=done.norm)
+    # Projected on the gradient of the model, which it opposes wholly, nothing of the seed's is left.
+    assert torch.allclose(weight.grad, torch.ones_like(weight))
+    assert loop.session.told[-1][1]["metrics"]["grad_conflict_rate"] == 1.0
+
+
+def test_conflicts_of_batches_are_told(make_trainer):
+    loop = make_trainer()
+    batches = BatchAggregator()
+    loop.trainer.train_step = TrainStep(loop.model, loop.optimizer, lambda m, b: b * m.weight.sum(), batches=batches)
+    loop.trainer.train(torch.tensor(1.0), torch.tensor(-1.0))
+    loop.trainer.step(1.0)
+    assert loop.session.told[-1][1]["metrics"]["grad_conflict_rate"] == 1.0
+
+
+def test_without_a_train_step_the_message_says_where_one_goes(loop):
+    with pytest.raises(FailedPrecondition, match="train_step"):
+        loop.trainer.train((loop.x, loop.y))
+
+
+class Seeds:
+    def growing(self):
+        return [
+            SeedGradients("seed-0", "TRAINING", [("up.weight", torch.full((4,), 2.0)), ("down.bias", torch.ones(9))])
+        ]
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    found = []
+
+    def record(packets):
+        found.extend((p.name, dict(p.attributes), p.value) for packet in packets for p in packet.metrics)
+
+    monkeypatch.setattr("esper_servers.tolaria.telemetry.record_packets", record)
+    return found
+
+
+@pytest.mark.parametrize(("top", "layers"), [(0, []), (1, ["up"]), (3, ["up", "down"])])
+def test_the_largest_gradients_of_seeds_are_shown_where_that_is_wanted(make_trainer, shown, ward, top, layers):
+    config = TolariaConfig(seed_layer_norms=top)
+    loop = make_trainer(seeds=Seeds(), metrics=StepMetrics(config=config))
+    loop.trainer.train((loop.x, loop.y))
+    norms = [(attributes, value) for name, attributes, value in shown if name == LAYER_NORM]
+    assert [attributes for attributes, _ in norms] == [
+        {"seed_id": "seed-0", "stage": "TRAINING", "layer": layer} for layer in layers
+    ]
+    assert [value for _, value in norms] == [4.0, 3.0][: len(layers)]
+    assert ("tolaria.seeds.active", {}, 1.0) in shown
+    ward.mode.enter("test")
+    shown.clear()
+    for _ in range(20):
+        loop.trainer.train((loop.x, loop.y))
+    assert not [name for name, _, _ in shown if name == LAYER_NORM]
+    assert ("tolaria.seeds.active", {}, 1.0) in shown
+
+
+def test_steps_are_traced_when_it_was_asked_for(make_trainer, tmp_path):
+    loop = make_trainer(profiler=StepProfiler(tmp_path))
+    loop.trainer.train((loop.x, loop.y))
+    path = loop.trainer.profiler.request(steps=2)
+    for is_there in (False, False, True):
+        loop.trainer.train((loop.x, loop.y))
+        assert path.exists() is is_there

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from esper_rpc.errors import FailedPrecondition
+from esper_rpc.proto.leyline.v1 import SeedLifecycleStage
+from esper_servers.tolaria.aggregation.weights import SeedLoss
+from esper_servers.tolaria.train_step import TrainStep
+from esper_servers.tolaria.trainer import Trainer
+from esper_servers.trainer import DetachedSession, orchestrate
+from esper_servers.trainer.detached_trainer import DetachedTrainer
+
+BATCH = (torch.arange(8.0).reshape(2, 4), torch.ones(2, 2))
+
+
+def loss_of(model, batch):
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Linear(4, 2)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.01)
+
+
+def test_a_loop_that_is_orchestrated_trains_on_without_a_mesh(model, tmp_path):
+    plain = copy.deepcopy(model)
+    optimizer = sgd(model)
+    trainer = orchestrate(
+        DetachedSession(model), optimizer, train_step=TrainStep(model, optimizer, loss_of), traces=tmp_path
+    )  # fmt: skip
+    path = trainer.profiler.request(steps=1)
+    step = TrainStep(plain, sgd(plain), loss_of)
+    for batch in trainer.metrics.batches([BATCH] * 3):
+        assert trainer.train(batch, samples=2) == step(batch)
+    assert torch.equal(plain.weight, model.weight)
+    assert (trainer.end_epoch(accuracy=1.0), trainer.hold(), trainer.is_halted) == (None, True, False)
+    assert path.exists()
+
+
+def test_the_parts_of_a_step_are_there_without_a_mesh(model, tmp_path):
+    trainer = orchestrate(DetachedSession(model), sgd(model), traces=tmp_path)
+    assert (trainer.begin_step(1.0), trainer.finish_step(gradient_norm=1.0), trainer.step(1.0)) == (None, [], [])
+    weight = model.weight
+    stage = SeedLifecycleStage.SEED_LIFECYCLE_STAGE_SHADOWING
+    seeds = {"a": SeedLoss(loss=-weight.sum(), stage=stage, samples=1)}
+    assert trainer.backward(weight.sum(), seeds, [weight], samples=1).conflicts == ("a",)
+    with pytest.raises(FailedPrecondition, match="train_step"):
+        trainer.train(BATCH)
+
+
+def test_whatever_a_loop_may_call_is_there_with_and_without_a_mesh():
+    missing = {name for name in vars(Trainer) if not name.startswith("_")} - set(dir(DetachedTrainer))
+    assert missing == set()

@@ -53,7 +53,9 @@ def make_host(identity, keyring, operator):
 def grow(host, operator, model):
     order(host, operator, 1, SeedOperation.SEED_OPERATION_GERMINATE, blueprint_id="residual_mlp")
     order(host, operator, 2, SeedOperation.SEED_OPERATION_START_TRAINING)
-    model(torch.ones(2, 4)).sum().backward()
+    loss = model(torch.ones(2, 4)).square().sum()
+    loss.backward()
+    host.observe(loss.item(), 1)
     host.finalize_step(1)
     order(host, operator, 3, SeedOperation.SEED_OPERATION_START_GRAFTING)
 

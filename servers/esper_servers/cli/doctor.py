@@ -136,6 +136,7 @@ def settings_sections() -> dict[str, type]:
     """Return the sections of esper.toml and what each is read into."""
     from esper_client.session import SessionConfig
     from esper_rpc.pause_quota import PauseConfig
+    from esper_servers.kasmina.gates.config import GateConfig
     from esper_servers.kasmina.kernel_library import KernelConfig
     from esper_servers.kasmina.limits import LocalLimits
     from esper_servers.kasmina.memory import MemoryConfig
@@ -154,9 +155,10 @@ def settings_sections() -> dict[str, type]:
     from esper_servers.tolaria.step_metrics import TolariaConfig
 
     return {
-        "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "kernels": KernelConfig,
-        "memory": MemoryConfig, "risk": RiskConfig, "prior": PriorConfig, "plan": PlanConfig, "batch": BatchConfig,
-        "anticipation": AnticipationConfig, "pause": PauseConfig, "reports": ReportConfig, "quota": QuotaConfig,
+        "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "seed_gates": GateConfig,
+        "kernels": KernelConfig, "memory": MemoryConfig, "risk": RiskConfig, "prior": PriorConfig,
+        "plan": PlanConfig, "batch": BatchConfig, "anticipation": AnticipationConfig, "pause": PauseConfig,
+        "reports": ReportConfig, "quota": QuotaConfig,
         "concurrency": ConcurrencyConfig, "pki": PkiConfig, "step_processes": StepProcessConfig,
         "checkpoints": CheckpointConfig, "rollback": RollbackConfig, "blending": BlendModeConfig,
         "tolaria": TolariaConfig, "emergency": EmergencyConfig, "epoch_guard": EpochGuardConfig,

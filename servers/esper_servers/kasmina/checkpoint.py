@@ -17,7 +17,8 @@ from .learning_rate import LearningRateAuthority
 from .progress import Progress
 from .seed_slot import SeedSlot
 
-VERSION = 1
+VERSION = 2
+"""Of what `save` returns."""
 
 
 class Checkpoint:
@@ -69,6 +70,11 @@ class Checkpoint:
         return {seed_id: self._rebuild(self._seeds[seed_id], saved) for seed_id, saved in state["seeds"].items()}
 
     def _check_weights(self, state: dict[str, Any]) -> None:
+        if state.get("version") != VERSION:
+            raise InvalidRequest(
+                f"The checkpoint is of version {state.get('version')}, this host reads {VERSION};"
+                " resume with the release that wrote it, or without the seeds."
+            )
         if set(state["seeds"]) != set(self._seeds):
             raise InvalidRequest(f"The checkpoint holds the seeds {sorted(state['seeds'])}, not {sorted(self._seeds)}.")
         for seed_id, saved in state["seeds"].items():

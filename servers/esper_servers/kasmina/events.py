@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from esper_rpc.proto.kasmina.v1 import SeedEvent
+from esper_rpc.proto.kasmina.v1 import GateEvent, SeedEvent
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage
 
 from . import lifecycle
@@ -45,6 +45,15 @@ class SeedEvents:
                 seed_id=slot.seed_id, from_stage=before, to_stage=slot.stage, reason=reason, command_id=command_id
             )
         )
+
+    def judged(self, slot: SeedSlot, gate: GateEvent, command_id: str) -> None:
+        """Tell how a seed stood before a gate."""
+        self._tell(
+            SeedEvent(
+                seed_id=slot.seed_id, from_stage=slot.stage, to_stage=slot.stage, reason=gate.reason,
+                command_id=command_id, gate=gate,
+            )
+        )  # fmt: skip
 
     def settled(self, outcome: CommandOutcome) -> CommandOutcome:
         """Remember what became of a command, and tell it."""

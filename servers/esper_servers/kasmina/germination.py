@@ -24,12 +24,15 @@ class Nursery:
         self._ownership = ownership
         self._max_parameters = max_parameters
 
-    def prepared(self, slot: SeedSlot, command: AdaptationCommand) -> Prepared | None:
-        """Return the module of a command, or the reason why there is none, or None while it is on its way."""
-        kernel = self._library.get(command.seed_operation.blueprint_id)
+    def kernel_for(self, command: AdaptationCommand) -> Kernel | str | None:
+        """Return the kernel of a command, or the reason why there is none, or None while it is on its way."""
+        return self._library.get(command.seed_operation.blueprint_id)
+
+    def module_for(self, slot: SeedSlot, command: AdaptationCommand, kernel: Kernel | str) -> Prepared | None:
+        """Return the module of a command, or the reason why there is none, or None while it is being built."""
         if isinstance(kernel, Kernel):
             return self._prewarmer.module_for(command, slot.site, kernel)
-        return None if kernel is None else Prepared(reason=kernel)
+        return Prepared(reason=kernel)
 
     def forget(self, command_id: str) -> None:
         """Let go of what was made for a command."""

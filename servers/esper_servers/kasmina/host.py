@@ -24,6 +24,8 @@ from .background import Work
 from .checkpoint import Checkpoint
 from .events import Listener, SeedEvents
 from .export import without_sites
+from .gatekeeper import Gatekeeper
+from .gates.config import GateConfig
 from .germination import Nursery
 from .inbox import CommandInbox, Queued
 from .kernel_library import KernelLibrary
@@ -61,6 +63,7 @@ class InProcessSeedHost:
         factories: Mapping[str, BlueprintFactory],
         learning_rate: LearningRateAuthority,
         limits: LocalLimits | None = None,
+        gates: GateConfig | None = None,
         pause: PauseConfig | None = None,
         memory: MemoryConfig | None = None,
         read_memory: MemoryReader = lambda: None,
@@ -105,6 +108,13 @@ class InProcessSeedHost:
         self._pauses = Pauses(limits=limits, clock=clock, quota=pause, tell=tell)
         self._surgeon = Surgeon(
             seeds=self.seeds,
+            gatekeeper=Gatekeeper(
+                config=gates or GateConfig(),
+                ownership=self._ownership,
+                progress=self._progress,
+                events=self._events,
+                tell=tell,
+            ),
             nursery=self._nursery,
             ownership=self._ownership,
             governor=self._governor,
@@ -114,6 +124,7 @@ class InProcessSeedHost:
             limits=limits,
             events=self._events,
             progress=self._progress,
+            clock=clock,
             tell=tell,
         )
         self._checkpoint = Checkpoint(
@@ -231,8 +242,7 @@ class InProcessSeedHost:
         with self._lock:
             self._progress.global_step = max(self._progress.global_step, step_index)
             self._learning_rate.step()
-            for slot in self.seeds.values():
-                self._surgeon.finalize(slot)
+            self._surgeon.finalize(self.seeds.values())
             self._pauses.tick()
             has_looked = self._governor.look()
             events = [*self._events.rejections.take(step_index), *self._notices.take(step_index)]
@@ -354,6 +364,7 @@ class InProcessSeedHost:
         return self._library.purge()
 
     def _recount(self) -> None:
+        self._surgeon.resume()
         self._live.recount(self.seeds.values())
         planted = [(slot.seed_id, slot.site.seed) for slot in self.seeds.values()]
         self._ownership.refresh([(seed_id, module) for seed_id, module in planted if module is not None])

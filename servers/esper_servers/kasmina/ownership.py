@@ -83,9 +83,17 @@ class Ownership:
             self._tell_of_violation(seed_id, other)
         return other
 
+    def violations_of(self, seed_id: str) -> int:
+        """Return how often a seed has violated since it was planted."""
+        return self._violations.get(seed_id, 0)
+
+    def parameters_of(self, seed_id: str) -> int:
+        """Return how many parameters a seed has here."""
+        return self._parameters.get(seed_id, 0)
+
     def is_repeated(self, seed_id: str) -> bool:
         """Whether a seed has violated so often that it is to be culled."""
-        return self._violations.get(seed_id, 0) >= VIOLATIONS
+        return self.violations_of(seed_id) >= VIOLATIONS
 
     def refresh(self, seeds: Iterable[tuple[str, nn.Module]] | None = None) -> None:
         """Look anew where everything lies, after the model was moved or seeds were restored."""

@@ -7,11 +7,12 @@ from esper_rpc.envelope import reasons
 from esper_rpc.pause_quota import PauseConfig, PauseQuota
 from esper_rpc.proto.leyline.v1 import TelemetryLevel
 
-from . import gates, lifecycle, verdict
+from . import lifecycle, verdict
+from .gates import interface
+from .gates.health import why_failed
 from .inbox import Queued
 from .limits import LocalLimits
 from .notices import INFO, WARNING, Tell, tell_nobody
-from .prewarm import trial
 from .seed_slot import SeedSlot
 from .verdict import Verdict
 
@@ -97,15 +98,11 @@ def _told_as(wanted: int, granted: int) -> tuple[str, TelemetryLevel.ValueType, 
 
 def _why_it_cannot_resume(slot: SeedSlot) -> str:
     """Look again at what its gates looked at: weights, shape and what it did before."""
-    module = slot.site.seed
-    if module is None or slot.stage not in lifecycle.LIVE:
+    if slot.site.seed is None or slot.stage not in lifecycle.LIVE:
         return ""
     if slot.has_failed() or not slot.has_finite_weights():
-        return gates.why_failed(slot)
-    try:
-        return trial(module, slot.site)
-    except Exception:  # noqa: BLE001  # A seed is foreign code; whatever it raises, it does not take part.
-        return gates.SEED_FAILED
+        return why_failed(slot)
+    return interface.why_it_does_not_fit(slot)
 
 
 def _targets(wanted: str, seeds: Iterable[SeedSlot]) -> list[SeedSlot]:

@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import structlog
-import torch
 from torch import nn
 
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, MetricPoint
@@ -17,17 +16,16 @@ from esper_servers.blueprints.kernel import KernelRejected, instantiate
 from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from esper_servers.blueprints.seeded_draws import SeededDraws
 
-from . import gates
 from .background import Work
 from .kernel_library import Kernel
 from .latencies import Latencies
 from .site import Site
 from .timed_lru import TimedLru
+from .trial import trial
 
 log = structlog.get_logger(__name__)
 
 BUILD_FAILED = "build_failed"
-SHAPE_MISMATCH = "shape_mismatch"
 MOST_PREPARED = 64
 """Modules that wait for the safe point of their command."""
 PREPARED_SECONDS = 600.0
@@ -123,21 +121,6 @@ class Prewarmer:
             weights=kernel.weights,
             seed=seed,
         )
-
-
-def trial(module: nn.Module, site: Site) -> str:
-    """Run a module once on zeros; why it cannot serve at this site, empty when it can."""
-    h = torch.zeros((2, *site.output_shape), dtype=site.dtype, device=site.device)
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            s = module(h)
-    finally:
-        module.train(was_training)
-    if s.shape != h.shape:
-        return SHAPE_MISMATCH
-    return "" if bool(torch.isfinite(s).all()) else gates.NOT_FINITE
 
 
 def _fits(prepared: Prepared, site: Site) -> bool:

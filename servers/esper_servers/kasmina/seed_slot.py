@@ -19,6 +19,7 @@ from . import lifecycle
 from .alpha import AlphaSchedule, band_after, gradient_clip
 from .blend_config import BlendConfig, read_blend_config
 from .site import Site
+from .steadiness import Steadiness
 
 SEED_LEARNING_RATE = 1e-3
 CLIP_NORM = 1.0
@@ -26,8 +27,8 @@ CLIP_NORM = 1.0
 VIOLATIONS = 3
 DEFAULT_RISK_TOLERANCE = 0.5
 _SAVED = (
-    "blueprint_id", "risk", "steps_in_stage", "age_epochs", "updates", "violations",
-    "gradient_norm", "loss_at_graft", "embargo_left", "is_fine_tuning", "adopted_as", "alpha_band",
+    "blueprint_id", "risk", "steps_in_stage", "age_epochs", "updates", "violations", "gradient_norm",
+    "loss_at_graft", "grafted_at", "embargo_left", "is_fine_tuning", "adopted_as", "alpha_band",
 )  # fmt: skip
 
 
@@ -61,7 +62,11 @@ class SeedSlot:
     optimizer: torch.optim.Optimizer | None = None
     gradient_norm: float | None = None
     loss_at_graft: float | None = None
-    embargo_left: int = 0
+    grafted_at: int = 0
+    """The last step whose output it had no part in."""
+    steadiness: Steadiness = field(default_factory=Steadiness)
+    embargo_left: float = 0.0
+    """Seconds until it may germinate again."""
     adopted_as: int = 0
     """Its number among the fossils that joined the user's optimizer, from 1; the groups there stand in this order."""
     paused_until: float = 0.0
@@ -99,9 +104,7 @@ class SeedSlot:
         """Put a module into the site, with an optimizer of its own."""
         self.site.hold(module)
         self.blueprint_id, self.extras_digest = blueprint_id, extras_digest
-        self.schedule, self.loss_at_graft, self.alpha_band = AlphaSchedule(), None, 0
-        self.blend = BlendConfig()
-        self.updates, self.violations, self.age_epochs, self.gradient_norm = 0, 0, 0, None
+        self.reset()
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=SEED_LEARNING_RATE) if parameters else None
 
@@ -111,6 +114,18 @@ class SeedSlot:
         self.optimizer, self.gradient_norm, self.blueprint_id, self.extras_digest = None, None, "", b""
         self.manifest, self.risk, self.alpha_band, self.blend = b"", 0.0, 0, BlendConfig()
 
+    def reset(self) -> None:
+        """Forget what was counted and measured of the seed that grew here."""
+        self.schedule, self.blend, self.alpha_band, self.steadiness = AlphaSchedule(), BlendConfig(), 0, Steadiness()
+        self.updates, self.violations, self.age_epochs, self.gradient_norm = 0, 0, 0, None
+        self.loss_at_graft, self.grafted_at, self.paused_until = None, 0, 0.0
+
+    def is_clean(self) -> bool:
+        """Whether nothing is counted or measured, as after `reset`."""
+        counted = self.updates or self.violations or self.age_epochs or self.grafted_at or self.alpha_band
+        measured = self.gradient_norm is not None or self.loss_at_graft is not None or self.steadiness.strengths
+        return not counted and not measured
+
     def advance_alpha(self) -> float:
         """Move alpha one step on."""
         return self._set_alpha(self.schedule.advance())
@@ -118,6 +133,17 @@ class SeedSlot:
     def _set_alpha(self, alpha: float) -> float:
         self.site.alpha, self.alpha_band = alpha, band_after(self.alpha_band, alpha)
         return alpha
+
+    def begin_blending(self, schedule: AlphaSchedule, *, loss: float | None, step: int) -> None:
+        """Take up a schedule, and remember what there was before the output had a part of this seed."""
+        self.schedule, self.loss_at_graft, self.grafted_at = schedule, loss, step
+        self.steadiness = Steadiness()
+
+    def note_blend(self) -> None:
+        """Measure the forward pass of the step that ended, if the seed had a part in it."""
+        measured = self.site.take_strength()
+        if self.stage == lifecycle.BLENDING and measured is not None:
+            self.steadiness.note(float(measured), self.site.hook_ms)
 
     def blend_as(self, annotations: Mapping[str, str]) -> str:
         """Blend as a command says; why that cannot be and it is CONVEX instead, empty when it can."""
@@ -233,6 +259,7 @@ class SeedSlot:
             "alpha": self.site.alpha,
             "schedule": dataclasses.asdict(self.schedule),
             "blend": {**dataclasses.asdict(self.blend), "alpha_vec": list(self.blend.alpha_vec)},
+            "strengths": list(self.steadiness.strengths),
             "feature_shape": list(self.site.output_shape),
             "input_shape": list(self.site.input_shape),
         }
@@ -255,7 +282,7 @@ class SeedSlot:
         for name in _SAVED:
             setattr(self, name, saved[name])
         self.site.stage, self.site.alpha = saved["stage"], saved["alpha"]
-        self.schedule = AlphaSchedule(**saved["schedule"])
+        self.schedule, self.steadiness = AlphaSchedule(**saved["schedule"]), Steadiness(saved["strengths"])
         self._use(BlendConfig.of(saved["blend"]))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from .blending import Blend, Mixing, mixing_of, shadow
 from .channels import channel_count, channel_dim
 from .finite import finite_mask
 from .guarded_branch import anchored, guard, leaves
+from .steadiness import strength
 from .zero_gradient import tie
 
 log = structlog.get_logger(__name__)
@@ -30,7 +32,7 @@ _SHARED_WITH_HOST = (
 )  # fmt: skip
 _OWN = frozenset({
     "training", "stage", "alpha", "is_fine_tuning", "paused", "failure", "is_classifier", "input_shape",
-    "output_shape", "dtype", "device", "_version", "_alpha", "_saw_non_finite",
+    "output_shape", "dtype", "device", "_version", "_alpha", "_saw_non_finite", "_strength", "hook_ms",
 })  # fmt: skip
 
 
@@ -68,6 +70,9 @@ class Site(nn.Module):
         own = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
         self.dtype, self.device = own.dtype, own.device
         self._saw_non_finite: Tensor | None = None
+        self._strength: Tensor | None = None
+        self.hook_ms = 0.0
+        """What the last forward pass took beside the host, in milliseconds; on a device what it takes to launch."""
         self._branches = 0
         self._foreign: list[Tensor] = []
         self._own: list[Tensor] = []
@@ -120,7 +125,7 @@ class Site(nn.Module):
         """Let a module grow here, or nothing, with alpha 0 and CONVEX."""
         object.__setattr__(self, "_seed", seed)
         self.mix_as(BlendConfig())
-        self.alpha, self.paused, self.failure, self._saw_non_finite = 0.0, False, "", None
+        self.alpha, self.paused, self.failure, self._saw_non_finite, self._strength = 0.0, False, "", None, None
         self._branches, self._foreign = 0, []
         self._own = [p for p in seed.parameters() if p.requires_grad] if seed is not None else []
         if seed is not None:
@@ -144,11 +149,14 @@ class Site(nn.Module):
             self._learn_shapes(args, h)
         if self._seed is None or self.paused or self.failure:
             return h
+        begun = time.perf_counter()
         try:
             return self._mixed(self._seed, h)
         except Exception as error:  # noqa: BLE001  # The seed is foreign code inside the user's forward pass.
             self._fail(error)
             return h
+        finally:
+            self.hook_ms = (time.perf_counter() - begun) * 1e3
 
     def _mixed(self, seed: nn.Module, h: Tensor) -> Tensor:
         if self.stage == lifecycle.FOSSILIZED:
@@ -168,6 +176,8 @@ class Site(nn.Module):
         is_finite = finite_mask(s.detach())
         if is_finite is not None:
             self._note(is_finite)
+        if self.stage == lifecycle.BLENDING:
+            self._strength = strength(s, h)
         return self._blend(h, s, is_finite)  # type: ignore[no-any-return]  # As torch types a call.
 
     def _probed(self, seed: nn.Module, h: Tensor) -> Tensor:
@@ -197,6 +207,32 @@ class Site(nn.Module):
                 self._foreign += [leaf for leaf in leaves(s) if id(leaf) not in known]
             self._branches += 1
         return guard(s, self._own, self._fail)
+
+    def take_strength(self) -> Tensor | None:
+        """Return how strong the seed's output was beside the host's in the last blended pass since the last call."""
+        found, self._strength = self._strength, None
+        return found
+
+    def can_be_held(self) -> bool:
+        """Whether the host stands alone while the seed is paused, and the seed takes part again after it."""
+        if self._seed is None:
+            return False
+        h, was = (
+            torch.zeros((2, *self.output_shape), dtype=self.dtype, device=self.device),
+            (self.training, self.paused),
+        )
+        # A seed that drops units would take random numbers from the training.
+        self._seed.eval()
+        try:
+            with torch.no_grad():
+                self.paused = True
+                is_held = self._grow_on(h, ()) is h
+                self.paused = False
+                takes_part = self._grow_on(h, ()) is not h
+        finally:
+            self._seed.train(was[0])
+            self.paused = was[1]
+        return is_held and takes_part and not self.failure
 
     def take_foreign(self) -> list[Tensor]:
         """Return what the seed would have written to, and is none of its own, since the last call."""

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedLifecycleStage
 from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY, describe
 
-from . import gates, lifecycle, verdict
+from . import lifecycle, verdict
 from .alpha import schedule_of
 from .events import SeedEvents
+from .gatekeeper import KERNEL_LATE, Gatekeeper
+from .gates.health import why_failed
+from .gates.report import FAILED, PASSED
 from .germination import Nursery
 from .inbox import Queued
 from .learning_rate import LearningRateAuthority
@@ -23,13 +26,13 @@ from .progress import Progress
 from .seed_slot import SeedSlot
 from .verdict import Verdict
 
-EMBARGO_STEPS = 100
 KERNEL_WAIT_STEPS = 200
 ILLEGAL_TRANSITION = "illegal_transition"
-KERNEL_LATE = "kernel_late"
 MEMORY_BOUNDS = "memory_bounds"
 COMMANDED = "commanded"
+RECOVERY = "recovery"
 INVALID_BLEND_CONFIG = "invalid_blend_config"
+NOTHING = Prepared()
 _MULTIPLIER = "learning_rate_multiplier"
 
 Route = Callable[[Queued], Verdict | None]
@@ -43,6 +46,7 @@ class Surgeon:
         self,
         *,
         seeds: Mapping[str, SeedSlot],
+        gatekeeper: Gatekeeper,
         nursery: Nursery,
         ownership: Ownership,
         governor: MemoryGovernor,
@@ -52,9 +56,13 @@ class Surgeon:
         limits: LocalLimits,
         events: SeedEvents,
         progress: Progress,
+        clock: Callable[[], float],
         tell: Tell,
     ) -> None:
         self._seeds = seeds
+        self._gatekeeper = gatekeeper
+        self._clock = clock
+        self._ended_at = clock()
         self._nursery = nursery
         self._ownership = ownership
         self._governor = governor
@@ -88,16 +96,27 @@ class Surgeon:
             return self._germinate(slot, queued)
         return self._move_through_gate(slot, target, command)
 
-    def finalize(self, slot: SeedSlot) -> None:
-        """End a step for a seed: its optimizer, its pause, and the moves that need no command."""
+    def resume(self) -> None:
+        """Let time count from now on, after seeds were restored from another time."""
+        self._ended_at = self._clock()
+
+    def finalize(self, slots: Iterable[SeedSlot]) -> None:
+        """End a step for seeds: their optimizers, their pauses, and the moves that need no command."""
+        now = self._clock()
+        passed, self._ended_at = now - self._ended_at, now
+        for slot in slots:
+            self._finalize(slot, passed)
+
+    def _finalize(self, slot: SeedSlot, seconds: float) -> None:
         slot.steps_in_stage += 1
+        slot.note_blend()
         held_back = self._pauses.release(slot)
         self._step_optimizer(slot)
         reason = held_back or self._why_it_must_go(slot)
         if slot.stage in lifecycle.LIVE and reason:
             self._fall_back(slot, reason)
         else:
-            self._recover(slot)
+            self._recover(slot, seconds)
 
     def _step_optimizer(self, slot: SeedSlot) -> None:
         try:
@@ -112,7 +131,7 @@ class Surgeon:
             self._ownership.validate(slot.seed_id, foreign)
         if self._ownership.is_repeated(slot.seed_id):
             return PARAMETER_VIOLATION
-        return gates.why_failed(slot) if slot.has_failed() else ""
+        return why_failed(slot) if slot.has_failed() else ""
 
     def _fall_back(self, slot: SeedSlot, reason: str, command_id: str = "") -> None:
         """Leave the host alone where a kernel has failed."""
@@ -128,26 +147,38 @@ class Surgeon:
             return verdict.rejected(reasons.LOCAL_LIMIT)
         if not self._governor.admits():
             return verdict.rejected(MEMORY_BOUNDS)
-        prepared = self._nursery.prepared(slot, command)
-        if prepared is None and self._progress.global_step - queued.since < KERNEL_WAIT_STEPS:
+        is_late = self._progress.global_step - queued.since >= KERNEL_WAIT_STEPS
+        kernel = self._nursery.kernel_for(command) or (KERNEL_LATE if is_late else None)
+        if kernel is None:
             return None
-        self._move(slot, lifecycle.GERMINATED, "germinate", command.command_id)
-        reason = self._nursery.plant(slot, prepared or Prepared(reason=KERNEL_LATE))
+        gate = self._gatekeeper.look_at(command.seed_operation, kernel)
+        # Before the module is built: what must not be planted is not run either.
+        prepared = self._nursery.module_for(slot, command, kernel) if gate.result == PASSED else NOTHING
+        if prepared is None and not is_late:
+            return None
+        self._gatekeeper.tell(slot, gate, command.command_id)
+        if gate.result != PASSED:
+            return verdict.failed(gate.reason)
+        return self._plant(slot, prepared or Prepared(reason=KERNEL_LATE), command.command_id)
+
+    def _plant(self, slot: SeedSlot, prepared: Prepared, command_id: str) -> Verdict:
+        self._move(slot, lifecycle.GERMINATED, "germinate", command_id)
+        reason = self._nursery.plant(slot, prepared)
         if reason:
-            self._fall_back(slot, reason, command.command_id)
+            self._fall_back(slot, reason, command_id)
             return verdict.failed(reason)
         return verdict.APPLIED
 
     def _move_through_gate(
         self, slot: SeedSlot, target: SeedLifecycleStage.ValueType, command: AdaptationCommand
     ) -> Verdict:
-        closed = gates.check(slot, target, self._progress.loss)
-        if closed is None:
+        gate = self._gatekeeper.judge(slot, target, command.command_id)
+        if gate is None or gate.result == PASSED:
             self._move_as_commanded(slot, target, command)
             return verdict.APPLIED
-        if closed.has_failed:
-            self._cull(slot, closed.reason, command.command_id)
-        return verdict.failed(closed.reason)
+        if gate.result == FAILED:
+            self._cull(slot, gate.reason, command.command_id)
+        return verdict.failed(gate.reason)
 
     def _move_as_commanded(
         self, slot: SeedSlot, target: SeedLifecycleStage.ValueType, command: AdaptationCommand
@@ -157,7 +188,8 @@ class Surgeon:
             return
         self._move(slot, target, COMMANDED, command.command_id)
         if target == lifecycle.BLENDING:
-            slot.schedule, slot.loss_at_graft = schedule_of(command), self._progress.loss_or_none()
+            progress = self._progress
+            slot.begin_blending(schedule_of(command), loss=progress.loss_or_none(), step=progress.global_step)
             self._blend_as_commanded(slot, command)
         if target == lifecycle.FOSSILIZED and slot.site.seed is not None:
             slot.optimizer = None
@@ -180,20 +212,32 @@ class Surgeon:
         slot.uproot()
         self._ownership.release(slot.seed_id)
         self._live.note(slot)
-        slot.embargo_left = EMBARGO_STEPS
+        slot.embargo_left = self._gatekeeper.config.embargo_seconds
         self._events.moved(slot, before, reason, command_id)
 
-    def _recover(self, slot: SeedSlot) -> None:
-        """Culled, embargoed, reset, dormant: the moves that need no command."""
-        if slot.stage == lifecycle.EMBARGOED:
-            slot.embargo_left -= 1
-        onward = {
-            lifecycle.CULLED: lifecycle.EMBARGOED,
-            lifecycle.EMBARGOED: lifecycle.RESETTING if slot.embargo_left <= 0 else None,
-            lifecycle.RESETTING: lifecycle.DORMANT,
-        }.get(slot.stage)
-        if onward is not None:
-            self._move(slot, onward, "recovery")
+    def _recover(self, slot: SeedSlot, seconds: float) -> None:
+        """Culled, embargoed, reset, dormant: the moves that need no command, one a step at most."""
+        if slot.stage == lifecycle.CULLED:
+            self._move(slot, lifecycle.EMBARGOED, RECOVERY)
+            self._tell("embargo_start", INFO, reason=RECOVERY, seed_id=slot.seed_id, seconds=slot.embargo_left)
+        elif slot.stage == lifecycle.EMBARGOED:
+            self._wait(slot, seconds)
+        elif slot.stage == lifecycle.RESETTING and self._is_reset(slot):
+            self._move(slot, lifecycle.DORMANT, RECOVERY)
+
+    def _wait(self, slot: SeedSlot, seconds: float) -> None:
+        slot.embargo_left -= seconds
+        if slot.embargo_left <= 0:
+            slot.embargo_left = 0.0
+            self._move(slot, lifecycle.RESETTING, RECOVERY)
+            self._tell("embargo_end", INFO, reason=RECOVERY, seed_id=slot.seed_id)
+
+    def _is_reset(self, slot: SeedSlot) -> bool:
+        slot.uproot()
+        slot.reset()
+        self._ownership.release(slot.seed_id)
+        gate = self._gatekeeper.judge(slot, lifecycle.DORMANT)
+        return gate is None or gate.result == PASSED
 
     def _move(self, slot: SeedSlot, target: SeedLifecycleStage.ValueType, reason: str, command_id: str = "") -> None:
         before = slot.stage

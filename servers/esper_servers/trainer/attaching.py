@@ -54,9 +54,9 @@ def attach(
 
     Without `sites` every hidden Linear or convolution becomes one; the last layer does not. Without `learning_rate`
     rates stay the user's, or those of the user's scheduler; a UnifiedLRController is the only one who sets them. What
-    is not given comes from [session], [breaker], [limits], [kernels], [memory] and [pause] of $ESPER_HOME/esper.toml or
-    the environment. Where torch.distributed has several ranks they train one model and must all call this; with
-    `distributed=False` each trains its own.
+    is not given comes from [session], [breaker], [limits], [seed_gates], [kernels], [memory] and [pause] of
+    $ESPER_HOME/esper.toml or the environment. Where torch.distributed has several ranks they train one model and must
+    all call this; with `distributed=False` each trains its own.
     """
     log_warnings_to_stderr()
     attach_here = partial(

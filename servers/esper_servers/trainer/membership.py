@@ -15,6 +15,7 @@ from esper_rpc.envelope import Keyring
 from esper_rpc.identity import Identity
 from esper_rpc.pause_quota import PauseConfig
 from esper_rpc.telemetry.tracing import configure_tracing
+from esper_servers.kasmina.gates.config import GateConfig
 from esper_servers.kasmina.kernel_library import KernelConfig
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.memory import MemoryConfig
@@ -56,6 +57,10 @@ class Membership:
     def limits(self) -> LocalLimits:
         """Read [limits]."""
         return load(LocalLimits, "limits", path=self._settings, environ=self.environ)
+
+    def gates(self) -> GateConfig:
+        """Read [seed_gates]."""
+        return load(GateConfig, "seed_gates", path=self._settings, environ=self.environ)
 
     def kernels(self) -> KernelConfig:
         """Read [kernels]."""

@@ -49,6 +49,7 @@ def make_seed_host(
         factories=load_factories(),
         learning_rate=learning_rate,
         limits=limits,
+        gates=member.gates(),
         pause=member.pause(),
         memory=member.memory(),
         read_memory=reader_for(next((p.device for p in model.parameters()), torch.device("cpu"))),

@@ -159,8 +159,9 @@ class Rig:
         return self.order(self.command(operation, **options))
 
     def train(self, steps=1):
-        """Train so many steps; the host is served after each, as a session does it."""
+        """Train so many steps of fifty milliseconds; the host is served after each, as a session does it."""
         for _ in range(steps):
+            self.clock.advance(0.05)
             self.optimizer.zero_grad()
             loss = nn.functional.cross_entropy(self.model(self.x), self.y)
             loss.backward()

@@ -81,7 +81,6 @@ def test_learning_rate_cuts_do_not_add_up_without_end(rig):
 
 WEIGHTS = {"reduce.weight": torch.ones(8, 8), "expand.weight": torch.ones(8, 8)}
 FAILING_KERNELS = {
-    "unknown_blueprint": lambda rig, make: None,
     "checksum_mismatch": lambda rig, make: make("residual_mlp", b"damaged", weights_sha256=bytes(32)),
     "shape_mismatch": lambda rig, make: make("depthwise_conv"),
     "unknown_factory": lambda rig, make: make("residual_mlp", factory="never_installed"),
@@ -123,9 +122,8 @@ def greedy(shape):
 @pytest.mark.parametrize("reason", FAILING_KERNELS)
 def test_a_kernel_that_cannot_grow_culls_its_seed_and_training_goes_on(rig, make_kernel, reason):
     kernel = FAILING_KERNELS[reason](rig, make_kernel)
-    if kernel is not None:
-        kernel.blueprint.descriptor.blueprint_id = "bad"
-        rig.kernels["bad"] = kernel
+    kernel.blueprint.descriptor.blueprint_id = "bad"
+    rig.kernels["bad"] = kernel
     before = {key: value.clone() for key, value in rig.model.state_dict().items()}
     outcome = rig.do("GERMINATE", blueprint="bad")
     assert (outcome.result, outcome.reason) == (FAILED, reason)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -127,7 +128,8 @@ def test_a_probe_runs_without_autograd_until_the_seed_is_fine_tuned_and_again_in
     else:
         rig.slot.is_fine_tuning = False
     rig.train()
-    assert seen == [False, True, False]
+    # A gate tries it, too.
+    assert [mode for mode, _ in itertools.groupby(seen)] == [False, True, False]
 
 
 @pytest.mark.parametrize("stage", [lifecycle.BLENDING, *ON_TRIAL])

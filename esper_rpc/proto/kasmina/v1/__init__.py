@@ -1,5 +1,10 @@
 """Generated. Do not edit."""
 
+from .gates_pb2 import (
+    GateCheck as GateCheck,
+    GateEvent as GateEvent,
+    GateResult as GateResult,
+)
 from .kasmina_service_pb2 import (
     AdvanceAlphaRequest as AdvanceAlphaRequest,
     AdvanceAlphaResponse as AdvanceAlphaResponse,

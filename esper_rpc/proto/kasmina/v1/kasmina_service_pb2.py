@@ -22,6 +22,7 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from esper_rpc.proto.kasmina.v1 import gates_pb2 as esper_dot_kasmina_dot_v1_dot_gates__pb2
 from esper_rpc.proto.leyline.v1 import envelope_pb2 as esper_dot_leyline_dot_v1_dot_envelope__pb2
 from esper_rpc.proto.leyline.v1 import outcome_pb2 as esper_dot_leyline_dot_v1_dot_outcome__pb2
 from esper_rpc.proto.leyline.v1 import rules_pb2 as esper_dot_leyline_dot_v1_dot_rules__pb2
@@ -31,7 +32,7 @@ from esper_rpc.proto.tamiyo.v1 import tamiyo_service_pb2 as esper_dot_tamiyo_dot
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&esper/kasmina/v1/kasmina_service.proto\x12\x10\x65sper.kasmina.v1\x1a\x1f\x65sper/leyline/v1/envelope.proto\x1a\x1e\x65sper/leyline/v1/outcome.proto\x1a\x1c\x65sper/leyline/v1/rules.proto\x1a\x1b\x65sper/leyline/v1/seed.proto\x1a esper/leyline/v1/telemetry.proto\x1a$esper/tamiyo/v1/tamiyo_service.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe5\x01\n\x13\x41pplyCommandRequest\x12\x39\n\x07\x63ommand\x18\x01 \x01(\x0b\x32 .esper.leyline.v1.SignedEnvelopeB\x06\x8a\xd3\x18\x02\x08\x01\x12\x1e\n\x11\x65xpected_sequence\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x1e\n\x0erequest_digest\x18\x03 \x01(\x0c\x42\x06\x8a\xd3\x18\x02` \x12*\n\x0eissuer_time_ns\x18\x04 \x01(\x03\x42\r\x8a\xd3\x18\t!\x00\x00\x00\x00\x00\x00\x00\x00H\x01\x88\x01\x01\x42\x14\n\x12_expected_sequenceB\x11\n\x0f_issuer_time_ns\"\\\n\x14\x41pplyCommandResponse\x12\x31\n\x07outcome\x18\x01 \x01(\x0b\x32 .esper.leyline.v1.CommandOutcome\x12\x11\n\tduplicate\x18\x02 \x01(\x08\"\x19\n\x17\x45xportSeedStatesRequest\"F\n\x18\x45xportSeedStatesResponse\x12*\n\x05seeds\x18\x01 \x03(\x0b\x32\x1b.esper.leyline.v1.SeedState\"1\n\x13\x41\x64vanceAlphaRequest\x12\x1a\n\x07seed_id\x18\x01 \x01(\tB\t\x8a\xd3\x18\x05\x08\x01\x38\x80\x01\"%\n\x14\x41\x64vanceAlphaResponse\x12\r\n\x05\x61lpha\x18\x01 \x01(\x02\"\x83\x01\n\x13\x46inalizeStepRequest\x12\x12\n\nstep_index\x18\x01 \x01(\x04\x12\x11\n\x04loss\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0e\x61\x64vance_alphas\x18\x03 \x01(\x08\x12$\n\x10\x61waited_commands\x18\x04 \x03(\tB\n\x8a\xd3\x18\x06\x38\x80\x01H\x80\x02\x42\x07\n\x05_loss\"\xc2\x01\n\x14\x46inalizeStepResponse\x12\x32\n\x07packets\x18\x01 \x03(\x0b\x32!.esper.leyline.v1.TelemetryPacket\x12*\n\x05seeds\x18\x02 \x03(\x0b\x32\x1b.esper.leyline.v1.SeedState\x12\x32\n\x08outcomes\x18\x03 \x03(\x0b\x32 .esper.leyline.v1.CommandOutcome\x12\x16\n\x0ereceiver_epoch\x18\x04 \x01(\x0c\"#\n\x12UpdateEpochRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\"\x15\n\x13UpdateEpochResponse\"6\n\x16WatchSeedEventsRequest\x12\x1c\n\x08seed_ids\x18\x01 \x03(\tB\n\x8a\xd3\x18\x06\x38\x80\x01H\x80\x08\"\xab\x02\n\tSeedEvent\x12\x0f\n\x07seed_id\x18\x01 \x01(\t\x12\x38\n\nfrom_stage\x18\x02 \x01(\x0e\x32$.esper.leyline.v1.SeedLifecycleStage\x12\x36\n\x08to_stage\x18\x03 \x01(\x0e\x32$.esper.leyline.v1.SeedLifecycleStage\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x12\n\ncommand_id\x18\x05 \x01(\t\x12\x13\n\x0bglobal_step\x18\x06 \x01(\x04\x12/\n\x0boccurred_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x07outcome\x18\x08 \x01(\x0b\x32 .esper.leyline.v1.CommandOutcome\"E\n\x17WatchSeedEventsResponse\x12*\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1b.esper.kasmina.v1.SeedEvent\")\n\x10GetStatusRequest\x12\x15\n\rinclude_model\x18\x01 \x01(\x08\"/\n\x0bIssuerFence\x12\x0e\n\x06issuer\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\xa3\x04\n\x11GetStatusResponse\x12.\n\x06status\x18\x01 \x01(\x0e\x32\x1e.esper.leyline.v1.HealthStatus\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x16\n\x0ereceiver_epoch\x18\x03 \x01(\x0c\x12\x10\n\x08\x61udience\x18\x04 \x01(\t\x12\x13\n\x0bglobal_step\x18\x05 \x01(\x04\x12\x17\n\x0fqueued_commands\x18\x06 \x01(\r\x12-\n\x06\x66\x65nces\x18\x07 \x03(\x0b\x32\x1d.esper.kasmina.v1.IssuerFence\x12\x32\n\x08outcomes\x18\x08 \x03(\x0b\x32 .esper.leyline.v1.CommandOutcome\x12G\n\nrejections\x18\t \x03(\x0b\x32\x33.esper.kasmina.v1.GetStatusResponse.RejectionsEntry\x12*\n\x05seeds\x18\n \x03(\x0b\x32\x1b.esper.leyline.v1.SeedState\x12\'\n\x05sites\x18\x0b \x03(\x0b\x32\x18.esper.tamiyo.v1.RunSite\x12+\n\trun_seeds\x18\x0c \x03(\x0b\x32\x18.esper.tamiyo.v1.RunSeed\x12\x15\n\rhost_topology\x18\r \x01(\x0c\x1a\x31\n\x0fRejectionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xb4\x05\n\x0eKasminaService\x12]\n\x0c\x41pplyCommand\x12%.esper.kasmina.v1.ApplyCommandRequest\x1a&.esper.kasmina.v1.ApplyCommandResponse\x12i\n\x10\x45xportSeedStates\x12).esper.kasmina.v1.ExportSeedStatesRequest\x1a*.esper.kasmina.v1.ExportSeedStatesResponse\x12]\n\x0c\x41\x64vanceAlpha\x12%.esper.kasmina.v1.AdvanceAlphaRequest\x1a&.esper.kasmina.v1.AdvanceAlphaResponse\x12]\n\x0c\x46inalizeStep\x12%.esper.kasmina.v1.FinalizeStepRequest\x1a&.esper.kasmina.v1.FinalizeStepResponse\x12Z\n\x0bUpdateEpoch\x12$.esper.kasmina.v1.UpdateEpochRequest\x1a%.esper.kasmina.v1.UpdateEpochResponse\x12h\n\x0fWatchSeedEvents\x12(.esper.kasmina.v1.WatchSeedEventsRequest\x1a).esper.kasmina.v1.WatchSeedEventsResponse0\x01\x12T\n\tGetStatus\x12\".esper.kasmina.v1.GetStatusRequest\x1a#.esper.kasmina.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&esper/kasmina/v1/kasmina_service.proto\x12\x10\x65sper.kasmina.v1\x1a\x1c\x65sper/kasmina/v1/gates.proto\x1a\x1f\x65sper/leyline/v1/envelope.proto\x1a\x1e\x65sper/leyline/v1/outcome.proto\x1a\x1c\x65sper/leyline/v1/rules.proto\x1a\x1b\x65sper/leyline/v1/seed.proto\x1a esper/leyline/v1/telemetry.proto\x1a$esper/tamiyo/v1/tamiyo_service.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe5\x01\n\x13\x41pplyCommandRequest\x12\x39\n\x07\x63ommand\x18\x01 \x01(\x0b\x32 .esper.leyline.v1.SignedEnvelopeB\x06\x8a\xd3\x18\x02\x08\x01\x12\x1e\n\x11\x65xpected_sequence\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x1e\n\x0erequest_digest\x18\x03 \x01(\x0c\x42\x06\x8a\xd3\x18\x02` \x12*\n\x0eissuer_time_ns\x18\x04 \x01(\x03\x42\r\x8a\xd3\x18\t!\x00\x00\x00\x00\x00\x00\x00\x00H\x01\x88\x01\x01\x42\x14\n\x12_expected_sequenceB\x11\n\x0f_issuer_time_ns\"\\\n\x14\x41pplyCommandResponse\x12\x31\n\x07outcome\x18\x01 \x01(\x0b\x32 .esper.leyline.v1.CommandOutcome\x12\x11\n\tduplicate\x18\x02 \x01(\x08\"\x19\n\x17\x45xportSeedStatesRequest\"F\n\x18\x45xportSeedStatesResponse\x12*\n\x05seeds\x18\x01 \x03(\x0b\x32\x1b.esper.leyline.v1.SeedState\"1\n\x13\x41\x64vanceAlphaRequest\x12\x1a\n\x07seed_id\x18\x01 \x01(\tB\t\x8a\xd3\x18\x05\x08\x01\x38\x80\x01\"%\n\x14\x41\x64vanceAlphaResponse\x12\r\n\x05\x61lpha\x18\x01 \x01(\x02\"\x83\x01\n\x13\x46inalizeStepRequest\x12\x12\n\nstep_index\x18\x01 \x01(\x04\x12\x11\n\x04loss\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0e\x61\x64vance_alphas\x18\x03 \x01(\x08\x12$\n\x10\x61waited_commands\x18\x04 \x03(\tB\n\x8a\xd3\x18\x06\x38\x80\x01H\x80\x02\x42\x07\n\x05_loss\"\xc2\x01\n\x14\x46inalizeStepResponse\x12\x32\n\x07packets\x18\x01 \x03(\x0b\x32!.esper.leyline.v1.TelemetryPacket\x12*\n\x05seeds\x18\x02 \x03(\x0b\x32\x1b.esper.leyline.v1.SeedState\x12\x32\n\x08outcomes\x18\x03 \x03(\x0b\x32 .esper.leyline.v1.CommandOutcome\x12\x16\n\x0ereceiver_epoch\x18\x04 \x01(\x0c\"#\n\x12UpdateEpochRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\"\x15\n\x13UpdateEpochResponse\"6\n\x16WatchSeedEventsRequest\x12\x1c\n\x08seed_ids\x18\x01 \x03(\tB\n\x8a\xd3\x18\x06\x38\x80\x01H\x80\x08\"\xd6\x02\n\tSeedEvent\x12\x0f\n\x07seed_id\x18\x01 \x01(\t\x12\x38\n\nfrom_stage\x18\x02 \x01(\x0e\x32$.esper.leyline.v1.SeedLifecycleStage\x12\x36\n\x08to_stage\x18\x03 \x01(\x0e\x32$.esper.leyline.v1.SeedLifecycleStage\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x12\n\ncommand_id\x18\x05 \x01(\t\x12\x13\n\x0bglobal_step\x18\x06 \x01(\x04\x12/\n\x0boccurred_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x07outcome\x18\x08 \x01(\x0b\x32 .esper.leyline.v1.CommandOutcome\x12)\n\x04gate\x18\t \x01(\x0b\x32\x1b.esper.kasmina.v1.GateEvent\"E\n\x17WatchSeedEventsResponse\x12*\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1b.esper.kasmina.v1.SeedEvent\")\n\x10GetStatusRequest\x12\x15\n\rinclude_model\x18\x01 \x01(\x08\"/\n\x0bIssuerFence\x12\x0e\n\x06issuer\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\xa3\x04\n\x11GetStatusResponse\x12.\n\x06status\x18\x01 \x01(\x0e\x32\x1e.esper.leyline.v1.HealthStatus\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x16\n\x0ereceiver_epoch\x18\x03 \x01(\x0c\x12\x10\n\x08\x61udience\x18\x04 \x01(\t\x12\x13\n\x0bglobal_step\x18\x05 \x01(\x04\x12\x17\n\x0fqueued_commands\x18\x06 \x01(\r\x12-\n\x06\x66\x65nces\x18\x07 \x03(\x0b\x32\x1d.esper.kasmina.v1.IssuerFence\x12\x32\n\x08outcomes\x18\x08 \x03(\x0b\x32 .esper.leyline.v1.CommandOutcome\x12G\n\nrejections\x18\t \x03(\x0b\x32\x33.esper.kasmina.v1.GetStatusResponse.RejectionsEntry\x12*\n\x05seeds\x18\n \x03(\x0b\x32\x1b.esper.leyline.v1.SeedState\x12\'\n\x05sites\x18\x0b \x03(\x0b\x32\x18.esper.tamiyo.v1.RunSite\x12+\n\trun_seeds\x18\x0c \x03(\x0b\x32\x18.esper.tamiyo.v1.RunSeed\x12\x15\n\rhost_topology\x18\r \x01(\x0c\x1a\x31\n\x0fRejectionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xb4\x05\n\x0eKasminaService\x12]\n\x0c\x41pplyCommand\x12%.esper.kasmina.v1.ApplyCommandRequest\x1a&.esper.kasmina.v1.ApplyCommandResponse\x12i\n\x10\x45xportSeedStates\x12).esper.kasmina.v1.ExportSeedStatesRequest\x1a*.esper.kasmina.v1.ExportSeedStatesResponse\x12]\n\x0c\x41\x64vanceAlpha\x12%.esper.kasmina.v1.AdvanceAlphaRequest\x1a&.esper.kasmina.v1.AdvanceAlphaResponse\x12]\n\x0c\x46inalizeStep\x12%.esper.kasmina.v1.FinalizeStepRequest\x1a&.esper.kasmina.v1.FinalizeStepResponse\x12Z\n\x0bUpdateEpoch\x12$.esper.kasmina.v1.UpdateEpochRequest\x1a%.esper.kasmina.v1.UpdateEpochResponse\x12h\n\x0fWatchSeedEvents\x12(.esper.kasmina.v1.WatchSeedEventsRequest\x1a).esper.kasmina.v1.WatchSeedEventsResponse0\x01\x12T\n\tGetStatus\x12\".esper.kasmina.v1.GetStatusRequest\x1a#.esper.kasmina.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,40 +53,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHSEEDEVENTSREQUEST'].fields_by_name['seed_ids']._serialized_options = b'\212\323\030\0068\200\001H\200\010'
   _globals['_GETSTATUSRESPONSE_REJECTIONSENTRY']._loaded_options = None
   _globals['_GETSTATUSRESPONSE_REJECTIONSENTRY']._serialized_options = b'8\001'
-  _globals['_APPLYCOMMANDREQUEST']._serialized_start=290
-  _globals['_APPLYCOMMANDREQUEST']._serialized_end=519
-  _globals['_APPLYCOMMANDRESPONSE']._serialized_start=521
-  _globals['_APPLYCOMMANDRESPONSE']._serialized_end=613
-  _globals['_EXPORTSEEDSTATESREQUEST']._serialized_start=615
-  _globals['_EXPORTSEEDSTATESREQUEST']._serialized_end=640
-  _globals['_EXPORTSEEDSTATESRESPONSE']._serialized_start=642
-  _globals['_EXPORTSEEDSTATESRESPONSE']._serialized_end=712
-  _globals['_ADVANCEALPHAREQUEST']._serialized_start=714
-  _globals['_ADVANCEALPHAREQUEST']._serialized_end=763
-  _globals['_ADVANCEALPHARESPONSE']._serialized_start=765
-  _globals['_ADVANCEALPHARESPONSE']._serialized_end=802
-  _globals['_FINALIZESTEPREQUEST']._serialized_start=805
-  _globals['_FINALIZESTEPREQUEST']._serialized_end=936
-  _globals['_FINALIZESTEPRESPONSE']._serialized_start=939
-  _globals['_FINALIZESTEPRESPONSE']._serialized_end=1133
-  _globals['_UPDATEEPOCHREQUEST']._serialized_start=1135
-  _globals['_UPDATEEPOCHREQUEST']._serialized_end=1170
-  _globals['_UPDATEEPOCHRESPONSE']._serialized_start=1172
-  _globals['_UPDATEEPOCHRESPONSE']._serialized_end=1193
-  _globals['_WATCHSEEDEVENTSREQUEST']._serialized_start=1195
-  _globals['_WATCHSEEDEVENTSREQUEST']._serialized_end=1249
-  _globals['_SEEDEVENT']._serialized_start=1252
-  _globals['_SEEDEVENT']._serialized_end=1551
-  _globals['_WATCHSEEDEVENTSRESPONSE']._serialized_start=1553
-  _globals['_WATCHSEEDEVENTSRESPONSE']._serialized_end=1622
-  _globals['_GETSTATUSREQUEST']._serialized_start=1624
-  _globals['_GETSTATUSREQUEST']._serialized_end=1665
-  _globals['_ISSUERFENCE']._serialized_start=1667
-  _globals['_ISSUERFENCE']._serialized_end=1714
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1717
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2264
-  _globals['_GETSTATUSRESPONSE_REJECTIONSENTRY']._serialized_start=2215
-  _globals['_GETSTATUSRESPONSE_REJECTIONSENTRY']._serialized_end=2264
-  _globals['_KASMINASERVICE']._serialized_start=2267
-  _globals['_KASMINASERVICE']._serialized_end=2959
+  _globals['_APPLYCOMMANDREQUEST']._serialized_start=320
+  _globals['_APPLYCOMMANDREQUEST']._serialized_end=549
+  _globals['_APPLYCOMMANDRESPONSE']._serialized_start=551
+  _globals['_APPLYCOMMANDRESPONSE']._serialized_end=643
+  _globals['_EXPORTSEEDSTATESREQUEST']._serialized_start=645
+  _globals['_EXPORTSEEDSTATESREQUEST']._serialized_end=670
+  _globals['_EXPORTSEEDSTATESRESPONSE']._serialized_start=672
+  _globals['_EXPORTSEEDSTATESRESPONSE']._serialized_end=742
+  _globals['_ADVANCEALPHAREQUEST']._serialized_start=744
+  _globals['_ADVANCEALPHAREQUEST']._serialized_end=793
+  _globals['_ADVANCEALPHARESPONSE']._serialized_start=795
+  _globals['_ADVANCEALPHARESPONSE']._serialized_end=832
+  _globals['_FINALIZESTEPREQUEST']._serialized_start=835
+  _globals['_FINALIZESTEPREQUEST']._serialized_end=966
+  _globals['_FINALIZESTEPRESPONSE']._serialized_start=969
+  _globals['_FINALIZESTEPRESPONSE']._serialized_end=1163
+  _globals['_UPDATEEPOCHREQUEST']._serialized_start=1165
+  _globals['_UPDATEEPOCHREQUEST']._serialized_end=1200
+  _globals['_UPDATEEPOCHRESPONSE']._serialized_start=1202
+  _globals['_UPDATEEPOCHRESPONSE']._serialized_end=1223
+  _globals['_WATCHSEEDEVENTSREQUEST']._serialized_start=1225
+  _globals['_WATCHSEEDEVENTSREQUEST']._serialized_end=1279
+  _globals['_SEEDEVENT']._serialized_start=1282
+  _globals['_SEEDEVENT']._serialized_end=1624
+  _globals['_WATCHSEEDEVENTSRESPONSE']._serialized_start=1626
+  _globals['_WATCHSEEDEVENTSRESPONSE']._serialized_end=1695
+  _globals['_GETSTATUSREQUEST']._serialized_start=1697
+  _globals['_GETSTATUSREQUEST']._serialized_end=1738
+  _globals['_ISSUERFENCE']._serialized_start=1740
+  _globals['_ISSUERFENCE']._serialized_end=1787
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1790
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2337
+  _globals['_GETSTATUSRESPONSE_REJECTIONSENTRY']._serialized_start=2288
+  _globals['_GETSTATUSRESPONSE_REJECTIONSENTRY']._serialized_end=2337
+  _globals['_KASMINASERVICE']._serialized_start=2340
+  _globals['_KASMINASERVICE']._serialized_end=3032
 # @@protoc_insertion_point(module_scope)

@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from esper_rpc.proto.kasmina.v1 import gates_pb2 as _gates_pb2
 from esper_rpc.proto.leyline.v1 import envelope_pb2 as _envelope_pb2
 from esper_rpc.proto.leyline.v1 import outcome_pb2 as _outcome_pb2
 from esper_rpc.proto.leyline.v1 import seed_pb2 as _seed_pb2
@@ -316,12 +317,13 @@ class SeedEvent(_message.Message):
     GLOBAL_STEP_FIELD_NUMBER: _builtins.int
     OCCURRED_AT_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
+    GATE_FIELD_NUMBER: _builtins.int
     seed_id: _builtins.str
     """The seed."""
     from_stage: _seed_pb2.SeedLifecycleStage.ValueType
     """The stage before."""
     to_stage: _seed_pb2.SeedLifecycleStage.ValueType
-    """The stage after; equal to the one before when only a command was settled."""
+    """The stage after; equal to the one before when only a gate was asked or a command settled."""
     reason: _builtins.str
     """Why, a stable reason."""
     command_id: _builtins.str
@@ -336,6 +338,10 @@ class SeedEvent(_message.Message):
     def outcome(self) -> _outcome_pb2.CommandOutcome:
         """Set when this settles a command."""
 
+    @_builtins.property
+    def gate(self) -> _gates_pb2.GateEvent:
+        """Set when this tells how the seed stood before a gate; what follows from it, a move or an outcome, comes next."""
+
     def __init__(
         self,
         *,
@@ -347,10 +353,11 @@ class SeedEvent(_message.Message):
         global_step: _builtins.int = ...,
         occurred_at: _timestamp_pb2.Timestamp | None = ...,
         outcome: _outcome_pb2.CommandOutcome | None = ...,
+        gate: _gates_pb2.GateEvent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["occurred_at", b"occurred_at", "outcome", b"outcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gate", b"gate", "occurred_at", b"occurred_at", "outcome", b"outcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id", "from_stage", b"from_stage", "global_step", b"global_step", "occurred_at", b"occurred_at", "outcome", b"outcome", "reason", b"reason", "seed_id", b"seed_id", "to_stage", b"to_stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id", "from_stage", b"from_stage", "gate", b"gate", "global_step", b"global_step", "occurred_at", b"occurred_at", "outcome", b"outcome", "reason", b"reason", "seed_id", b"seed_id", "to_stage", b"to_stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SeedEvent: _TypeAlias = SeedEvent  # noqa: Y015

@@ -37,8 +37,8 @@ _LIFE_TO_PROBATION = ("GERMINATE", "START_TRAINING", "START_GRAFTING", "STABILIZ
 _BLUEPRINT = "residual_mlp"
 _BLENDING_STEPS = 32
 _BUILD_SECONDS = 30.0
-# After a cull the slot is embargoed, reset and dormant again.
-_REST_STEPS = 128
+# After a cull the slot is embargoed for no time at all, reset and dormant again.
+_REST_STEPS = 4
 
 
 NoncesOption = Annotated[
@@ -129,6 +129,7 @@ class HostBench:
 
         from esper_servers.blueprints.catalogue import load_factories
         from esper_servers.kasmina.background import BackgroundWorker
+        from esper_servers.kasmina.gates.config import GateConfig
         from esper_servers.kasmina.host import InProcessSeedHost
         from esper_servers.kasmina.learning_rate import OptimizerAuthority
         from esper_servers.kasmina.limits import LocalLimits
@@ -149,6 +150,7 @@ class HostBench:
             factories=load_factories(),
             learning_rate=OptimizerAuthority(optimizer),
             limits=LocalLimits(live_seeds=10_000, added_parameters=10**12),
+            gates=GateConfig(embargo_seconds=0.0),
             background=self._worker,
         )
         self._model(torch.zeros(8, 64)).sum().backward()
@@ -172,6 +174,7 @@ class HostBench:
             elapsed += time.perf_counter() - begun
         for _ in range(_BLENDING_STEPS if operation == "START_GRAFTING" else 0):
             self.host.advance_alphas()
+            self._train_once()
         if operation == "START_TRAINING":
             self._train_once()
         results = [outcome.result for outcome in outcomes]
@@ -186,7 +189,7 @@ class HostBench:
             raise RuntimeError("The module was not built.")
 
     def _train_once(self) -> None:
-        """Give the seed one update: its gate asks whether it has learned at all."""
+        """Give the seed one update: its gates ask whether it has learned at all, and what its outputs are like."""
         import torch
 
         loss = self._model(torch.ones(8, 64)).square().mean()

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from esper_rpc.proto.kasmina.v1 import GateEvent, GateResult
+from esper_rpc.proto.leyline.v1 import CommandSeedOperation, SeedLifecycleGate, SeedLifecycleStage
+
+from . import lifecycle
+from .events import SeedEvents
+from .gates import gradient_health, interface, reset, sanity, stability, system_impact
+from .gates.config import GateConfig
+from .gates.report import FAILED
+from .kernel_library import UNAVAILABLE, UNKNOWN_BLUEPRINT, Kernel
+from .notices import INFO, WARNING, Tell
+from .ownership import Ownership
+from .progress import Progress
+from .seed_slot import SeedSlot
+
+KERNEL_LATE = "kernel_late"
+NOT_TO_BE_HAD = frozenset({UNKNOWN_BLUEPRINT, UNAVAILABLE, KERNEL_LATE})
+
+
+class Gatekeeper:
+    """Asks the gate that stands before a stage, and tells what it found."""
+
+    def __init__(
+        self, *, config: GateConfig, ownership: Ownership, progress: Progress, events: SeedEvents, tell: Tell
+    ) -> None:
+        self.config = config
+        self._ownership = ownership
+        self._progress = progress
+        self._events = events
+        self._tell = tell
+
+    def look_at(self, operation: CommandSeedOperation, kernel: Kernel | str) -> GateEvent:
+        """Ask G0, and tell nobody yet; without a kernel there is the reason why."""
+        if isinstance(kernel, Kernel):
+            return sanity.judge(operation, kernel.blueprint.descriptor, "")
+        # What came and cannot be used is a failure to load, after germination.
+        return sanity.judge(operation, None, kernel if kernel in NOT_TO_BE_HAD else "")
+
+    def judge(self, slot: SeedSlot, target: SeedLifecycleStage.ValueType, command_id: str = "") -> GateEvent | None:
+        """Ask the gate before a stage; None when none stands there."""
+        gate = self._gate_before(slot, target)
+        if gate is not None:
+            self.tell(slot, gate, command_id)
+        return gate
+
+    def tell(self, slot: SeedSlot, gate: GateEvent, command_id: str) -> None:
+        """Tell how a seed stood before a gate, those who watch and the packet of the step."""
+        self._events.judged(slot, gate, command_id)
+        result = GateResult.Name(gate.result).removeprefix("GATE_RESULT_")
+        name = SeedLifecycleGate.Name(gate.gate).removeprefix("SEED_LIFECYCLE_GATE_")
+        level = WARNING if gate.result == FAILED else INFO
+        self._tell("gate_event", level, reason=gate.reason or "passed", seed_id=slot.seed_id, gate=name, result=result)
+
+    def _gate_before(self, slot: SeedSlot, target: SeedLifecycleStage.ValueType) -> GateEvent | None:
+        loss = self._progress.loss
+        if target == slot.stage:
+            return None
+        if target == lifecycle.BLENDING:
+            return gradient_health.judge(slot, loss=loss, violations=self._ownership.violations_of(slot.seed_id))
+        if target == lifecycle.SHADOWING:
+            return stability.judge(slot, self.config)
+        if target == lifecycle.PROBATIONARY:
+            return interface.judge(slot, untold=())
+        if target == lifecycle.FOSSILIZED:
+            return system_impact.judge(slot, self.config, loss=loss)
+        if target == lifecycle.DORMANT:
+            return reset.judge(slot, owned_parameters=self._ownership.parameters_of(slot.seed_id))
+        return None

@@ -1,15 +1,8 @@
-"""One rank of a training under Lightning or Hugging Face, started by torchrun. Ends with DIRECTORY/rank-N.pt.
-
-python -m torch.distributed.run --nproc-per-node 2 framework_rank.py FRAMEWORK DIRECTORY
-"""
+"""Two ranks under Lightning or Hugging Face, as torchrun would start them. Each ends with DIRECTORY/rank-N.pt."""
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from rank import LIFE, Orders, mesh_of
 
@@ -17,7 +10,16 @@ import torch  # isort: skip
 from torch import nn
 from torch.utils.data import Dataset
 
-RANK = int(os.environ["RANK"])
+# What is imported before the ranks are forked.
+MODULES = {
+    "lightning": ["lightning.pytorch", "esper_client.integrations.lightning"],
+    "huggingface": [
+        "transformers.trainer",
+        "transformers.models.llama.modeling_llama",
+        "esper_client.integrations.huggingface",
+    ],
+}
+
 STEPS = 50
 
 
@@ -38,13 +40,13 @@ def give(orders, step):
         orders.give(orders.orders[step], "residual_mlp")
 
 
-def save(model, callback, directory):
+def save(model, callback, rank, directory):
     stages = [slot.stage for slot in callback.session.host.seeds.values()]
     state = {"model": model.state_dict(), "session": callback.session.state_dict(), "stages": stages}
-    torch.save(state, directory / f"rank-{RANK}.pt")
+    torch.save(state, directory / f"rank-{rank}.pt")
 
 
-def lightning(directory, fake, address):
+def lightning(rank, directory, fake, address):
     from lightning.pytorch import Callback, LightningModule, Trainer
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -76,7 +78,7 @@ def lightning(directory, fake, address):
         max_steps=STEPS, strategy="ddp", devices=2, accelerator="cpu", callbacks=[mesh, Conductor()], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     ).fit(model, DataLoader(data, batch_size=8))  # fmt: skip
-    save(model, mesh, directory)
+    save(model, mesh, rank, directory)
 
 
 class Words(Dataset):
@@ -88,7 +90,7 @@ class Words(Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def huggingface(directory, fake, address):
+def huggingface(rank, directory, fake, address):
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     from esper_client.integrations.huggingface import MeshCallback
@@ -115,12 +117,15 @@ def huggingface(directory, fake, address):
             model=LlamaForCausalLM(config), args=args, train_dataset=Words(), callbacks=[mesh, Conductor()]
         )
         trainer.train()
-        save(trainer.model, mesh, directory)
+        save(trainer.model, mesh, rank, directory)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def train(framework, rank, directory, size):
+    # What torchrun sets, by which the frameworks find that they are one rank of several.
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "none",
+    }  # fmt: skip
     torch.manual_seed(0)
-    directory = Path(sys.argv[2])
-    with mesh_of(RANK, directory) as (fake, address):
-        {"lightning": lightning, "huggingface": huggingface}[sys.argv[1]](directory, fake, address)
+    with mesh_of(rank, directory) as (fake, address):
+        {"lightning": lightning, "huggingface": huggingface}[framework](rank, directory, fake, address)

@@ -1,17 +1,11 @@
-"""One rank of a distributed training; what it ends with goes into DIRECTORY/rank-N.pt.
-
-python rank.py SCENARIO DIRECTORY RANK
-"""
+"""The scenarios of a distributed training; what a rank ends with goes into DIRECTORY/rank-N.pt."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 import uuid
-from datetime import timedelta
-from pathlib import Path
 
 import esper_client  # Before torch: it sets how OpenMP's threads wait.
 
@@ -26,7 +20,6 @@ from esper_rpc.testing import fake_mesh
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina.kernel_library import Kernel
 
-SIZE = 2
 PATIENCE_SECONDS = 60.0
 LIFE = {
     2: "GERMINATE", 4: "START_TRAINING", 8: "START_GRAFTING", 12: "PAUSE", 14: "OPTIMIZER", 40: "STABILIZE",
@@ -331,7 +324,7 @@ def alone(rank, directory):
 
 def real(rank, directory):
     """A mesh of processes decides, until a seed learns; then its controller is stopped, and all go on."""
-    address = esper_client.find_mesh({"ESPER_HOME": os.environ["MESH_HOME"]}) if rank == 0 else None
+    address = esper_client.find_mesh({"ESPER_HOME": str(directory.parent / "mesh")}) if rank == 0 else None
     training = Training(rank, address, step_budget_ms=50)
     deadline, wanted = time.monotonic() + PATIENCE_SECONDS, torch.zeros(1)
     while not wanted.item():
@@ -351,17 +344,3 @@ def real(rank, directory):
         address=training.session.kasmina_address,
     )  # fmt: skip
     training.session.close()
-
-
-def main(scenario, directory, rank):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=SIZE, timeout=timedelta(seconds=60)
-    )
-    globals()[scenario](rank, directory)
-    with contextlib.suppress(RuntimeError):
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -246,10 +246,10 @@ def broken_on_first(rank, directory):
         def breaks(*_, **__):
             raise LookupError("a fault of ours")
 
-        for owner, name in [("session", "_packet"), ("session", "_receive"), ("_safe_point", "reach"),
-                            ("host", "_learning_rate"), ("_surgeon", "finalize")]:  # fmt: skip
+        for owner, name in [("_questions", "packet"), ("_answers", "receive"), ("_safe_point", "reach"),
+                            ("", "_learning_rate"), ("_surgeon", "finalize")]:  # fmt: skip
             if rank == 0:
-                place = {"session": session, "host": host}.get(owner) or getattr(host, owner)
+                place = getattr(session if hasattr(session, owner) else host, owner) if owner else host
                 whole = getattr(place, name)
                 setattr(place, name, breaks)
                 training.step()

@@ -29,13 +29,25 @@ def test_each_mode_is_as_often_at_each_place_and_before_each_other():
 
 
 def test_a_mode_is_compared_with_convex_of_the_same_round():
-    blocks = {mode: [1.0, 10.0, 2.0] for mode in BLEND_MODES} | {"CHANNEL": [1.1, 11.0, 2.2]}
-    found = blend._figures(blocks, "CHANNEL")
-    assert found == {"step_ms": 2.2, "ratio_to_convex": 1.1, "over_convex_ms": 0.2}
+    convex = [blend.Block(1.0, 2.0), blend.Block(10.0, 40.0), blend.Block(2.0, 4.0)]
+    own = [blend.Block(1.1, 4.0), blend.Block(12.0, 80.0), blend.Block(2.1, 8.0)]
+    assert blend._figures({"CONVEX": convex, "CHANNEL": own}, "CHANNEL") == {
+        "step_ms": 2.1, "ratio_to_convex": 1.1, "ratio_low": 1.05, "ratio_high": 1.2, "over_convex_ms": 0.1,
+        "wall_ms": 8.0, "wall_ratio_to_convex": 2.0,
+    }  # fmt: skip
 
 
-def test_a_short_run_has_the_keys_that_are_documented():
-    found = blend._compared(blend.Scene("mlp"), 4)
+def test_it_goes_on_until_the_time_is_over_and_there_are_enough_rounds():
+    ticks = iter(range(100))
+    assert list(blend._until(0, clock=ticks.__next__)) == list(range(blend.LEAST_ROUNDS))
+    # It looks at the clock once there are enough.
+    assert list(blend._until(20, clock=ticks.__next__)) == list(range(blend.LEAST_ROUNDS - 1 + 20))
+
+
+def test_a_short_run_has_the_keys_that_are_documented(monkeypatch):
+    monkeypatch.setattr(blend, "LEAST_ROUNDS", 2)
+    found = blend._compared(blend.Scene("mlp"), 0.0)
+    assert found.pop("rounds") == 2
     assert set(found) == {mode.lower() for mode in BLEND_MODES}
     assert found["convex"]["ratio_to_convex"] == 1.0
-    assert all(row["step_ms"] > 0 for row in found.values())
+    assert all(row["step_ms"] > 0 and row["wall_ms"] > 0 for row in found.values())

@@ -28,7 +28,7 @@ from . import (
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Measure the mesh on this machine.")
 app.command("apply", epilog="Example: esper bench apply --json")(apply.apply)
-app.command("blend", epilog="Example: esper bench blend --rounds 60 --json")(blend.blend)
+app.command("blend", epilog="Example: esper bench blend --seconds 18 --json")(blend.blend)
 app.command("echo", epilog="Example: esper bench echo --json")(echo.echo)
 app.command("echo-server", hidden=True, epilog="Example: esper bench echo-server --home ~/.esper")(echo.echo_server)
 app.command("constant-server", hidden=True, epilog="Example: esper bench constant-server")(runtime.constant_server)

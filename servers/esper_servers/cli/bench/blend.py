@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import orjson
 import typer
@@ -11,31 +12,40 @@ import typer
 from esper_rpc.blending import BLEND_MODES, CHANNEL, CONVEX, MAP_CEILING
 from esper_servers.cli.console import JsonOption
 
-from .measure import machine, show
+from .measure import machine, median_interval, show
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-BLOCK = 10
-WARM_UP_ROUNDS = 3
+BLOCK = 3
+LEAST_ROUNDS = 8
+"""Until then no mode has been at each place in both directions."""
 BLENDED = 0.5
 BATCH = 32
 
-RoundsOption = Annotated[int, typer.Option("--rounds", min=4, help="Blocks of ten steps in each mode.")]
+SecondsOption = Annotated[float, typer.Option("--seconds", min=0.1, help="How long to measure each model.")]
 
 
-def blend(rounds: RoundsOption = 60, as_json: JsonOption = False) -> None:
+def blend(seconds: SecondsOption = 18.0, as_json: JsonOption = False) -> None:
     """Measure what each way of blending costs a training step, against CONVEX."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        document = {name: _compared(Scene(name), rounds) for name in ("cnn", "transformer", "mlp")}
+        document = {name: _compared(Scene(name), seconds) for name in ("cnn", "transformer", "mlp")}
     finally:
         torch.set_num_threads(threads)
-    show("blend", {"blend": document, "steps": rounds * BLOCK, "machine": machine()}, as_json=as_json)
+    show("blend", {"blend": document, "machine": machine()}, as_json=as_json)
+
+
+class Block(NamedTuple):
+    """The median step of a block, by both clocks."""
+
+    processor_ms: float
+    """The time of this thread, on which all runs: others on the machine do not count."""
+    wall_ms: float
 
 
 class Scene:
@@ -85,16 +95,23 @@ class Scene:
         self._slot.step_optimizer()
 
 
-def _compared(scene: Scene, rounds: int) -> dict[str, Any]:
+def _compared(scene: Scene, seconds: float) -> dict[str, Any]:
     """Take blocks of the modes in turns, so that a noisy moment hits all; compare within each round."""
-    blocks: dict[str, list[float]] = {mode: [] for mode in BLEND_MODES}
-    for turn in range(rounds + WARM_UP_ROUNDS):
-        for mode in _in_turn(turn):
-            scene.use(mode)
-            elapsed = _block_ms(scene.step)
-            if turn >= WARM_UP_ROUNDS:
-                blocks[mode].append(elapsed)
-    return {mode.lower(): _figures(blocks, mode) for mode in BLEND_MODES}
+    blocks: dict[str, list[Block]] = {mode: [] for mode in BLEND_MODES}
+    _round(scene, BLEND_MODES)
+    for turn in _until(seconds):
+        for mode, block in _round(scene, _in_turn(turn)).items():
+            blocks[mode].append(block)
+    return {mode.lower(): _figures(blocks, mode) for mode in BLEND_MODES} | {"rounds": turn + 1}
+
+
+def _until(seconds: float, clock: Callable[[], float] = time.perf_counter) -> Iterator[int]:
+    """Count rounds until so much time is over, and there are enough."""
+    begun = clock()
+    for turn in count():
+        yield turn
+        if turn + 1 >= LEAST_ROUNDS and clock() - begun >= seconds:
+            return
 
 
 def _in_turn(turn: int) -> Sequence[str]:
@@ -104,24 +121,41 @@ def _in_turn(turn: int) -> Sequence[str]:
     return order if turn // len(BLEND_MODES) % 2 == 0 else order[::-1]
 
 
-def _block_ms(step: Callable[[], object]) -> float:
+def _round(scene: Scene, modes: Sequence[str]) -> dict[str, Block]:
+    blocks = {}
+    for mode in modes:
+        scene.use(mode)
+        blocks[mode] = _block(scene.step)
+    return blocks
+
+
+def _block(step: Callable[[], object]) -> Block:
     """The median step of a block; the first one after a change of mode is not counted."""
-    times = []
-    for _ in range(BLOCK + 1):
-        # Processor time: all runs on this thread, and others on the machine must not count.
-        begun = time.thread_time()
-        step()
-        times.append((time.thread_time() - begun) * 1e3)
-    return statistics.median(times[1:])
+    step()
+    steps = [_timed(step) for _ in range(BLOCK)]
+    return Block(*(statistics.median(times) for times in zip(*steps, strict=True)))
 
 
-def _figures(blocks: Mapping[str, list[float]], mode: str) -> dict[str, float]:
+def _timed(step: Callable[[], object]) -> Block:
+    processor, wall = time.thread_time(), time.perf_counter()
+    step()
+    return Block((time.thread_time() - processor) * 1e3, (time.perf_counter() - wall) * 1e3)
+
+
+def _figures(blocks: Mapping[str, list[Block]], mode: str) -> dict[str, float]:
     pairs = list(zip(blocks[mode], blocks[CONVEX], strict=True))
-    return {
-        "step_ms": round(statistics.median(blocks[mode]), 4),
-        "ratio_to_convex": round(statistics.median(own / convex for own, convex in pairs), 4),
-        "over_convex_ms": round(statistics.median(own - convex for own, convex in pairs), 4),
+    ratios = [own.processor_ms / convex.processor_ms for own, convex in pairs]
+    low, high = median_interval(ratios)
+    found = {
+        "step_ms": statistics.median(own.processor_ms for own, _ in pairs),
+        "ratio_to_convex": statistics.median(ratios),
+        "ratio_low": low,
+        "ratio_high": high,
+        "over_convex_ms": statistics.median(own.processor_ms - convex.processor_ms for own, convex in pairs),
+        "wall_ms": statistics.median(own.wall_ms for own, _ in pairs),
+        "wall_ratio_to_convex": statistics.median(own.wall_ms / convex.wall_ms for own, convex in pairs),
     }
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def _cnn() -> tuple[nn.Module, str, str, torch.Tensor]:

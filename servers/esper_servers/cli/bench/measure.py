@@ -67,6 +67,16 @@ def percentiles(values_ms: Sequence[float], *, unit: str = "ms") -> dict[str, fl
     return {f"p{share}_{unit}": round(_nearest_rank(ordered, share), 4) for share in (50, 95, 99)}
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return where the median of all that could be measured lies, with 95 %, whatever its distribution."""
+    ordered, count = sorted(values), len(values)
+    # So many may be left out at each end as lie on one side of the median in one case of forty.
+    left_out, cases = 0, 1
+    while left_out < count // 2 and 40 * (cases := cases + math.comb(count, left_out + 1)) <= 2**count:
+        left_out += 1
+    return ordered[left_out], ordered[count - 1 - left_out]
+
+
 def rss_mb(pid: int | str) -> float:
     """Return the resident memory of a process in MiB."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])

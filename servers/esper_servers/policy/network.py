@@ -1,4 +1,4 @@
-"""The policy network with PyTorch Geometric: two GraphSAGE layers, then two GAT layers, then heads. The reference."""
+"""The policy network: two GraphSAGE layers, then two GAT layers, then heads."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import GATConv, HeteroConv, SAGEConv
 
 from . import schema
-from .graph import GraphInputs
+from .layers import GatWeights, HeteroLayer, SageWeights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,16 +41,15 @@ class Heads(NamedTuple):
 
 
 class PolicyNetwork(nn.Module):
-    """Encoders per node type, four rounds of messages, heads."""
+    """The weights: encoders per node type, four rounds of messages, heads. Plans compute with them, see FusedPlan."""
 
     def __init__(self, config: NetworkConfig | None = None) -> None:
         super().__init__()
         self.config = config or NetworkConfig()
         sage, gat, heads = self.config.sage_width, self.config.gat_width, self.config.heads
         self.encoders = nn.ModuleDict({kind: nn.Linear(schema.width_of(kind), sage) for kind in schema.NODE_TYPES})
-        self.sage = nn.ModuleList(HeteroConv({r: _sage(sage) for r in schema.RELATIONS}) for _ in range(2))
-        widths = (sage, gat)
-        self.gat = nn.ModuleList(HeteroConv({r: _gat(r, w, gat, heads) for r in schema.RELATIONS}) for w in widths)
+        self.sage = nn.ModuleList(self._sage_layer(sage) for _ in range(2))
+        self.gat = nn.ModuleList(self._gat_layer(width, gat, heads) for width in (sage, gat))
         self.kind_head = nn.Linear(2 * gat, schema.KIND_COUNT)
         self.operation_head = nn.Linear(2 * gat, schema.OPERATION_COUNT)
         self.blueprint_head = nn.Linear(2 * gat, 1)
@@ -59,16 +57,6 @@ class PolicyNetwork(nn.Module):
         self.value_head = nn.Linear(2 * gat, 1)
         self.risk_head = nn.Linear(2 * gat, schema.RISK_COUNT)
         self.parameter_head = nn.Linear(2 * gat, schema.PARAMETER_COUNT)
-
-    def forward(self, inputs: GraphInputs) -> Heads:
-        """Compute the heads of one graph."""
-        h = {kind: torch.relu(self.encoders[kind](x)) for kind, x in inputs.features.items()}
-        for layer in self.sage:
-            h = {kind: torch.relu(out) + h[kind] for kind, out in layer(h, inputs.edges).items()}
-        for round_, layer in enumerate(self.gat):
-            out = layer(h, inputs.edges, edge_attr_dict=inputs.attributes)
-            h = {kind: nn.functional.gelu(x) for kind, x in out.items()} if round_ == 0 else out
-        return self.read_out(h)
 
     def read_out(self, h: dict[str, Tensor]) -> Heads:
         """Turn node embeddings into heads; the context is the mean over layers."""
@@ -86,13 +74,13 @@ class PolicyNetwork(nn.Module):
             self.parameter_head(joint),
         )
 
+    @staticmethod
+    def _sage_layer(width: int) -> nn.Module:
+        return HeteroLayer({relation: SageWeights(width) for relation in schema.RELATIONS})
 
-def _sage(width: int) -> SAGEConv:
-    return SAGEConv((width, width), width, aggr="mean")
-
-
-def _gat(relation: tuple[str, str, str], in_width: int, out_width: int, heads: int) -> GATConv:
-    return GATConv(
-        (in_width, in_width), out_width, heads=heads, concat=False, add_self_loops=False,
-        edge_dim=schema.attribute_width_of(relation),
-    )  # fmt: skip
+    @staticmethod
+    def _gat_layer(in_width: int, out_width: int, heads: int) -> nn.Module:
+        return HeteroLayer({
+            relation: GatWeights(in_width, out_width, heads, schema.attribute_width_of(relation))
+            for relation in schema.RELATIONS
+        })  # fmt: skip

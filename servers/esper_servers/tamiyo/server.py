@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 from esper_client.client import UrzaClient
 from esper_client.renewal import CHECK_SECONDS, CertificateRenewer
+from esper_rpc.errors import ConfigError
 from esper_rpc.identity import Identity
 from esper_rpc.proto.tamiyo.v1 import tamiyo_service_pb2
 from esper_rpc.server import MeshServer, announce
@@ -22,6 +24,7 @@ SERVICE = tamiyo_service_pb2.DESCRIPTOR.services_by_name["TamiyoService"]
 
 async def serve(config: TamiyoServerConfig) -> None:
     """Serve until SIGTERM or SIGINT; raises ConfigError before anything listens."""
+    _require_reference()
     identity = Identity.load(config.identity_dir)
     controller = Controller(config)
     server_config = replace(config.server, shares_port=config.step_processes.count > 1)
@@ -45,3 +48,9 @@ async def serve(config: TamiyoServerConfig) -> None:
         building = asyncio.create_task(controller.build_plan())
         stack.callback(building.cancel)
         await server.run_until_signal()
+
+
+def _require_reference() -> None:
+    """Policies are trained with PyTorch Geometric. Looked for and not imported: that takes as long as all of torch."""
+    if find_spec("torch_geometric") is None:
+        raise ConfigError("torch_geometric is missing; install it with: pip install 'esper-rpc[servers]'")

@@ -19,10 +19,10 @@ from esper_servers.policy.compiled_plan import CompiledPlan
 from esper_servers.policy.dense_plan import DensePlan
 from esper_servers.policy.edge_scores import EdgeScores
 from esper_servers.policy.graph import BlueprintCandidate, RunGraph
-from esper_servers.policy.network import PolicyNetwork
 from esper_servers.policy.plan import FusedPlan
 from esper_servers.policy.policy import Policy
 from esper_servers.policy.prior import PriorConfig, RunSignals, next_operation
+from esper_servers.policy.reference import ReferenceNetwork
 
 SIGNALS = RunSignals(
     steps=1000, steps_since_germination=1000, loss_trend=0.0, loss_volatility=0.0, steps_since_optimizer=0
@@ -78,7 +78,7 @@ def test_the_sample_graph_has_the_size_that_is_measured():
 def test_the_fused_plan_equals_the_reference(layers, activations, parameters, seeds, blueprints, seed):
     graph = random_graph(layers, activations, parameters, seeds, blueprints)
     torch.manual_seed(seed)
-    network = PolicyNetwork().eval()
+    network = ReferenceNetwork().eval()
     inputs = graph.fill(SystemStatePacket(training_metrics={"loss": 0.3}))
     with torch.no_grad():
         reference, dense = network(inputs), FusedPlan(network)(inputs)
@@ -97,7 +97,7 @@ def test_the_fused_plan_equals_the_reference(layers, activations, parameters, se
 def test_what_is_compiled_equals_the_reference(layers, activations, parameters, seeds, blueprints, seed):
     graph = random_graph(layers, activations, parameters, seeds, blueprints)
     torch.manual_seed(seed)
-    network = PolicyNetwork().eval()
+    network = ReferenceNetwork().eval()
     inputs = graph.fill(SystemStatePacket(training_metrics={"loss": 0.3}))
     with torch.no_grad():
         reference, found = network(inputs), CompiledPlan(DensePlan(network), None, EdgeScores(network))(inputs)
@@ -111,7 +111,7 @@ def test_what_is_told_of_edges_matters_in_every_plan():
         return float(compute(graph_of(topology).fill(packet())).value)
 
     torch.manual_seed(0)
-    network = PolicyNetwork().eval()
+    network = ReferenceNetwork().eval()
     plans = (network, FusedPlan(network), CompiledPlan(DensePlan(network), None, EdgeScores(network)))
     with torch.no_grad():
         weak, strong = ([value(plan, strength) for plan in plans] for strength in (0.1, 5.0))

@@ -130,6 +130,8 @@ class BlockingKasminaClient(BlockingClient[KasminaClient]):
     update_epoch = _unary(KasminaClient.update_epoch)
     watch_seed_events = _streaming(KasminaClient.watch_seed_events)
     get_status = _unary(KasminaClient.get_status)
+    validate_parameters = _unary(KasminaClient.validate_parameters)
+    emergency_cleanup = _unary(KasminaClient.emergency_cleanup)
 
 
 class BlockingTamiyoClient(BlockingClient[TamiyoClient]):

@@ -371,6 +371,19 @@ def test_tolaria_ends_the_steps_and_epochs_of_an_attached_session(attached):
     assert (code, "epoch_hook" in json.loads(output)) == (0, True), output
 
 
+def test_an_operator_looks_at_parameters_and_empties_caches(attached):
+    code, output = attached.esper("validate", attached.address, "--seed", "seed-0", "--json")
+    assert (code, json.loads(output)) == (0, []), output
+    name = next(name for name, _ in attached.model.named_parameters())
+    code, output = attached.esper("validate", attached.address, "--seed", "seed-0", "--parameter", name, "--json")
+    assert (code, json.loads(output)) == (1, [{"parameter": name, "owner": "host"}]), output
+    asked = concurrent.futures.ThreadPoolExecutor(1).submit(attached.esper, "cleanup", attached.address, "--json")
+    while not asked.done():
+        attached.step()
+    code, output = asked.result()
+    assert (code, json.loads(output)) == (0, {"freed": 0}), output
+
+
 def test_the_metrics_of_an_attached_session_are_streamed(attached):
     identity = attached.mesh.identity("operator")
     with BlockingTolariaClient(attached.address, identity=identity) as client:

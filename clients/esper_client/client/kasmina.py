@@ -7,6 +7,8 @@ from esper_rpc.proto.kasmina.v1 import (
     AdvanceAlphaResponse,
     ApplyCommandRequest,
     ApplyCommandResponse,
+    EmergencyCleanupRequest,
+    EmergencyCleanupResponse,
     ExportSeedStatesRequest,
     ExportSeedStatesResponse,
     FinalizeStepRequest,
@@ -15,6 +17,8 @@ from esper_rpc.proto.kasmina.v1 import (
     GetStatusResponse,
     UpdateEpochRequest,
     UpdateEpochResponse,
+    ValidateParametersRequest,
+    ValidateParametersResponse,
     WatchSeedEventsRequest,
     WatchSeedEventsResponse,
 )
@@ -27,7 +31,8 @@ class KasminaClient(MeshClient):
 
     role = "trainer"  # It lives where the tensors are, under the trainer's certificate.
     service = "esper.kasmina.v1.KasminaService"
-    retried = ("ApplyCommand", "ExportSeedStates", "GetStatus")  # An envelope that comes twice is applied once.
+    # An envelope that comes twice is applied once.
+    retried = ("ApplyCommand", "ExportSeedStates", "GetStatus", "ValidateParameters", "EmergencyCleanup")
 
     async def apply_command(self, request: ApplyCommandRequest, *, timeout: float = 2.0) -> ApplyCommandResponse:
         """Verifies a command and queues it for the next safe point of the training loop."""
@@ -60,3 +65,15 @@ class KasminaClient(MeshClient):
     async def get_status(self, request: GetStatusRequest, *, timeout: float = 2.0) -> GetStatusResponse:
         """Reports what the host does at present, with what an operator needs to sign a command for it."""
         return await self._unary("GetStatus", request, GetStatusResponse, timeout)
+
+    async def validate_parameters(
+        self, request: ValidateParametersRequest, *, timeout: float = 2.0
+    ) -> ValidateParametersResponse:
+        """Tells which of the parameters that are named a seed may not write to, and whose they are."""
+        return await self._unary("ValidateParameters", request, ValidateParametersResponse, timeout)
+
+    async def emergency_cleanup(
+        self, request: EmergencyCleanupRequest, *, timeout: float = 30.0
+    ) -> EmergencyCleanupResponse:
+        """Lets go of all that can be had again, at the next safe point."""
+        return await self._unary("EmergencyCleanup", request, EmergencyCleanupResponse, timeout)

@@ -10,9 +10,15 @@ from typing import Annotated, Any
 import typer
 from google.protobuf.json_format import MessageToDict
 
-from esper_client.client import TolariaClient
+from esper_client.client import KasminaClient, TolariaClient
 from esper_rpc.envelope import Rejected
 from esper_rpc.envelope.emergency import ANNOUNCED, SCHEMA_VERSION, SignalVerifier, seal
+from esper_rpc.proto.kasmina.v1 import (
+    EmergencyCleanupRequest,
+    EmergencyCleanupResponse,
+    ValidateParametersRequest,
+    ValidateParametersResponse,
+)
 from esper_rpc.proto.leyline.v1 import EmergencyLevel, EmergencySignal
 from esper_rpc.proto.tolaria.v1 import (
     CreateCheckpointRequest,
@@ -104,6 +110,36 @@ def signal(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: esper training cleanup 127.0.0.1:40123")
+def cleanup(
+    context: typer.Context, address: AddressArgument, home: HomeOption = None, as_json: JsonOption = False
+) -> None:
+    """Have the seed host let go of cached kernels, modules that wait and what culled seeds left."""
+    answer = run(_cleanup(home_of(context, home), address))
+    _show_all({"freed": answer.freed}, as_json=as_json)
+
+
+@app.command(epilog="Example: esper training validate 127.0.0.1:40123 --seed seed-hidden1 --parameter hidden1.weight")
+def validate(
+    context: typer.Context,
+    address: AddressArgument,
+    seed: Annotated[str, typer.Option(help="The seed that would write to the parameters.")],
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(help="A parameter of the model, or SEED/NAME; several times. Without it all of the seed's."),
+    ] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell which parameters a seed may not write to, and whose they are; exits with 1 when there are any."""
+    request = ValidateParametersRequest(seed_id=seed, parameter_names=parameter or [])
+    found = run(_validate(home_of(context, home), address, request)).violations
+    rows = [{"parameter": each.parameter_name, "owner": each.owner} for each in found]
+    print_rows("Not the seed's", rows, as_json=as_json)
+    if rows:
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: esper training watch 127.0.0.1:40123")
 def watch(
     context: typer.Context,
@@ -129,6 +165,16 @@ async def _checkpoint(home: Home, address: str, reason: str) -> Any:
 async def _rollback(home: Home, address: str, request: RollbackRequest) -> Any:
     async with TolariaClient(address, identity=home.identity()) as client:
         return await client.rollback(request)
+
+
+async def _cleanup(home: Home, address: str) -> EmergencyCleanupResponse:
+    async with KasminaClient(address, identity=home.identity()) as client:
+        return await client.emergency_cleanup(EmergencyCleanupRequest())
+
+
+async def _validate(home: Home, address: str, request: ValidateParametersRequest) -> ValidateParametersResponse:
+    async with KasminaClient(address, identity=home.identity()) as client:
+        return await client.validate_parameters(request)
 
 
 async def _signal(home: Home, address: str, signal: EmergencySignal) -> SignalEmergencyResponse:
@@ -175,7 +221,10 @@ def _row(found: GetStatusResponse) -> dict[str, Any]:
 
 
 def _show(message: Any, *, as_json: bool) -> None:
-    document = MessageToDict(message, preserving_proto_field_name=True)
+    _show_all(MessageToDict(message, preserving_proto_field_name=True), as_json=as_json)
+
+
+def _show_all(document: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(document)
     else:

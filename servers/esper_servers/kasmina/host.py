@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -35,6 +35,7 @@ from .live_seeds import LiveSeeds
 from .memory import MemoryConfig, MemoryGovernor, MemoryReader
 from .notices import Notices
 from .ownership import Ownership
+from .parameter_names import foreign_parameters
 from .pausing import Pauses
 from .prewarm import Prewarmer
 from .progress import Progress
@@ -273,6 +274,13 @@ class InProcessSeedHost:
         """Return whose the first of these tensors is that is not the seed's; a violation is counted. Empty: none."""
         with self._lock:
             return self._ownership.validate(seed_id, tensors)
+
+    def foreign_parameters(self, seed_id: str, names: Sequence[str]) -> list[tuple[str, str]]:
+        """Return which of these parameters, by name, a seed must not write to, and whose each is; raises NotFound."""
+        with self._lock:
+            return foreign_parameters(
+                seed_id, names, model=self._model, seeds=self.seeds, ownership=self._ownership
+            )  # fmt: skip
 
     def emergency_cleanup(self) -> int:
         """Let go of all that can be had again, kernels and modules that wait; returns how many that were."""

@@ -91,6 +91,11 @@ class Ownership:
         """Return how many parameters a seed has here."""
         return self._parameters.get(seed_id, 0)
 
+    def owner_of(self, tensor: Tensor) -> str:
+        """Return whose a tensor is; empty when it is nobody's."""
+        self._follow_the_model()
+        return self._owner_of(tensor)
+
     def is_repeated(self, seed_id: str) -> bool:
         """Whether a seed has violated so often that it is to be culled."""
         return self.violations_of(seed_id) >= VIOLATIONS

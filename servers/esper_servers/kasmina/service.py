@@ -3,34 +3,42 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import TypeVar
 
-from esper_rpc.errors import FailedPrecondition, PermissionDenied, ResourceExhausted
+from esper_rpc.errors import PermissionDenied, ResourceExhausted
 from esper_rpc.proto.kasmina.v1 import (
     AdvanceAlphaRequest,
     AdvanceAlphaResponse,
     ApplyCommandRequest,
     ApplyCommandResponse,
+    EmergencyCleanupRequest,
+    EmergencyCleanupResponse,
     ExportSeedStatesRequest,
     ExportSeedStatesResponse,
     FinalizeStepRequest,
     FinalizeStepResponse,
+    ForeignParameter,
     GetStatusRequest,
     GetStatusResponse,
     IssuerFence,
     SeedEvent,
     UpdateEpochRequest,
     UpdateEpochResponse,
+    ValidateParametersRequest,
+    ValidateParametersResponse,
     WatchSeedEventsRequest,
     WatchSeedEventsResponse,
 )
 from esper_rpc.proto.leyline.v1 import HealthStatus
+from esper_rpc.safe_point import when_safe
 from esper_rpc.server import Call
 
 from .host import InProcessSeedHost
 
 BACKLOG = 1024
 SAFE_POINT_SECONDS = 1.5
+CLEANUP_SECONDS = 5.0
+Result = TypeVar("Result")
 
 
 class KasminaServicer:
@@ -64,8 +72,7 @@ class KasminaServicer:
     async def FinalizeStep(self, request: FinalizeStepRequest, call: Call) -> FinalizeStepResponse:
         """End a step."""
         self._require_driver(call)
-        response: FinalizeStepResponse = await self._at_safe_point(lambda: self._end_step(request))
-        return response
+        return await self._at_safe_point(lambda: self._end_step(request))
 
     async def UpdateEpoch(self, request: UpdateEpochRequest, call: Call) -> UpdateEpochResponse:
         """Begin an epoch."""
@@ -117,6 +124,17 @@ class KasminaServicer:
             response.run_seeds.extend(model.seeds)
         return response
 
+    async def ValidateParameters(self, request: ValidateParametersRequest, call: Call) -> ValidateParametersResponse:
+        """Look whose parameters are."""
+        self._require_driver(call)
+        found = self._host.foreign_parameters(request.seed_id, request.parameter_names)
+        violations = [ForeignParameter(parameter_name=name, owner=owner) for name, owner in found]
+        return ValidateParametersResponse(violations=violations)
+
+    async def EmergencyCleanup(self, request: EmergencyCleanupRequest, call: Call) -> EmergencyCleanupResponse:
+        """Let go of what can be had again."""
+        return EmergencyCleanupResponse(freed=await self._at_safe_point(self._host.emergency_cleanup, CLEANUP_SECONDS))
+
     def _drives(self, call: Call) -> bool:
         return str(call.peer) == self._host.verifier.audience
 
@@ -139,12 +157,8 @@ class KasminaServicer:
             receiver_epoch=host.receiver_epoch,
         )
 
-    async def _at_safe_point(self, work: Callable[[], Any]) -> Any:
-        done = asyncio.wrap_future(self._host.at_safe_point(work))
-        try:
-            return await asyncio.wait_for(done, SAFE_POINT_SECONDS)
-        except TimeoutError:
-            raise FailedPrecondition("No safe point came: the training loop of this host stands still.") from None
+    async def _at_safe_point(self, work: Callable[[], Result], seconds: float = SAFE_POINT_SECONDS) -> Result:
+        return await when_safe(self._host.at_safe_point, work, seconds=seconds)
 
 
 def _hand(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[SeedEvent | None], event: SeedEvent | None) -> None:

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from esper_rpc.errors import FailedPrecondition, PermissionDenied, ResourceExhausted
 from esper_rpc.proto.leyline.v1 import CircuitState, EmergencyLevel, HealthStatus
@@ -21,6 +20,7 @@ from esper_rpc.proto.tolaria.v1 import (
     WatchMetricsRequest,
     WatchMetricsResponse,
 )
+from esper_rpc.safe_point import AtSafePoint, when_safe
 from esper_rpc.server import Call
 
 from .checkpoint_keeper import CheckpointKeeper
@@ -33,7 +33,6 @@ from .metrics_feed import MetricsFeed, StepSample
 BACKLOG = 256
 SAFE_POINT_SECONDS = 5.0
 Result = TypeVar("Result")
-AtSafePoint = Callable[[Callable[[], Any]], "Future[Any]"]
 
 
 class Run(Protocol):
@@ -173,26 +172,7 @@ class TolariaServicer:
         return self._checkpoints
 
     async def _when_safe(self, work: Callable[[], Result]) -> Result:
-        """Have work done at a safe point; what has begun is waited for, what has not is given up after a while."""
-        loop, begun = asyncio.get_running_loop(), asyncio.Event()
-
-        def run() -> Result:
-            loop.call_soon_threadsafe(begun.set)
-            return work()
-
-        done = self._at_safe_point(run)
-        result: asyncio.Future[Result] = asyncio.wrap_future(done)
-        try:
-            async with asyncio.timeout(self._safe_point_seconds):
-                await begun.wait()
-        except TimeoutError:
-            if done.cancel():
-                raise FailedPrecondition(
-                    "No safe point came: the training loop of this run stands still.", reason="NO_SAFE_POINT"
-                ) from None
-        finally:
-            done.cancel()  # Nobody waits for what has not begun; what has goes on.
-        return await result
+        return await when_safe(self._at_safe_point, work, seconds=self._safe_point_seconds)
 
 
 def _is_told(found: Announcement, least: EmergencyLevel.ValueType) -> bool:

@@ -522,3 +522,105 @@ class GetStatusResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class ValidateParametersRequest(_message.Message):
+    """ValidateParametersRequest names parameters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEED_ID_FIELD_NUMBER: _builtins.int
+    PARAMETER_NAMES_FIELD_NUMBER: _builtins.int
+    seed_id: _builtins.str
+    """The seed that would write to them."""
+    @_builtins.property
+    def parameter_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The parameters: by their names in the model, or `<seed id>/<name>` for one of a seed. Empty means all of the seed's
+        own, which finds memory that it shares with others.
+        """
+
+    def __init__(
+        self,
+        *,
+        seed_id: _builtins.str = ...,
+        parameter_names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameter_names", b"parameter_names", "seed_id", b"seed_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ValidateParametersRequest: _TypeAlias = ValidateParametersRequest  # noqa: Y015
+
+@_typing.final
+class ForeignParameter(_message.Message):
+    """ForeignParameter is one that a seed may not write to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARAMETER_NAME_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    parameter_name: _builtins.str
+    """Its name."""
+    owner: _builtins.str
+    """Whose it is: host, a seed, or the name of a teacher."""
+    def __init__(
+        self,
+        *,
+        parameter_name: _builtins.str = ...,
+        owner: _builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "parameter_name", b"parameter_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ForeignParameter: _TypeAlias = ForeignParameter  # noqa: Y015
+
+@_typing.final
+class ValidateParametersResponse(_message.Message):
+    """ValidateParametersResponse holds the violations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIOLATIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___ForeignParameter]:
+        """Those that are not the seed's, in the order of the request. Empty: the seed may write to all of them."""
+
+    def __init__(
+        self,
+        *,
+        violations: _abc.Iterable[Global___ForeignParameter] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["violations", b"violations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ValidateParametersResponse: _TypeAlias = ValidateParametersResponse  # noqa: Y015
+
+@_typing.final
+class EmergencyCleanupRequest(_message.Message):
+    """EmergencyCleanupRequest is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___EmergencyCleanupRequest: _TypeAlias = EmergencyCleanupRequest  # noqa: Y015
+
+@_typing.final
+class EmergencyCleanupResponse(_message.Message):
+    """EmergencyCleanupResponse tells what it brought."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FREED_FIELD_NUMBER: _builtins.int
+    freed: _builtins.int
+    """How many kernels and modules were let go of."""
+    def __init__(
+        self,
+        *,
+        freed: _builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed", b"freed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___EmergencyCleanupResponse: _TypeAlias = EmergencyCleanupResponse  # noqa: Y015

@@ -70,6 +70,16 @@ class KasminaServiceStub(object):
                 request_serializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.ValidateParameters = channel.unary_unary(
+                '/esper.kasmina.v1.KasminaService/ValidateParameters',
+                request_serializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.ValidateParametersRequest.SerializeToString,
+                response_deserializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.ValidateParametersResponse.FromString,
+                _registered_method=True)
+        self.EmergencyCleanup = channel.unary_unary(
+                '/esper.kasmina.v1.KasminaService/EmergencyCleanup',
+                request_serializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.EmergencyCleanupRequest.SerializeToString,
+                response_deserializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.EmergencyCleanupResponse.FromString,
+                _registered_method=True)
 
 
 class KasminaServiceServicer(object):
@@ -132,6 +142,25 @@ class KasminaServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ValidateParameters(self, request, context):
+        """Tells which of the parameters that are named a seed may not write to, and whose they are. It only looks: nothing is
+        counted as a violation. NOT_FOUND for an unknown seed or parameter, PERMISSION_DENIED to every trainer but the one
+        whose commands this host verifies. Teachers are registered in the process of the model alone, since a module cannot
+        be sent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EmergencyCleanup(self, request, context):
+        """Lets go of all that can be had again, at the next safe point: kernels, modules that wait, and what culled seeds left.
+        Calling it again lets go of what came since. FAILED_PRECONDITION if no safe point comes because the loop stands
+        still.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KasminaServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -169,6 +198,16 @@ def add_KasminaServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.GetStatusRequest.FromString,
                     response_serializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'ValidateParameters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ValidateParameters,
+                    request_deserializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.ValidateParametersRequest.FromString,
+                    response_serializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.ValidateParametersResponse.SerializeToString,
+            ),
+            'EmergencyCleanup': grpc.unary_unary_rpc_method_handler(
+                    servicer.EmergencyCleanup,
+                    request_deserializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.EmergencyCleanupRequest.FromString,
+                    response_serializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.EmergencyCleanupResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -361,6 +400,60 @@ class KasminaService(object):
             '/esper.kasmina.v1.KasminaService/GetStatus',
             esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.GetStatusRequest.SerializeToString,
             esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ValidateParameters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/esper.kasmina.v1.KasminaService/ValidateParameters',
+            esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.ValidateParametersRequest.SerializeToString,
+            esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.ValidateParametersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EmergencyCleanup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/esper.kasmina.v1.KasminaService/EmergencyCleanup',
+            esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.EmergencyCleanupRequest.SerializeToString,
+            esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.EmergencyCleanupResponse.FromString,
             options,
             channel_credentials,
             insecure,

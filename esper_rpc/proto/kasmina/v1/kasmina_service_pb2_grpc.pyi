@@ -58,6 +58,17 @@ class KasminaServiceStub:
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_kasmina_service_pb2.GetStatusRequest, _kasmina_service_pb2.GetStatusResponse]
     """Reports what the host does at present, with what an operator needs to sign a command for it."""
+    ValidateParameters: _grpc.UnaryUnaryMultiCallable[_kasmina_service_pb2.ValidateParametersRequest, _kasmina_service_pb2.ValidateParametersResponse]
+    """Tells which of the parameters that are named a seed may not write to, and whose they are. It only looks: nothing is
+    counted as a violation. NOT_FOUND for an unknown seed or parameter, PERMISSION_DENIED to every trainer but the one
+    whose commands this host verifies. Teachers are registered in the process of the model alone, since a module cannot
+    be sent.
+    """
+    EmergencyCleanup: _grpc.UnaryUnaryMultiCallable[_kasmina_service_pb2.EmergencyCleanupRequest, _kasmina_service_pb2.EmergencyCleanupResponse]
+    """Lets go of all that can be had again, at the next safe point: kernels, modules that wait, and what culled seeds left.
+    Calling it again lets go of what came since. FAILED_PRECONDITION if no safe point comes because the loop stands
+    still.
+    """
 
 @_typing.type_check_only
 class KasminaServiceAsyncStub(KasminaServiceStub):
@@ -89,6 +100,17 @@ class KasminaServiceAsyncStub(KasminaServiceStub):
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_kasmina_service_pb2.GetStatusRequest, _kasmina_service_pb2.GetStatusResponse]  # type: ignore[assignment]
     """Reports what the host does at present, with what an operator needs to sign a command for it."""
+    ValidateParameters: _aio.UnaryUnaryMultiCallable[_kasmina_service_pb2.ValidateParametersRequest, _kasmina_service_pb2.ValidateParametersResponse]  # type: ignore[assignment]
+    """Tells which of the parameters that are named a seed may not write to, and whose they are. It only looks: nothing is
+    counted as a violation. NOT_FOUND for an unknown seed or parameter, PERMISSION_DENIED to every trainer but the one
+    whose commands this host verifies. Teachers are registered in the process of the model alone, since a module cannot
+    be sent.
+    """
+    EmergencyCleanup: _aio.UnaryUnaryMultiCallable[_kasmina_service_pb2.EmergencyCleanupRequest, _kasmina_service_pb2.EmergencyCleanupResponse]  # type: ignore[assignment]
+    """Lets go of all that can be had again, at the next safe point: kernels, modules that wait, and what culled seeds left.
+    Calling it again lets go of what came since. FAILED_PRECONDITION if no safe point comes because the loop stands
+    still.
+    """
 
 class KasminaServiceServicer(metaclass=_abc_1.ABCMeta):
     """KasminaService is the seed host: it carries out signed commands on a live model."""
@@ -159,5 +181,28 @@ class KasminaServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kasmina_service_pb2.GetStatusResponse, _abc.Awaitable[_kasmina_service_pb2.GetStatusResponse]]:
         """Reports what the host does at present, with what an operator needs to sign a command for it."""
+
+    @_abc_1.abstractmethod
+    def ValidateParameters(
+        self,
+        request: _kasmina_service_pb2.ValidateParametersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kasmina_service_pb2.ValidateParametersResponse, _abc.Awaitable[_kasmina_service_pb2.ValidateParametersResponse]]:
+        """Tells which of the parameters that are named a seed may not write to, and whose they are. It only looks: nothing is
+        counted as a violation. NOT_FOUND for an unknown seed or parameter, PERMISSION_DENIED to every trainer but the one
+        whose commands this host verifies. Teachers are registered in the process of the model alone, since a module cannot
+        be sent.
+        """
+
+    @_abc_1.abstractmethod
+    def EmergencyCleanup(
+        self,
+        request: _kasmina_service_pb2.EmergencyCleanupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kasmina_service_pb2.EmergencyCleanupResponse, _abc.Awaitable[_kasmina_service_pb2.EmergencyCleanupResponse]]:
+        """Lets go of all that can be had again, at the next safe point: kernels, modules that wait, and what culled seeds left.
+        Calling it again lets go of what came since. FAILED_PRECONDITION if no safe point comes because the loop stands
+        still.
+        """
 
 def add_KasminaServiceServicer_to_server(servicer: KasminaServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

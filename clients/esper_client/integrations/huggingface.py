@@ -12,6 +12,7 @@ from typing import Any, Self
 from esper_client.attach import attach
 from esper_rpc.errors import ConfigError, EsperError
 
+from .measuring import gradient_norm
 from .step_loss import StepLoss
 
 try:
@@ -42,6 +43,7 @@ class MeshCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not read
         self._hook: Any = None
         self._loss = StepLoss()
         self._is_share = False
+        self._gradient_norm: Any = None
         self._logged: float | None = None
         self._has_warned = False
 
@@ -79,11 +81,23 @@ class MeshCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not read
         """Tell which epoch begins."""
         self.session.start_epoch(int(state.epoch or 0))
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the gradient that the optimizer will use: where `max_grad_norm` clips it, it has been clipped."""
+        if self._hook is not None:
+            self._gradient_norm = gradient_norm(kwargs["optimizer"])
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Step: the optimizer has stepped, and a checkpoint of this step is still to come."""
         loss = self._step_loss(args)
+        norm, self._gradient_norm = self._gradient_norm, None
         if loss is not None:
-            self.session.step(loss, samples=args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+            self.session.step(
+                loss,
+                samples=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                gradient_norm=None if norm is None else float(norm),
+            )
 
     def on_log(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 from esper_client.attach import attach
 from esper_rpc.errors import ConfigError
 
+from .measuring import gradient_norm, samples_in
 from .step_loss import StepLoss
 
 try:
@@ -32,6 +33,8 @@ class MeshCallback(Callback):  # type: ignore[misc]  # mypy does not read Lightn
         self._saved: dict[str, Any] | None = None
         self._loss = StepLoss()
         self._optimizer_steps = 0
+        self._samples: int | None = 0
+        self._gradient_norm: Any = None
         self._has_warned = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,6 +56,11 @@ class MeshCallback(Callback):  # type: ignore[misc]  # mypy does not read Lightn
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.session.start_epoch(trainer.current_epoch)
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        # Unscaled, and not clipped yet.
+        if getattr(optimizer, "optimizer", optimizer) is trainer.optimizers[self._optimizer_index]:
+            self._gradient_norm = gradient_norm(optimizer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -61,9 +69,11 @@ class MeshCallback(Callback):  # type: ignore[misc]  # mypy does not read Lightn
             # Lightning divides it where it accumulates gradients by itself.
             scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
             self._loss.add(loss.detach() * scale)
+        samples = samples_in(batch)
+        self._samples = None if samples is None or self._samples is None else self._samples + samples
         if trainer.global_step > self._optimizer_steps:
             self._optimizer_steps = trainer.global_step
-            self._step(self._loss.take_mean())
+            self._step(self._loss.take_mean(), trainer.world_size)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
@@ -91,9 +101,15 @@ class MeshCallback(Callback):  # type: ignore[misc]  # mypy does not read Lightn
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._warn_of_missing_seeds()
 
-    def _step(self, loss: Any) -> None:
+    def _step(self, loss: Any, world_size: int) -> None:
+        samples, self._samples = self._samples, 0
+        norm, self._gradient_norm = self._gradient_norm, None
         if loss is not None:
-            self.session.step(loss)
+            self.session.step(
+                loss,
+                samples=None if samples is None else samples * world_size,
+                gradient_norm=None if norm is None else float(norm),
+            )
         elif not self._has_warned:
             self._has_warned = True
             warnings.warn("training_step returns no loss: the mesh is not asked.", stacklevel=2)

@@ -72,11 +72,12 @@ class Witness:
     """A session that notes what it is told."""
 
     def __init__(self):
-        self.losses, self.samples, self.epochs, self.closed = [], [], [], 0
+        self.losses, self.samples, self.norms, self.epochs, self.closed = [], [], [], [], 0
 
-    def step(self, loss, *, samples):
+    def step(self, loss, *, samples, gradient_norm):
         self.losses.append(float(loss))
         self.samples.append(samples)
+        self.norms.append(gradient_norm)
         return []
 
     def start_epoch(self, epoch):
@@ -170,6 +171,9 @@ def test_it_steps_with_the_loss_that_the_trainer_logs(tmp_path, witness, accumul
     assert len(witness.losses) == trainer.state.global_step == len(logged)
     assert witness.losses == pytest.approx(logged, abs=1e-4)
     assert set(witness.samples) == {4 * accumulated}
+    # The Trainer clips before it says that the optimizer will step.
+    norms = [min(entry["grad_norm"], trainer.args.max_grad_norm) for entry in trainer.state.log_history[: len(logged)]]
+    assert witness.norms == pytest.approx(norms, rel=1e-3)
     assert witness.epochs == [0, 1]
     assert witness.closed
 

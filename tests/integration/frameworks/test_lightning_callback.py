@@ -86,11 +86,13 @@ class Witness:
     """A session that notes what it is told."""
 
     def __init__(self):
-        self.losses, self.epochs, self.closed = [], [], 0
+        self.losses, self.samples, self.norms, self.epochs, self.closed = [], [], [], [], 0
 
-    def step(self, loss):
+    def step(self, loss, *, samples, gradient_norm):
         assert not loss.requires_grad
         self.losses.append(float(loss))
+        self.samples.append(samples)
+        self.norms.append(gradient_norm)
         return []
 
     def start_epoch(self, epoch):
@@ -192,19 +194,27 @@ def test_a_kept_seed_is_restored_with_its_group_in_the_optimizer(tmp_path, addre
 def test_it_steps_with_the_mean_loss_once_the_optimizer_has_stepped(tmp_path, witness):
     class Losses(Callback):
         def __init__(self):
-            self.seen = []
+            self.seen, self.norms = [], []
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            squares = [float(each.grad.square().sum()) for each in pl_module.parameters()]
+            self.norms.append(sum(squares) ** 0.5)
 
         def on_train_batch_end(self, trainer, pl_module, outputs, *_):
             self.seen.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
 
     losses = Losses()
     # Four batches an epoch beyond the accumulated three: the last step of an epoch is made of one.
-    trainer = trainer_of(tmp_path, [MeshCallback(), losses], accumulate_grad_batches=3)
+    # The norm is told as it was before it is clipped.
+    trainer = trainer_of(tmp_path, [MeshCallback(), losses], accumulate_grad_batches=3, gradient_clip_val=1e-3)
     trainer.fit(Tiny(), loader(4))
     assert len(losses.seen) == 8
     parts = [losses.seen[:3], losses.seen[3:4], losses.seen[4:7], losses.seen[7:]]
     assert witness.losses == pytest.approx([sum(part) / len(part) for part in parts])
     assert len(witness.losses) == trainer.global_step
+    assert witness.norms == pytest.approx(losses.norms)
+    assert min(witness.norms) > 1e-3
+    assert witness.samples == [24, 8, 24, 8]
     assert witness.epochs == [0, 1]
     assert witness.closed
 
@@ -214,6 +224,10 @@ def test_with_several_optimizers_one_is_chosen_and_a_batch_is_one_step(tmp_path,
     trainer_of(tmp_path, [MeshCallback(optimizer_index=1)], max_epochs=1).fit(model, loader())
     assert witness.given[1].param_groups[0]["lr"] == 0.2
     assert len(witness.losses) == BATCHES
+    # Of the one that was chosen, the last gradients are still there.
+    assert witness.norms[-1] == pytest.approx(
+        sum(float(each.grad.square().sum()) for each in model.net[2].parameters()) ** 0.5
+    )
 
 
 def test_an_optimizer_that_is_not_there_is_an_error(tmp_path, witness):

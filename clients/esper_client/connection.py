@@ -12,7 +12,14 @@ import grpc  # isort: skip  # After channel, which sets how grpc behaves around 
 
 from esper_rpc.errors import Unavailable
 from esper_rpc.identity import Identity
-from esper_rpc.proto.tamiyo.v1 import EvaluateStepsResponse, OpenRunRequest, OpenRunResponse, StepDecision
+from esper_rpc.proto.tamiyo.v1 import (
+    EvaluateEpochRequest,
+    EvaluateEpochResponse,
+    EvaluateStepsResponse,
+    OpenRunRequest,
+    OpenRunResponse,
+    StepDecision,
+)
 from esper_rpc.status import from_rpc_error
 
 SERVICE = "/esper.tamiyo.v1.TamiyoService/"
@@ -42,7 +49,7 @@ class StepConnection:
         self._on_lost = on_lost
         self._outgoing: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._greeted = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[Any]] = []
         self.is_alive = False
         self.must_be_replaced = asyncio.Event()
         """Set when it is lost, and when the server asks to go elsewhere."""
@@ -71,6 +78,17 @@ class StepConnection:
         """Queue a request."""
         self._outgoing.put_nowait(raw)
 
+    async def ask_epoch(self, question: EvaluateEpochRequest, timeout: float) -> StepDecision:
+        """Ask what to do at the end of an epoch, beside the stream; raises EsperError."""
+        asking = asyncio.create_task(self._ask_epoch(question, timeout))
+        self._tasks.append(asking)  # Whoever retires the connection waits for it.
+        try:
+            return await asking
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        finally:
+            self._tasks.remove(asking)
+
     async def retire(self) -> None:
         """Half-close, take the answers that are under way, and close."""
         self._outgoing.put_nowait(None)
@@ -93,6 +111,13 @@ class StepConnection:
         before = time.monotonic_ns()
         self.run = await call(request, timeout=OPEN_TIMEOUT_SECONDS)
         self.server_clock_offset_ns = self.run.server_time_ns - (before + time.monotonic_ns()) // 2
+
+    async def _ask_epoch(self, question: EvaluateEpochRequest, timeout: float) -> StepDecision:
+        call: Any = self._channel.unary_unary(
+            SERVICE + "EvaluateEpoch", EvaluateEpochRequest.SerializeToString, EvaluateEpochResponse.FromString
+        )
+        answer: EvaluateEpochResponse = await call(question, timeout=timeout)
+        return answer.decision
 
     async def _open_stream(self) -> None:
         call: Any = self._channel.stream_stream(SERVICE + "EvaluateSteps")()

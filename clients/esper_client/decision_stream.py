@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import structlog
 
-from esper_rpc.errors import EsperError
+from esper_rpc.errors import EsperError, Unavailable
 from esper_rpc.identity import Identity, LiveIdentity
-from esper_rpc.proto.tamiyo.v1 import OpenRunRequest, StepDecision
+from esper_rpc.proto.tamiyo.v1 import EvaluateEpochRequest, OpenRunRequest, StepDecision
 
 from .connection import StepConnection
 
@@ -56,6 +56,12 @@ class DecisionStream:
         self._last = (sequence, raw)
         if self._current is not None and self._current.is_alive:
             self._current.send(raw)
+
+    async def ask_epoch(self, question: EvaluateEpochRequest, timeout: float) -> StepDecision:
+        """Ask at the end of an epoch, on the channel of the steps; raises EsperError."""
+        if self._current is None or not self._current.is_alive:
+            raise Unavailable(f"There is no connection to {self._address} at present.")
+        return await self._current.ask_epoch(question, timeout)
 
     def replace(self) -> None:
         """Move to a new connection, for example because the certificate was renewed; call it on the loop."""

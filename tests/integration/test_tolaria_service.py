@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from esper_client import BlockingTolariaClient, MeshAddress, TolariaClient, find_mesh
+from esper_client import BlockingTolariaClient, MeshAddress, TolariaClient, connection, find_mesh
+from esper_client.client import mesh_client
 from esper_rpc.envelope.emergency import SignalVerifier, seal
 from esper_rpc.errors import FailedPrecondition, PermissionDenied, ResourceExhausted
 from esper_rpc.identity import SpiffeId
@@ -430,6 +431,33 @@ def test_the_controller_is_asked_at_the_end_of_an_epoch_and_its_answer_taken_in_
     outcomes = trainer.step(model(torch.ones(2, 4)).sum())
     assert [outcome.result for outcome in outcomes] == [CommandOutcome.RESULT_APPLIED]
     assert session.epoch == 1
+
+
+def test_an_epoch_is_asked_about_on_the_channel_of_the_steps_also_when_that_is_left(decided, monkeypatch):
+    model, trainer, session, tamiyo = decided
+    trainer.guard.config = EpochGuardConfig(budget_ms=60_000, handshake_ms=60_000)
+    train_until_connected(model, trainer, session)
+    opened, arrived, answer = [], threading.Event(), threading.Event()
+    open_channel = connection.open_channel
+    monkeypatch.setattr(connection, "open_channel", lambda *a, **k: opened.append(a) or open_channel(*a, **k))
+    monkeypatch.setattr(mesh_client, "open_channel", lambda *a, **k: opened.append(a) or open_channel(*a, **k))
+
+    async def before_answer(_step):
+        arrived.set()
+        await until(answer.is_set)
+
+    tamiyo.before_answer = before_answer
+    asked = session.ask_epoch(session.describe_epoch(1.0), timeout=30)
+    assert arrived.wait(30)
+    assert opened == []
+    streams = session.streams_opened
+    tamiyo.before_answer = None
+    session.open_again()
+    while session.streams_opened == streams:
+        time.sleep(0.001)
+    answer.set()
+    assert asked.result(30).sequence
+    assert len(opened) == 1
 
 
 def test_a_controller_that_is_slow_at_the_end_of_an_epoch_is_not_waited_for(decided):

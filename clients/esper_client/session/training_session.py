@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 import uuid
@@ -13,7 +14,6 @@ from opentelemetry import trace
 
 from esper_client.connection import StepConnection
 from esper_client.decision_stream import DecisionStream
-from esper_client.epoch_exchange import EpochExchange
 from esper_client.event_loop import LoopThread
 from esper_client.halt import HaltSwitch
 from esper_client.seed_host import OutOfStep, SeedHost
@@ -119,9 +119,8 @@ class TrainingSession:
             on_open=self._on_open,
             is_awaited=self._exchange.guard.awaits,
         )
-        self._epochs = EpochExchange(tamiyo_address, identity=identity, thread=self._thread)
         self._started = False
-        self._closing: list[Callable[[], Coroutine[Any, Any, Any]]] = [self._epochs.close]
+        self._closing: list[Callable[[], Coroutine[Any, Any, Any]]] = []
 
     @property
     def is_connected(self) -> bool:
@@ -222,7 +221,7 @@ class TrainingSession:
 
     def ask_epoch(self, question: EvaluateEpochRequest, *, timeout: float = 2.0) -> Future[StepDecision]:
         """Ask Tamiyo beside the training, and return at once."""
-        return self._epochs.ask(question, timeout)
+        return asyncio.run_coroutine_threadsafe(self._stream.ask_epoch(question, timeout), self._thread.loop)
 
     def take_epoch(self, question: EvaluateEpochRequest, decision: StepDecision) -> None:
         """Verify what Tamiyo answered, and carry it out in the next step, before which no other step may be asked."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
 
 def gradient_norm(optimizer: Any) -> Any:
     """Return the norm of the gradients that an optimizer is about to use, where they are; None for sparse ones."""
-    from torch.nn.utils import get_total_norm  # Not at import time: the SDK is free of torch.
-
     given = [each.grad for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
     if not given or any(each.is_sparse for each in given):
         return None
-    return get_total_norm(given)
+    # By its name: the SDK is free of torch, and whoever has gradients has it.
+    return importlib.import_module("torch.nn.utils").get_total_norm(given)
 
 
 def samples_in(batch: Any) -> int | None:

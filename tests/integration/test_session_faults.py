@@ -158,6 +158,9 @@ def test_a_step_tells_the_four_metrics_of_the_loop(session, fake):
     assert (told["loss"], told["gradient_norm"]) == (0.25, 1.5)
     assert told["samples_per_s"] > 0
     assert told["hook_latency_ms"] > 0
+    # Of the step before; one that could not be asked has none.
+    assert told["tamiyo_latency_ms"] > 0
+    assert "tamiyo_latency_ms" not in fake.steps[0].packet.training_metrics
 
 
 def test_a_slow_controller_costs_the_budget_and_its_late_answer_is_fenced(session, fake):

@@ -197,6 +197,12 @@ class UnifiedLRController:
         momentum = group.get("momentum", (group.get("betas") or (None,))[0])
         return found if momentum is None else found | {"optimizer_momentum": float(momentum)}
 
+    def gauges(self) -> dict[str, float]:
+        """Return how it stands, by the names of the design."""
+        found = {"rate": self._leader().rate, "multiplier": self.total, "violations": float(self.violations)}
+        found["breaker_state"] = float(self.breaker.state)
+        return {f"tolaria.lr_controller.{name}": value for name, value in found.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs beside the optimizer, as plain values. Schedules are not in it."""
         return {

@@ -35,6 +35,7 @@ log = structlog.get_logger(__name__)
 FAST_SECONDS, FULL_SECONDS = 0.5, 12.0
 STEPS_BETWEEN_EVENTS = 50
 CALM = "calm"
+INFO = TelemetryLevel.TELEMETRY_LEVEL_INFO
 
 
 class Controller(Protocol):
@@ -116,10 +117,12 @@ class Trainer:
         aggregator: GradientAggregator | None = None,
         seeds: Seeds | None = None,
         profiler: StepProfiler | None = None,
+        learning_rates: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         """Without a `controller` nobody is asked at the end of an epoch.
 
-        `train_step` is what `train` does, `aggregator` what `backward` puts gradients together with.
+        `train_step` is what `train` does, `aggregator` what `backward` puts gradients together with, `learning_rates`
+        tells how whoever sets them stands.
         """
         self.metrics = metrics or StepMetrics(optimizer=optimizer)
         self.guard = guard or EpochGuard(mode=mode)
@@ -132,6 +135,7 @@ class Trainer:
         self.train_step = train_step
         self.aggregator = aggregator or GradientAggregator()
         self._seeds = seeds
+        self._learning_rates = learning_rates
         self.profiler = profiler
         """Traces the steps after a request, where there is one."""
         self._begun: _BegunStep | None = None
@@ -143,6 +147,7 @@ class Trainer:
         self._calm_epochs = 0
         self._told_at: int | None = None
         self._has_failed = False
+        tell("optimizer_family", INFO, reason=type(optimizer).__name__.lower())
         # A step that began before the halt ends here, before it changes a parameter.
         optimizer.register_step_pre_hook(lambda *_: self._hold())
 
@@ -296,7 +301,7 @@ class Trainer:
         self._epoch_failed |= not math.isfinite(loss)
         if not step % self._mode.sample_every:
             latency = {"tolaria.training.latency_ms": found["step_latency_ms"]} if "step_latency_ms" in found else {}
-            show({"tolaria.training.loss": loss, **latency})
+            show({"tolaria.training.loss": loss, **latency, **self._learning_rates()})
         self._tell_of_a_slow_host(step)
         self._answer(self._escalation.step(loss))
 

@@ -104,7 +104,7 @@ def _attach(
         keeper = keep_run_checkpoints(model, optimizer, session, host, member, limits)
     else:  # Another rank would not go back with this one.
         _keep_groups_apart(optimizer)
-    session.tolaria = tolaria = make_tolaria(session, host, member, settings, keeper)
+    session.tolaria = tolaria = make_tolaria(session, host, member, settings, keeper, authority)
     breakers = breakers_of(host, tolaria.guard, authority)
     session.features = (*session.features, *route_commands(host, tolaria.emergencies, breakers))
     kasmina = thread.run(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from esper_client.discovery import home_directory
 from esper_client.session import TrainingSession
 from esper_servers.kasmina.host import InProcessSeedHost
+from esper_servers.kasmina.learning_rate import LearningRateAuthority
+from esper_servers.optim.controller import UnifiedLRController
 from esper_servers.tolaria.aggregation.aggregator import GradientAggregator
 from esper_servers.tolaria.checkpoint_keeper import CheckpointKeeper
 from esper_servers.tolaria.conservative_mode import ConservativeMode
@@ -43,6 +46,7 @@ class Tolaria:
     checkpoints: CheckpointKeeper | None
     seeds: GrowingSeeds
     traces: Path
+    learning_rates: Callable[[], Mapping[str, float]]
 
 
 def orchestrate(
@@ -84,6 +88,7 @@ def orchestrate(
         aggregator=aggregator,
         seeds=parts.seeds,
         profiler=StepProfiler(traces or parts.traces),
+        learning_rates=parts.learning_rates,
     )
 
 
@@ -93,6 +98,7 @@ def make_tolaria(
     member: Membership,
     settings: TolariaSettings,
     keeper: CheckpointKeeper | None,
+    learning_rate: LearningRateAuthority,
 ) -> Tolaria:
     """Let a session be halted, watched, and told of emergencies."""
     mode, feed = ConservativeMode(lambda: session.global_step), MetricsFeed()
@@ -118,9 +124,10 @@ def make_tolaria(
     )
     if keeper is not None:
         servicer.keep(keeper)
+    learning_rates = learning_rate.gauges if isinstance(learning_rate, UnifiedLRController) else dict
     return Tolaria(
         servicer, emergencies, mode, guard, settings.metrics, keeper, GrowingSeeds(host),
-        member.trace_directory(session.run_id),
+        member.trace_directory(session.run_id), learning_rates,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from esper_client.halt import HaltSwitch
 from esper_rpc.errors import DataLoss, FailedPrecondition, NotFound
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage
 from esper_rpc.proto.tolaria.v1 import Checkpoint
+from esper_servers.optim.controller import UnifiedLRController
 from esper_servers.tolaria.aggregation.batches import BatchAggregator
 from esper_servers.tolaria.aggregation.layer_norms import NAME as LAYER_NORM
 from esper_servers.tolaria.aggregation.layer_norms import SeedGradients
@@ -441,3 +442,17 @@ def test_steps_are_traced_when_it_was_asked_for(make_trainer, tmp_path):
     for is_there in (False, False, True):
         loop.trainer.train((loop.x, loop.y))
         assert path.exists() is is_there
+
+
+def test_the_family_of_the_optimizer_and_how_rates_stand_are_told(make_trainer, shown, told):
+    model = nn.Linear(2, 1)
+    rates = UnifiedLRController(torch.optim.SGD(model.parameters(), lr=0.1))
+    loop = make_trainer(learning_rates=rates.gauges)
+    assert rates.scale(0.5)
+    loop.trainer.step(1.0)
+    assert [attributes["reason"] for name, attributes in told if name == "optimizer_family"][-1] == "sgd"
+    found = {name: value for name, _, value in shown if name.startswith("tolaria.lr_controller.")}
+    assert found == {
+        "tolaria.lr_controller.rate": 0.05, "tolaria.lr_controller.multiplier": 0.5,
+        "tolaria.lr_controller.violations": 0.0, "tolaria.lr_controller.breaker_state": 1.0,
+    }  # fmt: skip

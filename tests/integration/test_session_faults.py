@@ -316,6 +316,26 @@ def test_packets_of_the_seed_host_reach_the_sink_and_the_metrics(mesh, server):
     assert seen == [packet]
 
 
+def test_a_step_tells_what_the_host_saw_of_the_isolation_of_its_seeds_in_the_step_before(session, fake):
+    of_others = MetricPoint(name="kasmina.breaker.state", value=2.0, attributes={"breaker": "memory_bounds"})
+    violations = MetricPoint(name="kasmina.isolation.violations", value=1.0)
+    breaker = MetricPoint(name="kasmina.breaker.state", value=3.0, attributes={"breaker": "gradient_isolation"})
+    step_until(session, lambda: session.reasons["nominal"])
+    last = session.global_step
+    told = {last + 1: [of_others], last + 2: [violations, breaker, of_others]}
+    session.host.finalize_step = lambda step: [TelemetryPacket(packet_id="p", metrics=told.get(step, []))]
+    step_until(session, lambda: any(step.packet.global_step > last + 4 for step in fake.steps))
+    heard = [
+        (name, step.packet.global_step - last)
+        for step in fake.steps
+        for name in step.packet.training_metrics
+        if name.startswith("kasmina.")
+    ]
+    assert sorted(heard) == [("kasmina.breaker.state", 3), ("kasmina.isolation.violations", 3)]
+    [third] = [step.packet.training_metrics for step in fake.steps if step.packet.global_step == last + 3]
+    assert (third["kasmina.isolation.violations"], third["kasmina.breaker.state"]) == (1.0, 3.0)
+
+
 def test_a_controller_that_never_was_costs_nothing(mesh):
     with TrainingSession(
         host=RecordingHost(), identity=mesh.identity("trainer"), tamiyo_address="127.0.0.1:1"

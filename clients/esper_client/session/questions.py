@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from esper_client.packet import build_packet
 from esper_client.seed_host import SeedHost
-from esper_rpc.proto.leyline.v1 import SystemStatePacket
+from esper_rpc.proto.leyline.v1 import MetricPoint, SystemStatePacket, TelemetryPacket
 from esper_rpc.proto.tamiyo.v1 import EvaluateEpochRequest, EvaluateStepsRequest, OpenRunRequest, Step
 from esper_rpc.telemetry.tracing import current_traceparent
 
@@ -14,6 +14,7 @@ from .config import SessionConfig
 from .untold_outcomes import UntoldOutcomes
 
 PROTOCOL_VERSIONS = (1, 2)
+ISOLATION_BREAKER = "gradient_isolation"
 
 
 class Measured(NamedTuple):
@@ -39,6 +40,7 @@ class Questions:
         self._config = config
         self._told_epoch = b""
         self._last_step_at: float | None = None
+        self._of_host: dict[str, float] = {}
 
     @property
     def is_host_told(self) -> bool:
@@ -65,7 +67,7 @@ class Questions:
 
     def packet(self, measured: Measured, *, epoch: int, global_step: int) -> SystemStatePacket:
         """Build the state that a question is about."""
-        known = {"hook_latency_ms": self.hook_latency_ms, **(measured.metrics or {})}
+        known = {"hook_latency_ms": self.hook_latency_ms, **self._of_host, **(measured.metrics or {})}
         if self.tamiyo_latency_ms is not None:
             known["tamiyo_latency_ms"] = self.tamiyo_latency_ms
         if measured.gradient_norm is not None:
@@ -82,6 +84,11 @@ class Questions:
             metrics=known,
             seeds=self._host.export_seed_states(),
         )
+
+    def learn(self, packets: Iterable[TelemetryPacket]) -> None:
+        """Take what the host told of the step that ended; Tamiyo hears with the next step what it judges by."""
+        points = [point for packet in packets for point in packet.metrics]
+        self._of_host = {point.name: point.value for point in points if _is_for_tamiyo(point)}
 
     def step(self, packet: SystemStatePacket) -> bytes:
         """Ask what to do after a step, and tell what became of commands."""
@@ -108,3 +115,9 @@ class Questions:
     def _number(self) -> None:
         # A host in another process may have answered an earlier session of this run.
         self.sequence = max(self.sequence, self._host.last_sequence) + 1
+
+
+def _is_for_tamiyo(point: MetricPoint) -> bool:
+    if point.name == "kasmina.breaker.state":
+        return point.attributes["breaker"] == ISOLATION_BREAKER
+    return point.name == "kasmina.isolation.violations"

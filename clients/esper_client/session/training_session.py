@@ -362,7 +362,9 @@ class TrainingSession:
         outcomes = self.host.apply_pending()
         applied = time.perf_counter()
         self.host.advance_alphas()
-        self._telemetry(self.host.finalize_step(self.global_step))
+        packets = self.host.finalize_step(self.global_step)
+        self._questions.learn(packets)
+        self._telemetry(packets)
         self.apply_ms, self.finalize_ms = (applied - begun) * 1e3, (time.perf_counter() - applied) * 1e3
         return outcomes
 

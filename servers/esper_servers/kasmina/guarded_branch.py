@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ class _Branch:
     output: Tensor | None
     parameters: Sequence[Tensor]
     on_error: Callable[[Exception], None]
+    around: Callable[[], AbstractContextManager[object]]
 
     def run(self, gradient: Tensor) -> None:
         """Give the seed its gradients."""
@@ -28,7 +30,8 @@ class _Branch:
         if output is None:
             return
         try:
-            torch.autograd.backward(output, gradient, retain_graph=keeps, inputs=self.parameters)
+            with self.around():
+                torch.autograd.backward(output, gradient, retain_graph=keeps, inputs=self.parameters)
         except Exception as error:  # noqa: BLE001  # The seed is foreign code inside the user's backward pass.
             self.on_error(error)
 
@@ -62,15 +65,20 @@ def anchored(output: Tensor) -> Tensor:
     return cast("Tensor", _Anchored.apply(_ANCHOR, [output]))  # type: ignore[no-untyped-call]
 
 
-def guard(s: Tensor, parameters: Sequence[Tensor], on_error: Callable[[Exception], None]) -> Tensor:
+def guard(
+    s: Tensor,
+    parameters: Sequence[Tensor],
+    on_error: Callable[[Exception], None],
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Tensor:
     """Return the output of a seed whose backward pass reaches these parameters and nothing else, and never raises.
 
-    An error there goes to `on_error`, and the user's backward pass goes on without the seed. For a seed whose input is
-    detached: no gradient goes back to the input.
+    An error there goes to `on_error`, and the user's backward pass goes on without the seed. It runs within `around`.
+    For a seed whose input is detached: no gradient goes back to the input.
     """
     if not s.requires_grad:
         return s
-    return cast("Tensor", _Guarded.apply(_ANCHOR, _Branch(s, parameters, on_error)))  # type: ignore[no-untyped-call]
+    return cast("Tensor", _Guarded.apply(_ANCHOR, _Branch(s, parameters, on_error, around)))  # type: ignore[no-untyped-call]
 
 
 def leaves(s: Tensor) -> Iterator[Tensor]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -28,6 +28,7 @@ from .gatekeeper import Gatekeeper
 from .gates.config import GateConfig
 from .germination import Nursery
 from .inbox import CommandInbox, Queued
+from .isolation.isolation import Isolation
 from .kernel_library import KernelLibrary
 from .learning_rate import LearningRateAuthority
 from .limits import LocalLimits
@@ -91,6 +92,7 @@ class InProcessSeedHost:
         tell = self._notices.tell
         library.report_to(tell)
         self._ownership = Ownership(model, tell=tell)
+        self._isolation = Isolation(self._trained, clock=clock, tell=tell, on_shared=self._ownership.validate)
         self._prewarmer = Prewarmer(factories=factories, background=background)
         self._nursery = Nursery(
             library=library,
@@ -118,6 +120,7 @@ class InProcessSeedHost:
             ),
             nursery=self._nursery,
             ownership=self._ownership,
+            isolation=self._isolation,
             governor=self._governor,
             live=self._live,
             pauses=self._pauses,
@@ -162,7 +165,7 @@ class InProcessSeedHost:
     @property
     def breakers(self) -> Mapping[str, CircuitBreaker]:
         """The breakers here, by name."""
-        return {each.name: each for each in (self._library.breaker, self._governor.breaker)}
+        return {each.name: each for each in (self._library.breaker, self._governor.breaker, self._isolation.breaker)}
 
     @property
     def recent_outcomes(self) -> list[CommandOutcome]:
@@ -243,11 +246,13 @@ class InProcessSeedHost:
         with self._lock:
             self._progress.global_step = max(self._progress.global_step, step_index)
             self._learning_rate.step()
+            self._isolation.measure(self.seeds[seed_id] for seed_id in self._live)
             self._surgeon.finalize(self.seeds.values())
             self._pauses.tick()
             has_looked = self._governor.look()
             events = [*self._events.rejections.take(step_index), *self._notices.take(step_index)]
-            packets = step_packets.flush(self.seeds.values(), step_index, events)
+            packets = step_packets.flush(self.seeds.values(), step_index, events, self._isolation.metrics_of)
+            packets[-1].metrics.extend(self._isolation.metrics())
             if has_looked:
                 packets[-1].metrics.extend([*self._nursery.metrics(), *self._governor.metrics()])
             return packets
@@ -370,6 +375,13 @@ class InProcessSeedHost:
     def _expire(self) -> int:
         self._ownership.refresh()
         return self._library.purge()
+
+    def _trained(self) -> Iterator[Tensor]:
+        """The parameters that the user's optimizer trains: the model's, and those of fossils."""
+        yield from self._model.parameters()
+        for slot in self.seeds.values():
+            if slot.stage == lifecycle.FOSSILIZED and slot.site.seed is not None:
+                yield from slot.site.seed.parameters()
 
     def _recount(self) -> None:
         self._surgeon.resume()

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from . import lifecycle
 from .seed_slot import SeedSlot
@@ -14,6 +14,9 @@ class LiveSeeds:
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
 
     def note(self, slot: SeedSlot) -> None:
         """Note the stage that a seed is in now."""

@@ -158,16 +158,16 @@ class SeedSlot:
     def step_optimizer(self) -> None:
         """Use this step's gradients, if the seed learns in its stage; those that are not finite are dropped."""
         learns = self.stage in (lifecycle.TRAINING, lifecycle.BLENDING) or self.is_fine_tuning
-        module = self.site.seed
-        if module is not None and self.optimizer is not None and learns and not self.site.paused:
-            self._update(module, self.optimizer)
+        if self.site.seed is not None and self.optimizer is not None and learns and not self.site.paused:
+            self._update(self.optimizer)
         self.clear_gradients()
 
-    def _update(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if all(p.grad is None for p in module.parameters()):
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+        own = self.site.own_parameters
+        if all(p.grad is None for p in own):
             return
         most = gradient_clip(self.site.alpha) if self.stage == lifecycle.BLENDING else CLIP_NORM
-        self.gradient_norm = float(nn.utils.clip_grad_norm_(module.parameters(), most))
+        self.gradient_norm = float(nn.utils.clip_grad_norm_(own, most))
         if not math.isfinite(self.gradient_norm):
             self.violations += 1
             return
@@ -176,8 +176,9 @@ class SeedSlot:
 
     def clear_gradients(self) -> None:
         """Forget gradients, which the user's zero_grad may not see."""
-        if self.site.seed is not None:
-            self.site.seed.zero_grad(set_to_none=True)
+        # Not those of all parameters of the module: it may have taken one of the host's since.
+        for parameter in self.site.own_parameters:
+            parameter.grad = None
 
     def has_failed(self) -> bool:
         """Whether the seed raised, gave something that is not a number, or cannot learn."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import structlog
@@ -76,6 +77,8 @@ class Site(nn.Module):
         self._branches = 0
         self._foreign: list[Tensor] = []
         self._own: list[Tensor] = []
+        self.around_backward: Callable[[], AbstractContextManager[object]] = nullcontext
+        """What the backward pass of the seed, and nothing else, runs within; it must not raise."""
         self.keeps_graph = False
         """The host gets gradients of zero where it would get none: DistributedDataParallel waits for one of each."""
 
@@ -88,6 +91,11 @@ class Site(nn.Module):
     def seed(self) -> nn.Module | None:
         """The module that grows here."""
         return self._seed
+
+    @property
+    def own_parameters(self) -> list[Tensor]:
+        """The parameters of the seed that learned when it was planted: no others get gradients of it."""
+        return self._own
 
     @property
     def alpha(self) -> float:
@@ -126,7 +134,7 @@ class Site(nn.Module):
         object.__setattr__(self, "_seed", seed)
         self.mix_as(BlendConfig())
         self.alpha, self.paused, self.failure, self._saw_non_finite, self._strength = 0.0, False, "", None, None
-        self._branches, self._foreign = 0, []
+        self._branches, self._foreign, self.around_backward = 0, [], nullcontext
         self._own = [p for p in seed.parameters() if p.requires_grad] if seed is not None else []
         if seed is not None:
             seed.train(self.training)
@@ -206,7 +214,7 @@ class Site(nn.Module):
                 known = {id(p) for p in self._own}
                 self._foreign += [leaf for leaf in leaves(s) if id(leaf) not in known]
             self._branches += 1
-        return guard(s, self._own, self._fail)
+        return guard(s, self._own, self._fail, self.around_backward)
 
     def take_strength(self) -> Tensor | None:
         """Return how strong the seed's output was beside the host's in the last blended pass since the last call."""

@@ -14,6 +14,7 @@ from .gates.health import why_failed
 from .gates.report import FAILED, PASSED
 from .germination import Nursery
 from .inbox import Queued
+from .isolation.isolation import ISOLATION_BREAKER_OPEN, ISOLATION_VIOLATIONS, Isolation
 from .learning_rate import LearningRateAuthority
 from .limits import LocalLimits
 from .live_seeds import LiveSeeds
@@ -49,6 +50,7 @@ class Surgeon:
         gatekeeper: Gatekeeper,
         nursery: Nursery,
         ownership: Ownership,
+        isolation: Isolation,
         governor: MemoryGovernor,
         live: LiveSeeds,
         pauses: Pauses,
@@ -65,6 +67,7 @@ class Surgeon:
         self._ended_at = clock()
         self._nursery = nursery
         self._ownership = ownership
+        self._isolation = isolation
         self._governor = governor
         self._live = live
         self._pauses = pauses
@@ -92,6 +95,8 @@ class Surgeon:
         target = lifecycle.target_of(command.seed_operation.operation, slot.stage)
         if target is None:
             return verdict.rejected(ILLEGAL_TRANSITION)
+        if not self._isolation.admits(command.seed_operation.operation):
+            return verdict.rejected(ISOLATION_BREAKER_OPEN)
         if target == lifecycle.GERMINATED:
             return self._germinate(slot, queued)
         return self._move_through_gate(slot, target, command)
@@ -131,6 +136,8 @@ class Surgeon:
             self._ownership.validate(slot.seed_id, foreign)
         if self._ownership.is_repeated(slot.seed_id):
             return PARAMETER_VIOLATION
+        if self._isolation.is_repeated(slot.seed_id):
+            return ISOLATION_VIOLATIONS
         return why_failed(slot) if slot.has_failed() else ""
 
     def _fall_back(self, slot: SeedSlot, reason: str, command_id: str = "") -> None:
@@ -211,6 +218,7 @@ class Surgeon:
         slot.move(lifecycle.CULLED)
         slot.uproot()
         self._ownership.release(slot.seed_id)
+        self._isolation.release(slot.seed_id)
         self._live.note(slot)
         slot.embargo_left = self._gatekeeper.config.embargo_seconds
         self._events.moved(slot, before, reason, command_id)

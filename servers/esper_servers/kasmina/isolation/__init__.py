@@ -1,0 +1,3 @@
+"""Whether the gradients of a host and of its seeds stay apart (decision 21)."""
+
+from __future__ import annotations

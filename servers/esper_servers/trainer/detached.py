@@ -13,6 +13,7 @@ class DetachedSession:
 
     is_connected = False
     halted = False
+    epoch = 0
 
     def __init__(self, model: nn.Module, learning_rate: LearningRateAuthority | None = None) -> None:
         self._model = model

@@ -9,6 +9,7 @@ import structlog
 import torch
 
 from esper_client.discovery import home_directory
+from esper_client.follower_session import FollowerSession
 from esper_client.session import TrainingSession
 from esper_servers.kasmina.host import InProcessSeedHost
 from esper_servers.kasmina.learning_rate import LearningRateAuthority
@@ -27,9 +28,9 @@ from esper_servers.tolaria.train_step import TrainStep
 from esper_servers.tolaria.trainer import Trainer
 
 from .detached import DetachedSession
-from .detached_trainer import DetachedTrainer
 from .growing_seeds import GrowingSeeds
 from .membership import TRACES, Membership, TolariaSettings
+from .quiet_trainer import QuietTrainer
 
 log = structlog.get_logger(__name__)
 
@@ -50,25 +51,26 @@ class Tolaria:
 
 
 def orchestrate(
-    session: TrainingSession | DetachedSession,
+    session: TrainingSession | FollowerSession | DetachedSession,
     optimizer: torch.optim.Optimizer,
     *,
     checkpoints: CheckpointKeeper | None = None,
     train_step: TrainStep | None = None,
     aggregator: GradientAggregator | None = None,
     traces: Path | None = None,
-) -> Trainer | DetachedTrainer:
-    """Have Tolaria end the steps and epochs of a loop with an attached session; without a mesh nobody is told of them.
+) -> Trainer | QuietTrainer:
+    """Have Tolaria end the steps and epochs of a loop with an attached session; every rank of a training calls it.
 
-    The loop then calls `step` and `end_epoch` of what is returned instead of `step` and `start_epoch` of the session;
-    or `begin_step` before backward and `finish_step` after the optimizer; or, with a `train_step`, only `train`.
-    `checkpoints` is what CreateCheckpoint, Rollback and emergencies use instead of those of the session, `aggregator`
-    what `backward` puts the losses of single seeds together with, `traces` where `profiler.request` has traces
-    written: without it `state/trainer/traces` of the home. Settings come from [tolaria], [emergency] and [epoch_guard].
+    Without a mesh, and on every rank but the first, nobody is told of them. The loop then calls `step` and `end_epoch`
+    of what is returned instead of `step` and `start_epoch` of the session; or `begin_step` before backward and
+    `finish_step` after the optimizer; or, with a `train_step`, only `train`. `checkpoints` is what CreateCheckpoint,
+    Rollback and emergencies use instead of those of the session, `aggregator` what `backward` puts the losses of single
+    seeds together with, `traces` where `profiler.request` has traces written: without it `state/trainer/traces` of the
+    home. Settings come from [tolaria], [emergency] and [epoch_guard].
     """
-    if isinstance(session, DetachedSession):
+    if isinstance(session, (DetachedSession, FollowerSession)):
         profiler = StepProfiler(traces or home_directory(os.environ) / TRACES)
-        return DetachedTrainer(
+        return QuietTrainer(
             session, optimizer, profiler=profiler, train_step=train_step, aggregator=aggregator
         )  # fmt: skip
     parts: Tolaria = session.tolaria

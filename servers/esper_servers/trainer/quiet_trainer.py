@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper_client.follower_session import FollowerSession
 from esper_rpc.errors import FailedPrecondition
 from esper_servers.tolaria.aggregation.aggregator import Aggregated, GradientAggregator
 from esper_servers.tolaria.aggregation.losses import backward
@@ -17,14 +18,17 @@ from esper_servers.tolaria.train_step import StepResult, TrainStep
 from .detached import DetachedSession
 
 
-class DetachedTrainer:
-    """What `orchestrate` gives a loop without a mesh: it trains, aggregates and traces alike, and nobody is told."""
+class QuietTrainer:
+    """What `orchestrate` gives a loop that asks nobody: without a mesh, and on every rank but the first.
+
+    It trains, aggregates and traces alike; what a step came to is not told.
+    """
 
     is_halted = False
 
     def __init__(
         self,
-        session: DetachedSession,
+        session: DetachedSession | FollowerSession,
         optimizer: torch.optim.Optimizer,
         *,
         profiler: StepProfiler,
@@ -38,7 +42,7 @@ class DetachedTrainer:
         self._session = session
 
     def hold(self, timeout: float | None = None) -> bool:
-        """Go on at once: nobody halts it."""
+        """Go on: nobody halts it; where the first rank stands still, this one waits for it in its step."""
         return True
 
     def on_halt(self, callback: Callable[[bool, str], None]) -> Callable[[], None]:
@@ -48,21 +52,24 @@ class DetachedTrainer:
     def release(self, reason: str) -> None:
         """Do nothing."""
 
-    def step(self, *_: Any, **__: Any) -> list[Any]:
-        """Let schedules go on."""
+    def step(self, loss: Any, **what: Any) -> list[Any]:
+        """End a training step."""
+        self.begin_step(loss, **what)
         return self.finish_step()
 
-    def begin_step(self, *_: Any, **__: Any) -> None:
-        """Do nothing."""
+    def begin_step(self, loss: Any, **what: Any) -> None:
+        """Begin the end of a step."""
+        self._session.begin_step(loss, **what)
 
     def finish_step(self, *, gradient_norm: float | None = None) -> list[Any]:
-        """Let schedules go on."""
+        """End it, after the optimizer."""
         outcomes = self._session.finish_step()
         self.profiler.next_step()
         return outcomes
 
-    def end_epoch(self, *_: Any, **__: Any) -> None:
-        """Do nothing."""
+    def end_epoch(self, *, failed: bool = False, accuracy: float | None = None) -> None:
+        """Begin the next epoch; how this one was is judged by the first rank."""
+        self._session.start_epoch(self._session.epoch + 1)
 
     def train(self, *batches: Any, samples: int | None = None) -> StepResult:
         """Train on batches by the `train_step`; raises FailedPrecondition when there is none."""

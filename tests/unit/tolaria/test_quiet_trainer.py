@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from esper_client.follower_session import FollowerSession
 from esper_rpc.errors import FailedPrecondition
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage
 from esper_servers.tolaria.aggregation.weights import SeedLoss
 from esper_servers.tolaria.train_step import TrainStep
 from esper_servers.tolaria.trainer import Trainer
 from esper_servers.trainer import DetachedSession, orchestrate
-from esper_servers.trainer.detached_trainer import DetachedTrainer
+from esper_servers.trainer.quiet_trainer import QuietTrainer
 
 BATCH = (torch.arange(8.0).reshape(2, 4), torch.ones(2, 2))
 
@@ -58,5 +59,28 @@ def test_the_parts_of_a_step_are_there_without_a_mesh(model, tmp_path):
 
 
 def test_whatever_a_loop_may_call_is_there_with_and_without_a_mesh():
-    missing = {name for name in vars(Trainer) if not name.startswith("_")} - set(dir(DetachedTrainer))
+    missing = {name for name in vars(Trainer) if not name.startswith("_")} - set(dir(QuietTrainer))
     assert missing == set()
+
+
+class Host:
+    """The seeds of a rank that follows."""
+
+    def __init__(self):
+        self.steps = []
+
+    def step(self, loss, global_step):
+        self.steps.append((loss, global_step))
+
+
+def test_a_rank_that_follows_ends_its_steps_and_epochs_with_the_others(model, tmp_path):
+    host = Host()
+    session = FollowerSession(host, "run")
+    optimizer = sgd(model)
+    step = TrainStep(model, optimizer, loss_of)
+    trainer = orchestrate(session, optimizer, train_step=step, traces=tmp_path)
+    result = trainer.train(BATCH, samples=2)
+    trainer.step(0.5, samples=2, gradient_norm=1.0)
+    trainer.end_epoch(accuracy=0.5)
+    assert host.steps == [(pytest.approx(result.loss), 1), (0.5, 2)]
+    assert session.epoch == 1

@@ -17,7 +17,7 @@ from .risk.engine import Verdict
 from .risk.signals.optimizer_hints import LEARNING_RATE_VANISHED
 from .run_state import RunState
 
-NOMINAL, POLICY = "nominal", "policy"
+NOMINAL, POLICY, LATE_COMMANDS = "nominal", "policy", "late_commands"
 BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN = "budget_exhausted", "inference_failed", "inference_breaker_open"
 UNDECIDED = frozenset({BUDGET_EXHAUSTED, INFERENCE_FAILED, BREAKER_OPEN})
 """Why a step got no action without a decision: nothing that is recorded of it says so."""
@@ -60,7 +60,8 @@ def select(
     """Take the best that is legal and that the risk leaves."""
     legal = _legal(run, seeds, config)
     choice = _best(output, legal, run, verdict, config)
-    reason = verdict.reason or (NOMINAL if choice is None else POLICY)
+    undecided = LATE_COMMANDS if run.is_resting else NOMINAL
+    reason = verdict.reason or (undecided if choice is None else POLICY)
     return Decided(choice, reason, legal, output)
 
 
@@ -68,6 +69,8 @@ def _legal(run: RunState, seeds: Sequence[SeedState], config: RiskConfig) -> Mas
     legal = masks.legal(seeds, run.graph.plantable, run.graph.blendable, run.features)
     # Multipliers multiply: without a rest a policy could take a learning rate to its limit within some steps.
     legal.kind[schema.KIND_OPTIMIZER] &= run.steps - run.optimizer_at >= config.cool_down_steps
+    if run.is_resting:
+        legal.kind[[schema.KIND_SEED, schema.KIND_OPTIMIZER]] = False
     legal.kind[schema.KIND_PAUSE] = False  # The policy pauses only through a gate until it is trained to.
     return legal
 
@@ -87,8 +90,8 @@ def _best(output: PolicyOutput, legal: Masks, run: RunState, verdict: Verdict, c
 
 
 def _act(kind: int, verdict: Verdict, run: RunState, config: RiskConfig) -> Choice | None:
-    """The kind, unless the run cannot do it or did it a moment ago."""
+    """The kind, unless the run cannot do it or did it a moment ago, or rests."""
     last, feature = (run.paused_at, "pause") if kind == schema.KIND_PAUSE else (run.optimizer_at, "optimizer")
-    if feature not in run.features or run.steps - last < config.cool_down_steps:
+    if run.is_resting or feature not in run.features or run.steps - last < config.cool_down_steps:
         return None
     return Choice(kind, parameters=DEMANDED_PARAMETERS.get(verdict.reason, prior.PARAMETERS))

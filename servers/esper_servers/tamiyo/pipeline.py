@@ -354,6 +354,7 @@ class StepPipeline:
     def _note(self, run: RunState, step: Step) -> None:
         run.steps += 1
         run.global_step = step.packet.global_step
+        run.hear(step.outcomes, self._risk)
 
     def _judge(self, packet: SystemStatePacket, run: RunState, *, conservative: bool) -> Verdict:
         verdict = choosing.judge(run, packet, conservative=conservative, config=self._risk)
@@ -406,6 +407,7 @@ class StepPipeline:
     def _issued(self, run: RunState, command: AdaptationCommand) -> str:
         """Note a command; returns what kind it is."""
         run.commands += 1
+        run.note_issued(command.command_id)
         kind = _COMMAND_KINDS[command.command_type]
         if command.command_type == CommandType.COMMAND_TYPE_SEED:
             operation = command.seed_operation.operation

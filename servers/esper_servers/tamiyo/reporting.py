@@ -15,7 +15,7 @@ from esper_rpc.telemetry.metrics import observe_blending, observe_decision, obse
 from esper_rpc.telemetry.tracing import record_span
 from esper_servers.policy.vocabularies import SCHEDULES
 
-from .choosing import BUDGET_EXHAUSTED, INFERENCE_FAILED, Decided
+from .choosing import BUDGET_EXHAUSTED, INFERENCE_FAILED, LATE_COMMANDS, Decided
 from .risk.engine import Verdict
 from .risk.events import SOURCE, is_due, level_of, priority_of
 from .risk.reading import DEMAND_NAMES
@@ -31,7 +31,9 @@ TIMEOUT_INFERENCE = "timeout_inference"
 PAUSE_TRIGGERED = "pause_triggered"
 PAUSE = CommandType.Name(CommandType.COMMAND_TYPE_PAUSE).removeprefix("COMMAND_TYPE_")
 GRAFT = SeedOperation.Name(SeedOperation.SEED_OPERATION_START_GRAFTING).removeprefix("SEED_OPERATION_")
-_FAULTS = {BUDGET_EXHAUSTED: TIMEOUT_INFERENCE, INFERENCE_FAILED: INFERENCE_FAILED}
+_FAULTS = {
+    BUDGET_EXHAUSTED: TIMEOUT_INFERENCE, INFERENCE_FAILED: INFERENCE_FAILED, LATE_COMMANDS: LATE_COMMANDS,
+}  # fmt: skip
 """Why a step got no decision, and how that is told."""
 _BANDS = {HAZARD_HIGH: "HIGH", HAZARD_CRITICAL: "CRITICAL"}
 
@@ -99,8 +101,17 @@ class DecisionReports:
         run, fault = reported.run, _FAULTS.get(reported.reason)
         if fault is None or not is_due(run.risk.told, fault, run.steps, self._quiet_steps):
             return
-        details = {"error": reported.decided.error} if fault == INFERENCE_FAILED else _spent(reported.ledger)
-        _tell(reported, fault, TelemetryLevel.TELEMETRY_LEVEL_ERROR, **details)
+        is_slow_trainer = fault == LATE_COMMANDS
+        level = TelemetryLevel.TELEMETRY_LEVEL_WARNING if is_slow_trainer else TelemetryLevel.TELEMETRY_LEVEL_ERROR
+        _tell(reported, fault, level, **_details(reported))
+
+
+def _details(reported: Reported) -> dict[str, str | float]:
+    if reported.reason == LATE_COMMANDS:
+        return {"late_in_a_row": reported.run.rest.late}
+    if reported.reason == INFERENCE_FAILED:
+        return {"error": reported.decided.error}
+    return _spent(reported.ledger)
 
 
 def _spent(ledger: StepLedger) -> dict[str, str | float]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import orjson
 
 from esper_rpc.errors import FailedPrecondition, NotFound, PermissionDenied
+from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedState, SystemStatePacket
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
-from esper_rpc.proto.leyline.v1 import SeedState, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import OpenRunRequest
 from esper_servers.policy.graph import MAX_SEEDS, BlueprintCandidate, RunGraph
 from esper_servers.policy.norms import Experience, Moments, Norms
@@ -18,6 +18,7 @@ from esper_servers.policy.prior import RunSignals
 from esper_servers.policy.registries import Registries
 
 from .awaited_outcomes import AwaitedOutcomes
+from .command_rest import CommandRest, Marks
 from .conservative_mode import ConservativeMode
 from .risk.config import RiskConfig
 from .risk.history import RiskHistory
@@ -56,6 +57,7 @@ class RunState:
     planted: dict[str, str] = field(init=False)
     """The blueprint that each seed was last given."""
     awaited: AwaitedOutcomes = field(default_factory=AwaitedOutcomes)
+    rest: CommandRest = field(default_factory=CommandRest)
     mode: ConservativeMode = field(init=False)
     """Of this run alone: what one trainer sends must not hold back another."""
 
@@ -122,6 +124,23 @@ class RunState:
             loss_volatility=self.risk.loss.volatility,
             steps_since_optimizer=self.steps - self.optimizer_at,
         )
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether no command is for it, because the last ones came too late."""
+        return self.steps < self.rest.until
+
+    def note_issued(self, command_id: str) -> None:
+        """Expect to hear of a command, before anything that it does is noted."""
+        self.rest.note_issued(
+            command_id, Marks(self.germinated_at, self.optimizer_at, self.paused_at, self.risk.adjusted)
+        )
+
+    def hear(self, outcomes: Sequence[CommandOutcome], config: RiskConfig) -> None:
+        """Take in what a step tells of the last command: one that came late has not happened."""
+        before = self.rest.hear(outcomes, step=self.steps, longest=config.cool_down_steps)
+        if before is not None:
+            self.germinated_at, self.optimizer_at, self.paused_at, self.risk.adjusted = before
 
     def observe(self, packet: SystemStatePacket, config: RiskConfig) -> StepSignals:
         """Take in the packet of a step."""

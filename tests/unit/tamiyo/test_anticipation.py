@@ -183,6 +183,7 @@ async def test_every_step_and_no_epoch_tells_of_the_rhythm_of_its_run(controller
     await pipeline.evaluate_epoch(epoch, controller.owner, time.perf_counter())
     [(rhythm, _, rehearse)] = expected
     assert rhythm is pipeline.runs.find("run").rhythm
+    monkeypatch.setattr(type(pipeline.queue), "has_long_turns", False)  # Whatever machine this runs on.
     monkeypatch.setattr(pipeline.policy, "evaluate", lambda inputs, *_: evaluated.append(inputs))
     rehearse()
     assert evaluated == [pipeline.runs.find("run").graph.inputs]

@@ -50,7 +50,9 @@ class Step(_message.Message):
 
     @_builtins.property
     def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[_outcome_pb2.CommandOutcome]:
-        """Outcomes of commands since the last step that was answered."""
+        """Outcomes of commands since the last step that was answered. After a command that came late the run is left alone for
+        some steps.
+        """
 
     def __init__(
         self,

@@ -97,7 +97,7 @@ class RunStream:
         """Tell with the next step that a command came to nothing: a run that is silent about them is held back."""
         del self._step.outcomes[:]
         if command_id:
-            self._step.outcomes.add(command_id=command_id, result=CommandOutcome.RESULT_LATE)
+            self._step.outcomes.add(command_id=command_id, result=CommandOutcome.RESULT_REJECTED)
 
     async def close(self) -> None:
         """Leave the stream."""

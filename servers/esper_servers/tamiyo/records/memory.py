@@ -9,8 +9,10 @@ from esper_servers.tamiyo.run_state import RunState
 
 _WINDOW = ("fast", "slow", "variance", "last")
 _RISK = ("slow_hooks", "high_steps", "adjusted")
+_REST = ("late", "until")
 _STEPS = ("steps", "germinated_at", "optimizer_at", "paused_at")
 _read_window, _read_risk, _read_steps = attrgetter(*_WINDOW), attrgetter(*_RISK), attrgetter(*_STEPS)
+_read_rest = attrgetter(*_REST)
 Numbers = tuple[float | None, ...]
 
 
@@ -23,6 +25,7 @@ class Memory:
     risk: tuple[int, ...]
     steps: tuple[int, ...]
     moments: Mapping[str, tuple[float, float]]
+    rest: tuple[int, ...] = (0, 0)
 
     @classmethod
     def of(cls, run: RunState) -> Memory:
@@ -34,6 +37,7 @@ class Memory:
             _read_risk(risk),
             _read_steps(run),
             run.graph.norms.moments.copy(),
+            _read_rest(run.rest),
         )
 
     @classmethod
@@ -47,6 +51,7 @@ class Memory:
             tuple(int(numbers.get(name, 0)) for name in _STEPS),
             {name: (numbers.get(f"norms.{name}.mean", 0.0), numbers.get(f"norms.{name}.variance", 0.0))
              for name in sorted(moments)},
+            tuple(int(numbers.get(f"rest.{name}", 0)) for name in _REST),
         )  # fmt: skip
 
     def numbers(self) -> dict[str, float]:
@@ -55,6 +60,8 @@ class Memory:
         named |= {f"gradient.{name}": value for name, value in zip(_WINDOW, self.gradient, strict=True)}
         named |= {f"risk.{name}": value for name, value in zip(_RISK, self.risk, strict=True)}
         named |= dict(zip(_STEPS, self.steps, strict=True))
+        if any(self.rest):
+            named |= {f"rest.{name}": value for name, value in zip(_REST, self.rest, strict=True)}
         for name, (mean, variance) in self.moments.items():
             named |= {f"norms.{name}.mean": mean, f"norms.{name}.variance": variance}
         return {name: float(value) for name, value in named.items() if value is not None}
@@ -67,6 +74,7 @@ class Memory:
         run.risk.slow_hooks, run.risk.high_steps, run.risk.adjusted = slow_hooks, high_steps, bool(adjusted)
         for name, steps in zip(_STEPS, self.steps, strict=True):
             setattr(run, name, steps)
+        run.rest.late, run.rest.until = self.rest
         run.graph.norms.moments.update(self.moments)
 
 

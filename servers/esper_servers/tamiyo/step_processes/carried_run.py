@@ -6,6 +6,7 @@ from typing import Self
 
 from esper_rpc.proto.tamiyo.v1 import OpenRunRequest
 from esper_servers.tamiyo.awaited_outcomes import AwaitedOutcomes
+from esper_servers.tamiyo.command_rest import CommandRest
 from esper_servers.tamiyo.records.memory import Memory
 from esper_servers.tamiyo.run_state import RunState
 
@@ -28,6 +29,7 @@ class CarriedRun:
     """What grew in the seeds of its graph."""
     told: Mapping[str, int]
     awaited: AwaitedOutcomes
+    rest: CommandRest
     held_because: str
     """Why the run is in conservative mode; empty while it is not."""
 
@@ -48,6 +50,7 @@ class CarriedRun:
             attached=run.graph.attached,
             told=run.risk.told,
             awaited=run.awaited,
+            rest=run.rest,
             held_because=run.mode.reason if run.mode.enabled else "",
         )
 
@@ -55,6 +58,7 @@ class CarriedRun:
         """Have a run that was just opened go on from here."""
         self.memory.give_to(run)
         run.global_step, run.commands, run.awaited = self.global_step, self.commands, self.awaited
+        run.rest = self.rest
         run.last_sequence, run.last_digest, run.last_reply = self.last_sequence, self.last_digest, self.last_reply
         run.planted = {**self.planted, **{name: planted for name, planted in run.planted.items() if planted}}
         run.risk.told.update(self.told)

@@ -10,7 +10,6 @@ from typing import Any
 import structlog
 import torch
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 
 from esper_rpc.errors import DataLoss
 from esper_rpc.proto.urza.v1 import KernelManifest
@@ -20,6 +19,7 @@ from esper_servers.blueprints.kernel import instantiate
 from . import lifecycle
 from .alpha import gradient_clip
 from .checkpoint import digest
+from .learning import clip_gradients
 from .learning_rate import LearningRateAuthority
 from .lockstep import Lockstep, sizes_of
 from .seed_slot import CLIP_NORM, SeedSlot
@@ -156,7 +156,7 @@ class Mirror:
         if slot.site.seed is not None and slot.optimizer is not None and plain["updates"] == slot.updates + 1:
             is_blending = plain["stage"] == lifecycle.BLENDING
             most = gradient_clip(plain["alpha"]) if is_blending else CLIP_NORM
-            clip_grad_norm_(slot.site.seed.parameters(), most)
+            clip_gradients(slot.site.own_parameters, most)
             slot.optimizer.step()
 
     def _rebuild(self, slot: SeedSlot, state: dict[str, Any], told_digest: str) -> None:

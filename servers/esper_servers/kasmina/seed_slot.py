@@ -18,10 +18,10 @@ from esper_servers.blueprints.kernel import dtype_name
 from . import lifecycle
 from .alpha import AlphaSchedule, band_after, gradient_clip
 from .blend_config import BlendConfig, read_blend_config
+from .learning import clip_gradients, optimizer_of
 from .site import Site
 from .steadiness import Steadiness
 
-SEED_LEARNING_RATE = 1e-3
 CLIP_NORM = 1.0
 # A gradient scaler makes single infinite gradients; this many in a row are the seed's own (requirements 4.4).
 VIOLATIONS = 3
@@ -105,8 +105,7 @@ class SeedSlot:
         self.site.hold(module)
         self.blueprint_id, self.extras_digest = blueprint_id, extras_digest
         self.reset()
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=SEED_LEARNING_RATE) if parameters else None
+        self.optimizer = optimizer_of(self.site.own_parameters)
 
     def uproot(self) -> None:
         """Take the module out; the site is the host alone again."""
@@ -158,17 +157,17 @@ class SeedSlot:
     def step_optimizer(self) -> None:
         """Use this step's gradients, if the seed learns in its stage; those that are not finite are dropped."""
         learns = self.stage in (lifecycle.TRAINING, lifecycle.BLENDING) or self.is_fine_tuning
-        if self.site.seed is not None and self.optimizer is not None and learns and not self.site.paused:
+        if self.optimizer is not None and learns and not self.site.paused:
             self._update(self.optimizer)
         self.clear_gradients()
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
-        own = self.site.own_parameters
-        if all(p.grad is None for p in own):
-            return
         most = gradient_clip(self.site.alpha) if self.stage == lifecycle.BLENDING else CLIP_NORM
-        self.gradient_norm = float(nn.utils.clip_grad_norm_(own, most))
-        if not math.isfinite(self.gradient_norm):
+        norm = clip_gradients(self.site.own_parameters, most)
+        if norm is None:
+            return
+        self.gradient_norm = norm
+        if not math.isfinite(norm):
             self.violations += 1
             return
         self.violations, self.updates = 0, self.updates + 1

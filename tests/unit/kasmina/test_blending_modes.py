@@ -17,7 +17,7 @@ from torch.nn import functional
 from esper_rpc.blending import BLEND_MODES
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage, TelemetryLevel
 from esper_servers.blueprints.catalogue import load_factories
-from esper_servers.kasmina import lifecycle
+from esper_servers.kasmina import lifecycle, seed_slot
 from esper_servers.kasmina.alpha import gradient_clip
 from esper_servers.kasmina.export import without_sites
 from esper_servers.kasmina.seed_slot import CLIP_NORM, SeedSlot
@@ -409,13 +409,13 @@ def test_a_resumed_blend_goes_on_bit_for_bit(rig, make_rig, mode):
 
 def test_while_it_blends_the_gradient_is_clipped_by_alpha_and_else_as_ever(rig, monkeypatch):
     used = []
-    real = nn.utils.clip_grad_norm_
+    real = seed_slot.clip_gradients
 
     def clip(parameters, most):
         used.append((rig.slot.stage, rig.slot.site.alpha, most))
         return real(parameters, most)
 
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(seed_slot, "clip_gradients", clip)
     graft(rig)
     rig.train(10)
     blending = [(alpha, most) for stage, alpha, most in used if stage == lifecycle.BLENDING]

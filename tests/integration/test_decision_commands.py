@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 import uuid
 
@@ -16,8 +15,6 @@ from esper_rpc.journal import Journal, JournalReader
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage, SystemStatePacket
 from esper_rpc.proto.tamiyo.v1 import EvaluateStepRequest, ExplainDecisionRequest, OpenRunRequest, Step
 from esper_servers.cli import app
-from esper_servers.cli.home import Home
-from esper_servers.cli.processes import Supervisor
 from esper_servers.policy import sample
 from esper_servers.tamiyo.records.decisions import KIND
 
@@ -25,11 +22,8 @@ GERMINATED = SeedLifecycleStage.SEED_LIFECYCLE_STAGE_GERMINATED
 
 
 @pytest.fixture(scope="module")
-def mesh(tmp_path_factory):
-    home = Home(tmp_path_factory.mktemp("mesh"))
-    home.prepare()
-    with Supervisor(home, os.environ) as supervisor:
-        yield supervisor
+def mesh(shared_mesh):
+    return shared_mesh
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from esper_servers.cli.home import Home
-from esper_servers.cli.processes import Supervisor, cli_command
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -20,16 +17,12 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
-def environ(tmp_path_factory):
-    home = Home(tmp_path_factory.mktemp("mesh"))
-    home.prepare()
-    subprocess.run([*cli_command(), "urza", "seed", "--home", str(home.directory)], check=True, capture_output=True)
-    with Supervisor(home, dict(os.environ)):
-        # Answers may come late on a busy machine; how many came is not what is tested here.
-        yield {
-            **os.environ, "ESPER_HOME": str(home.directory), "ESPER_SESSION_STEP_BUDGET_MS": "50",
-            "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        }  # fmt: skip
+def environ(shared_mesh):
+    # Answers may come late on a busy machine; how many came is not what is tested here.
+    return {
+        **os.environ, "ESPER_HOME": str(shared_mesh.home.directory), "ESPER_SESSION_STEP_BUDGET_MS": "50",
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
 
 
 def run(environ, *command):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -33,8 +34,7 @@ from esper_rpc.proto.tamiyo.v1 import (
 )
 from esper_rpc.testing import TemporaryMesh
 from esper_servers.cli import app
-from esper_servers.cli.home import Home
-from esper_servers.cli.processes import Supervisor, cli_command
+from esper_servers.cli.processes import Supervisor
 
 PATIENCE_SECONDS = 40.0
 HERE = Path(__file__).parent
@@ -90,14 +90,15 @@ def esper(home, *arguments):
     return json.loads(result.stdout)
 
 
-def scrape(mesh):
+def pending(mesh):
     with urllib.request.urlopen(f"http://{mesh.addresses['metrics']}/metrics") as answer:
-        return answer.read().decode()
+        found = re.search(r"^esper_field_reports_pending (\S+)$", answer.read().decode(), re.MULTILINE)
+    return float(found[1]) if found else 0.0
 
 
 async def report_on_one_command(home):
     async with TamiyoClient(home.address("tamiyo"), identity=home.identity("trainer")) as client:
-        trainer = Trainer(client)
+        trainer = Trainer(client, "reported")
         await trainer.open()
         report_id = await trainer.obey(0, 0.5)
         for epoch in (1, 2, 3):
@@ -105,25 +106,33 @@ async def report_on_one_command(home):
     return report_id
 
 
-async def test_an_operator_lists_a_report_and_acknowledges_it_once_although_tamiyo_is_killed(tmp_path):
-    home = Home(tmp_path / "home")
-    home.prepare()
-    with Supervisor(home, os.environ) as mesh:
-        report_id = await report_on_one_command(home)
-        (row,) = await asyncio.to_thread(esper, home, "reports", "--json")
-        assert (row["report"], row["run"], row["seed"], row["outcome"], row["epochs"], row["loss_delta"]) == (
-            report_id, "run", "seed-0", "SUCCESS", 3, pytest.approx(-0.3, abs=1e-5),
-        )  # fmt: skip
-        assert "esper_field_reports_pending 1.0" in scrape(mesh)
-        answer = await asyncio.to_thread(esper, home, "reports", "ack", report_id, "--json")
-        assert answer == {"report_id": report_id, "already_acknowledged": False}
-        mesh.services["tamiyo"].process.kill()
-        mesh.services["tamiyo"].process.wait()
-        mesh.restart("tamiyo")
-        answer = await asyncio.to_thread(esper, home, "reports", "ack", report_id, "--json")
-        assert answer == {"report_id": report_id, "already_acknowledged": True}
-        assert await asyncio.to_thread(esper, home, "reports", "--json") == [row]
-        assert "esper_field_reports_pending 0.0" in scrape(mesh)
+@pytest.fixture(scope="module")
+def mesh(seeded_home):
+    with Supervisor(seeded_home(), dict(os.environ)) as supervisor:
+        yield supervisor
+
+
+def reports_of(home, run_id):
+    return [row for row in esper(home, "reports", "--json") if row["run"] == run_id]
+
+
+async def test_an_operator_lists_a_report_and_acknowledges_it_once_although_tamiyo_is_killed(mesh):
+    home, before = mesh.home, pending(mesh)
+    report_id = await report_on_one_command(home)
+    (row,) = await asyncio.to_thread(reports_of, home, "reported")
+    assert (row["report"], row["seed"], row["outcome"], row["epochs"], row["loss_delta"]) == (
+        report_id, "seed-0", "SUCCESS", 3, pytest.approx(-0.3, abs=1e-5),
+    )  # fmt: skip
+    assert pending(mesh) == before + 1
+    answer = await asyncio.to_thread(esper, home, "reports", "ack", report_id, "--json")
+    assert answer == {"report_id": report_id, "already_acknowledged": False}
+    mesh.services["tamiyo"].process.kill()
+    mesh.services["tamiyo"].process.wait()
+    mesh.restart("tamiyo")
+    answer = await asyncio.to_thread(esper, home, "reports", "ack", report_id, "--json")
+    assert answer == {"report_id": report_id, "already_acknowledged": True}
+    assert await asyncio.to_thread(reports_of, home, "reported") == [row]
+    assert pending(mesh) == before
 
 
 def train(session, model, optimizer, steps):
@@ -138,29 +147,25 @@ def train(session, model, optimizer, steps):
     return found
 
 
-def test_a_command_that_a_live_model_carried_out_is_reported_after_three_epochs(tmp_path):
-    home = Home(tmp_path / "home")
-    home.prepare()
-    subprocess.run([*cli_command(), "urza", "seed", "--home", str(home.directory)], check=True, capture_output=True)
+def test_a_command_that_a_live_model_carried_out_is_reported_after_three_epochs(mesh):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with Supervisor(home, dict(os.environ)):
-        address = find_mesh({"ESPER_HOME": str(home.directory)})
-        with attach(model, optimizer, mesh=address, run_id="live", step_budget_ms=50.0) as session:
-            deadline, applied = time.monotonic() + PATIENCE_SECONDS, []
-            while not applied:
-                assert time.monotonic() < deadline, dict(session.reasons)
-                outcomes = train(session, model, optimizer, 1)
-                applied = [each for each in outcomes if each.result == CommandOutcome.RESULT_APPLIED]
-            rows = []
-            while not rows:
-                assert time.monotonic() < deadline, dict(session.reasons)
-                session.start_epoch(session.epoch + 1)
-                train(session, model, optimizer, 5)
-                rows = esper(home, "reports", "--json")
+    address = find_mesh({"ESPER_HOME": str(mesh.home.directory)})
+    with attach(model, optimizer, mesh=address, run_id="live", step_budget_ms=50.0) as session:
+        deadline, applied = time.monotonic() + PATIENCE_SECONDS, []
+        while not applied:
+            assert time.monotonic() < deadline, dict(session.reasons)
+            outcomes = train(session, model, optimizer, 1)
+            applied = [each for each in outcomes if each.result == CommandOutcome.RESULT_APPLIED]
+        rows = []
+        while not rows:
+            assert time.monotonic() < deadline, dict(session.reasons)
+            session.start_epoch(session.epoch + 1)
+            train(session, model, optimizer, 5)
+            rows = reports_of(mesh.home, "live")
     assert rows[0]["report"] == f"fr-synth-{applied[0].command_id}"
-    assert (rows[0]["run"], rows[0]["seed"]) == ("live", applied[0].seed_id)
+    assert rows[0]["seed"] == applied[0].seed_id
     assert rows[0]["epochs"] >= 3
     assert rows[0]["outcome"] != "ABORTED"
 
@@ -170,7 +175,7 @@ class Processes:
 
     def __init__(self, directory, stack):
         self.mesh = TemporaryMesh(directory / "mesh")
-        for role in ("tamiyo", "simic", "trainer"):
+        for role in ("tamiyo", "simic", "trainer", "operator"):
             self.mesh.identity(role)
         self._stack = stack
         self._state, self._address, self._diary = directory / "state", directory / "address", directory / "diary"
@@ -260,21 +265,17 @@ async def test_reports_reach_another_process_once_each_although_both_are_killed(
         assert processes.diary() == expected
         synthesised = [entry["report_id"] for entry in processes.told("field_report_synthesised")]
         assert sorted(synthesised) == sorted([first, second, third])
+        await history_is_published_when_an_operator_says_so(processes)
 
 
-async def test_history_is_published_when_an_operator_says_so(tmp_path):
-    with contextlib.ExitStack() as stack:
-        processes = Processes(tmp_path, stack)
-        processes.mesh.identity("operator")
-        processes.start_consumer()
-        processes.start_tamiyo()
-        async with processes.client("trainer") as client:
-            trainer = Trainer(client)
-            await trainer.open()
-            report_id = await trainer.obey(0, 0.6)
-            await trainer.step(3, 0.5)
-        async with processes.client("operator") as operator:
-            # The chore may have been there first.
-            answer = await operator.publish_history(PublishHistoryRequest(), timeout=10.0)
-            assert (answer.telemetry_packets, answer.field_reports) in {(0, 0), (0, 1)}
-        await until(lambda: processes.diary()[f"acknowledged {report_id}"])
+async def history_is_published_when_an_operator_says_so(processes):
+    async with processes.client("trainer") as client:
+        trainer = Trainer(client, "another")
+        await trainer.open()
+        report_id = await trainer.obey(0, 0.6)
+        await trainer.step(3, 0.5)
+    async with processes.client("operator") as operator:
+        # The chore may have been there first.
+        answer = await operator.publish_history(PublishHistoryRequest(), timeout=10.0)
+        assert (answer.telemetry_packets, answer.field_reports) in {(0, 0), (0, 1)}
+    await until(lambda: processes.diary()[f"acknowledged {report_id}"])

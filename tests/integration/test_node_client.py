@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-
-from esper_servers.cli.home import Home
-from esper_servers.cli.processes import Supervisor
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "examples" / "node"
@@ -49,16 +45,13 @@ def installed(node, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    place = Home(tmp_path_factory.mktemp("mesh"))
-    place.prepare()
-    return place
+def home(shared_mesh):
+    return shared_mesh.home
 
 
 @pytest.fixture(scope="module")
-def tamiyo(home):
-    with Supervisor(home, dict(os.environ)) as supervisor:
-        yield supervisor.addresses["tamiyo"]
+def tamiyo(shared_mesh):
+    return shared_mesh.addresses["tamiyo"]
 
 
 def client(node, installed, address, identity):

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
 import time
 import uuid
 
@@ -13,8 +11,6 @@ from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedOpera
 from esper_rpc.proto.urza.v1 import Blueprint
 from esper_rpc.testing import fake_mesh
 from esper_servers.blueprints.catalogue import load_factories
-from esper_servers.cli.home import Home
-from esper_servers.cli.processes import Supervisor, cli_command
 from esper_servers.kasmina.kernel_library import Kernel
 
 
@@ -71,13 +67,9 @@ def address(fake):
 
 
 @pytest.fixture(scope="session")
-def real_address(tmp_path_factory):
-    """A mesh of processes."""
-    home = Home(tmp_path_factory.mktemp("mesh"))
-    home.prepare()
-    subprocess.run([*cli_command(), "urza", "seed", "--home", str(home.directory)], check=True, capture_output=True)
-    with Supervisor(home, dict(os.environ)):
-        yield esper_client.find_mesh({"ESPER_HOME": str(home.directory)})
+def real_address(shared_mesh):
+    """Of a mesh of processes."""
+    return esper_client.find_mesh({"ESPER_HOME": str(shared_mesh.home.directory)})
 
 
 def _differences(left, right, path):

@@ -46,8 +46,13 @@ class Orders:
         )
         # Its module is built beside the training; so that no clock says in which step it is planted.
         slot = next(iter(host.seeds.values()))
-        while operation == "GERMINATE" and host._surgeon._nursery.prepared(slot, command) is None:
+        while operation == "GERMINATE" and not _is_built(host._surgeon._nursery, slot, command):
             time.sleep(0.001)
+
+
+def _is_built(nursery, slot, command):
+    kernel = nursery.kernel_for(command)
+    return kernel is not None and nursery.module_for(slot, command, kernel) is not None
 
 
 @pytest.fixture

@@ -6,11 +6,9 @@ import hmac
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import structlog
 from google.protobuf.message import DecodeError
 
 from esper_rpc import rules
@@ -21,9 +19,8 @@ from . import reasons
 from .authenticity import Rejected, check_age, check_authentic
 from .fence import NonceStore
 from .keys import Keyring
+from .refusals import Refusals
 from .signing import sign
-
-log = structlog.get_logger(__name__)
 
 SIGNAL_TYPE = EmergencySignal.DESCRIPTOR.full_name
 ISSUERS = {SIGNAL_TYPE: frozenset({"trainer", "weatherlight", "operator"})}
@@ -83,14 +80,13 @@ class SignalVerifier:
         self._keyring = keyring
         self._now_ns = now_ns
         self._nonces = NonceStore(ttl_seconds=NONCE_SECONDS, capacity=MAX_NONCES, clock=clock)
-        self._rejections: Counter[str] = Counter()
+        self._refusals = Refusals("signal_rejected", run_id=run_id)
         self._lock = threading.Lock()
 
     @property
     def rejections(self) -> dict[str, int]:
         """How many were rejected, by reason."""
-        with self._lock:
-            return dict(self._rejections)
+        return self._refusals.by_reason()
 
     def verify(self, envelope: SignedEnvelope) -> Verified:
         """Check an envelope and remember it; raises Rejected, and then nothing has changed."""
@@ -112,11 +108,7 @@ class SignalVerifier:
 
     def count(self, reason: str) -> None:
         """Count a rejection; the first of each reason is logged."""
-        with self._lock:
-            self._rejections[reason] += 1
-            is_first = self._rejections[reason] == 1
-        if is_first:
-            log.warning("signal_rejected", reason=reason, run_id=self.run_id, priority="HIGH")
+        self._refusals.count(reason)
 
     def _parse(self, payload: bytes) -> EmergencySignal:
         try:

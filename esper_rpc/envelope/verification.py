@@ -3,11 +3,8 @@ from __future__ import annotations
 import hmac
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-import structlog
 
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, SignedEnvelope
 
@@ -15,8 +12,7 @@ from . import reasons
 from .authenticity import Rejected, check_age, check_authentic
 from .fence import NonceStore
 from .keys import Keyring
-
-log = structlog.get_logger(__name__)
+from .refusals import Refusals
 
 PAST_NS = 60 * 10**9
 
@@ -75,7 +71,7 @@ class Verifier:
         )
         self._fences: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._rejections: Counter[str] = Counter()
+        self._refusals = Refusals("envelope_rejected", audience=audience)
 
     def set_clock_offset(self, offset_ns: int) -> None:
         """Set the issuer's wall clock minus our monotonic clock; a step of our wall clock then changes nothing."""
@@ -93,8 +89,7 @@ class Verifier:
     @property
     def rejections(self) -> dict[str, int]:
         """How many were rejected, by reason."""
-        with self._lock:
-            return dict(self._rejections)
+        return self._refusals.by_reason()
 
     def remembered_nonces(self) -> int:
         """How many nonces are live."""
@@ -129,11 +124,7 @@ class Verifier:
 
     def count(self, reason: str) -> None:
         """Count a rejection; the first of each reason is logged."""
-        with self._lock:
-            self._rejections[reason] += 1
-            is_first = self._rejections[reason] == 1
-        if is_first:
-            log.warning("envelope_rejected", reason=reason, audience=self.audience, priority="HIGH")
+        self._refusals.count(reason)
 
     def record_outcome(self, nonce: str, outcome: CommandOutcome) -> None:
         """Keep what became of an accepted envelope, for its duplicates."""

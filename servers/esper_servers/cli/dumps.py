@@ -11,8 +11,7 @@ from esper_rpc.telemetry.events import PRIORITY_OF, name_of
 
 from .console import AddressOption, Commands, HomeOption, JsonOption, home_of, print_rows, run
 from .home import Home
-
-PAGE = 1000
+from .pages import LARGEST, pages
 
 app = typer.Typer(cls=Commands, help="Dumps of Tamiyo's flight recorder: the last steps before something went wrong.")
 
@@ -41,28 +40,15 @@ def show(
 
 
 async def _list(home: Home, address: str | None) -> list[StepDump]:
-    found: list[StepDump] = []
     async with TamiyoClient(home.address("tamiyo", address), identity=home.identity()) as client:
-        token = ""
-        while True:
-            page = await client.list_step_dumps(ListStepDumpsRequest(page_size=PAGE, page_token=token))
-            found += page.dumps
-            token = page.next_page_token
-            if not token:
-                return found
+        found = await pages(client.list_step_dumps, ListStepDumpsRequest(page_size=LARGEST))
+    return [dump for page in found for dump in page.dumps]
 
 
 async def _steps(home: Home, address: str | None, dump_id: str) -> list[DumpedStep]:
-    found: list[DumpedStep] = []
     async with TamiyoClient(home.address("tamiyo", address), identity=home.identity()) as client:
-        token = ""
-        while True:
-            request = ListDumpedStepsRequest(dump_id=dump_id, page_size=PAGE, page_token=token)
-            page = await client.list_dumped_steps(request)
-            found += page.steps
-            token = page.next_page_token
-            if not token:
-                return found
+        found = await pages(client.list_dumped_steps, ListDumpedStepsRequest(dump_id=dump_id, page_size=LARGEST))
+    return [step for page in found for step in page.steps]
 
 
 def _dump_row(dump: StepDump) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from esper_rpc.proto.tamiyo.v1 import ListPauseGrantsRequest, PauseGrant
 
 from .console import AddressOption, HomeOption, JsonOption, home_of, print_rows, run
 from .home import Home
-
-PAGE = 1000
+from .pages import LARGEST, pages
 
 
 def pauses(
@@ -22,15 +21,9 @@ def pauses(
 
 
 async def _list(home: Home, address: str | None) -> list[PauseGrant]:
-    found: list[PauseGrant] = []
     async with TamiyoClient(home.address("tamiyo", address), identity=home.identity()) as client:
-        token = ""
-        while True:
-            page = await client.list_pause_grants(ListPauseGrantsRequest(page_size=PAGE, page_token=token))
-            found += page.grants
-            token = page.next_page_token
-            if not token:
-                return found
+        found = await pages(client.list_pause_grants, ListPauseGrantsRequest(page_size=LARGEST))
+    return [grant for page in found for grant in page.grants]
 
 
 def _row(grant: PauseGrant) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from esper_rpc.proto.tamiyo.v1 import AckFieldReportRequest, ListFieldReportsReq
 
 from .console import AddressOption, Commands, HomeOption, JsonOption, home_of, print_json, print_rows, run
 from .home import Home
-
-PAGE = 1000
+from .pages import LARGEST, pages
 
 app = typer.Typer(cls=Commands, help="Field reports: what became of a run after each command.")
 
@@ -43,15 +42,9 @@ def ack(
 
 
 async def _list(home: Home, address: str | None) -> list[FieldReport]:
-    found: list[FieldReport] = []
     async with TamiyoClient(home.address("tamiyo", address), identity=home.identity()) as client:
-        token = ""
-        while True:
-            page = await client.list_field_reports(ListFieldReportsRequest(page_size=PAGE, page_token=token))
-            found += page.reports
-            token = page.next_page_token
-            if not token:
-                return found
+        found = await pages(client.list_field_reports, ListFieldReportsRequest(page_size=LARGEST))
+    return [report for page in found for report in page.reports]
 
 
 async def _ack(home: Home, address: str | None, report_id: str) -> bool:

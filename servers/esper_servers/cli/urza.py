@@ -10,6 +10,7 @@ from esper_rpc.proto.urza.v1 import Blueprint, GetBlueprintRequest, GetExtrasReq
 
 from .console import AddressOption, Commands, HomeOption, JsonOption, home_of, print_json, print_rows, run
 from .home import Home
+from .pages import pages
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="The library of blueprints.")
 
@@ -57,15 +58,9 @@ def show(
 async def _list(home: Home, address: str | None) -> list[Blueprint]:
     from esper_client.client import UrzaClient
 
-    found: list[Blueprint] = []
     async with UrzaClient(home.address("urza", address), identity=home.identity()) as client:
-        token = ""
-        while True:
-            page = await client.list_blueprints(ListBlueprintsRequest(page_token=token))
-            found += page.blueprints
-            token = page.next_page_token
-            if not token:
-                return found
+        found = await pages(client.list_blueprints, ListBlueprintsRequest())
+    return [blueprint for page in found for blueprint in page.blueprints]
 
 
 async def _show(home: Home, address: str | None, blueprint_id: str) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from esper_servers.tolaria.epoch_guard import EpochGuardConfig
 from esper_servers.tolaria.metrics_feed import KEPT_STEPS, MetricsFeed
 from esper_servers.tolaria.service import BACKLOG
 from esper_servers.tolaria.shared_signal import SharedSignal, place_for
+from esper_servers.tolaria.train_step import TrainStep, TrainStepConfig
 from esper_servers.trainer import DetachedSession, attach, orchestrate
 
 HALT, NOTICE = EmergencyLevel.EMERGENCY_LEVEL_HALT, EmergencyLevel.EMERGENCY_LEVEL_NOTICE
@@ -370,6 +371,22 @@ def test_tolaria_ends_the_steps_and_epochs_of_an_attached_session(attached):
     assert attached.session.apply_ms >= 0
     code, output = attached.esper("status", attached.address, "--json")
     assert (code, "epoch_hook" in json.loads(output)) == (0, True), output
+
+
+@pytest.mark.parametrize(("precision", "is_kept"), [("float16", True), ("bfloat16", False)])
+def test_the_scale_of_gradients_goes_back_with_the_run(attached, precision, is_kept):
+    step = TrainStep(
+        attached.model, attached.optimizer, lambda model, x: model(x).square().mean(),
+        config=TrainStepConfig(precision=precision),
+    )  # fmt: skip
+    trainer = orchestrate(attached.session, attached.optimizer, train_step=step)
+    trainer.train(torch.ones(2, 4))
+    checkpoints, before = attached.session.checkpoints, step.scaler.get_scale()
+    assert checkpoints.snapshot(epoch=0, step=1) is not None
+    trainer.train(torch.full((2, 4), float("inf")))
+    assert (step.scaler.get_scale() < before) is is_kept
+    assert checkpoints.roll_back(latest_step=1, reason="test").succeeded
+    assert step.scaler.get_scale() == before
 
 
 def test_an_operator_looks_at_parameters_and_empties_caches(attached):

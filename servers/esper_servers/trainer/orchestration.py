@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 import torch
@@ -68,6 +69,8 @@ def orchestrate(
     seeds together with, `traces` where `profiler.request` has traces written: without it `state/trainer/traces` of the
     home. Settings come from [tolaria], [emergency] and [epoch_guard].
     """
+    if train_step is not None:
+        _keep_scale(getattr(session, "checkpoints", None), train_step)
     if isinstance(session, (DetachedSession, FollowerSession)):
         profiler = StepProfiler(traces or home_directory(os.environ) / TRACES)
         return QuietTrainer(
@@ -131,6 +134,12 @@ def make_tolaria(
         servicer, emergencies, mode, guard, settings.metrics, keeper, GrowingSeeds(host),
         member.trace_directory(session.run_id), learning_rates,
     )  # fmt: skip
+
+
+def _keep_scale(checkpoints: Any, train_step: TrainStep) -> None:
+    """Have checkpoints hold the scale of the gradients, which a run that goes back would not find again."""
+    if checkpoints is not None and train_step.scaler.is_enabled():
+        checkpoints.register("train_step.scaler", train_step.scaler)
 
 
 def _share(run_id: str, member: Membership) -> tuple[SharedSignal | None, str]:

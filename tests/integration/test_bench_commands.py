@@ -69,12 +69,13 @@ def test_every_process_of_a_run_stands_still_by_an_alarm_and_by_a_signal(mesh):
         assert 0 <= found[way]["over_target_share"] <= 1
 
 
-def test_overhead_compares_blocks_of_three_kinds(mesh):
-    found = overhead.measure(mesh.home, 5, blocks=2)
-    taken = 2 * (overhead.BLOCK_STEPS - overhead.SETTLING_STEPS)
-    assert sum(found["answers"].values()) >= taken
-    assert found["seeds"] == 4
-    assert all(found[kind]["p50_ms"] > 0 for kind in overhead.KINDS)
+def test_overhead_compares_blocks_of_four_kinds(mesh, monkeypatch):
+    monkeypatch.setattr(overhead, "LEAST_ROUNDS", 2)
+    found = overhead.measure(mesh.home, 5, seconds=0.0)
+    assert sum(found["answers"].values()) >= 2 * overhead.BLOCK_STEPS
+    assert (found["seeds"], found["rounds"]) == (4, 2)
+    assert all(found[kind]["p50_ms"] > found["session"].get(kind, {"p50_ms": 0})["p50_ms"] for kind in overhead.KINDS)
+    assert all(found["session"][kind]["processor"]["p50_ms"] > 0 for kind in (overhead.ASKING, overhead.AHEAD))
 
 
 def test_overhead_is_told_as_a_share_of_the_plain_step():
@@ -82,11 +83,15 @@ def test_overhead_is_told_as_a_share_of_the_plain_step():
     for kind, values in {
         "plain": [10.0, 20.0],
         "silent": [11.0, 22.0],
-        "asking": [12.0, 24.0],
+        "asking": [12.0, 24.5],
         "ahead": [11.5, 23.0],
     }.items():
         for value in values:
-            times.add(kind, [value, value])
-    assert times.overhead_percent() == pytest.approx(10.0)
-    assert times.ahead_percent() == pytest.approx(5.0)
-    assert times.with_seeds_percent() == pytest.approx(20.0)
+            times.add(kind, [overhead.StepTime(value, value / 10, value / 20)] * 3)
+    found = times.figures()
+    assert found["overhead_percent"] == pytest.approx(11.25)
+    assert found["overhead_interval"] == {"low": 10.0, "high": 12.5}
+    assert found["ahead_percent"] == pytest.approx(5.0)
+    assert found["with_seeds_percent"] == pytest.approx(21.25)
+    assert found["session"]["asking"]["percent"] == pytest.approx(100 * 1.2 / 15)
+    assert found["session"]["asking"]["processor"]["p50_ms"] == pytest.approx(0.6)

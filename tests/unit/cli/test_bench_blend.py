@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 
 from esper_rpc.blending import BLEND_MODES
@@ -21,13 +19,6 @@ def test_every_mode_trains_the_seed_of_every_model(model):
     assert not scene.failure
 
 
-def test_each_mode_is_as_often_at_each_place_and_before_each_other():
-    rounds = [blend._in_turn(turn) for turn in range(8)]
-    places = Counter((mode, place) for order in rounds for place, mode in enumerate(order))
-    assert set(places.values()) == {2}
-    assert {frozenset(order) for order in rounds} == {frozenset(BLEND_MODES)}
-
-
 def test_a_mode_is_compared_with_convex_of_the_same_round():
     convex = [blend.Block(1.0, 2.0), blend.Block(10.0, 40.0), blend.Block(2.0, 4.0)]
     own = [blend.Block(1.1, 4.0), blend.Block(12.0, 80.0), blend.Block(2.1, 8.0)]
@@ -35,13 +26,6 @@ def test_a_mode_is_compared_with_convex_of_the_same_round():
         "step_ms": 2.1, "ratio_to_convex": 1.1, "ratio_low": 1.05, "ratio_high": 1.2, "over_convex_ms": 0.1,
         "wall_ms": 8.0, "wall_ratio_to_convex": 2.0,
     }  # fmt: skip
-
-
-def test_it_goes_on_until_the_time_is_over_and_there_are_enough_rounds():
-    ticks = iter(range(100))
-    assert list(blend._until(0, clock=ticks.__next__)) == list(range(blend.LEAST_ROUNDS))
-    # It looks at the clock once there are enough.
-    assert list(blend._until(20, clock=ticks.__next__)) == list(range(blend.LEAST_ROUNDS - 1 + 20))
 
 
 def test_a_short_run_has_the_keys_that_are_documented(monkeypatch):

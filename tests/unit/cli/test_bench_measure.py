@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 
-from esper_servers.cli.bench.measure import median_interval
+from esper_servers.cli.bench.measure import in_turn, median_interval, rounds_for
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,17 @@ def test_nineteen_times_in_twenty_it_holds_the_median():
         low, high = median_interval([draw.expovariate(1.0) for _ in range(25)])
         held += low <= 0.6931 <= high
     assert held / 400 >= 0.93
+
+
+def test_each_kind_is_as_often_at_each_place_and_before_each_other():
+    rounds = [in_turn("abcd", turn) for turn in range(8)]
+    places = Counter((kind, place) for order in rounds for place, kind in enumerate(order))
+    assert set(places.values()) == {2}
+    assert {frozenset(order) for order in rounds} == {frozenset("abcd")}
+
+
+def test_rounds_go_on_until_the_time_is_over_and_there_are_enough():
+    ticks = iter(range(100))
+    assert list(rounds_for(0, least=8, clock=ticks.__next__)) == list(range(8))
+    # It looks at the clock once there are enough.
+    assert list(rounds_for(20, least=8, clock=ticks.__next__)) == list(range(7 + 20))

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import orjson
@@ -12,7 +11,7 @@ import typer
 from esper_rpc.blending import BLEND_MODES, CHANNEL, CONVEX, MAP_CEILING
 from esper_servers.cli.console import JsonOption
 
-from .measure import machine, median_interval, show
+from .measure import in_turn, machine, median_interval, rounds_for, show
 
 if TYPE_CHECKING:
     import torch
@@ -99,26 +98,10 @@ def _compared(scene: Scene, seconds: float) -> dict[str, Any]:
     """Take blocks of the modes in turns, so that a noisy moment hits all; compare within each round."""
     blocks: dict[str, list[Block]] = {mode: [] for mode in BLEND_MODES}
     _round(scene, BLEND_MODES)
-    for turn in _until(seconds):
-        for mode, block in _round(scene, _in_turn(turn)).items():
+    for turn in rounds_for(seconds, least=LEAST_ROUNDS):
+        for mode, block in _round(scene, in_turn(BLEND_MODES, turn)).items():
             blocks[mode].append(block)
     return {mode.lower(): _figures(blocks, mode) for mode in BLEND_MODES} | {"rounds": turn + 1}
-
-
-def _until(seconds: float, clock: Callable[[], float] = time.perf_counter) -> Iterator[int]:
-    """Count rounds until so much time is over, and there are enough."""
-    begun = clock()
-    for turn in count():
-        yield turn
-        if turn + 1 >= LEAST_ROUNDS and clock() - begun >= seconds:
-            return
-
-
-def _in_turn(turn: int) -> Sequence[str]:
-    """The modes from another one on in each round, so that none always follows the same."""
-    first = turn % len(BLEND_MODES)
-    order = BLEND_MODES[first:] + BLEND_MODES[:first]
-    return order if turn // len(BLEND_MODES) % 2 == 0 else order[::-1]
 
 
 def _round(scene: Scene, modes: Sequence[str]) -> dict[str, Block]:

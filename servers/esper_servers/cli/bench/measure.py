@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import platform
@@ -10,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -19,6 +20,8 @@ from esper_servers.cli.home import Home
 
 PACE_SECONDS = 0.030
 WARM_UP = 50
+
+Kind = TypeVar("Kind")
 
 CountOption = Annotated[int, typer.Option("--steps", min=20, help="How often to measure.")]
 
@@ -65,6 +68,22 @@ def percentiles(values_ms: Sequence[float], *, unit: str = "ms") -> dict[str, fl
     """Return nearest-rank percentiles, named p50_ms and so on."""
     ordered = sorted(values_ms)
     return {f"p{share}_{unit}": round(_nearest_rank(ordered, share), 4) for share in (50, 95, 99)}
+
+
+def rounds_for(seconds: float, *, least: int, clock: Callable[[], float] = time.perf_counter) -> Iterator[int]:
+    """Count rounds until so much time is over, and there are enough."""
+    begun = clock()
+    for turn in itertools.count():
+        yield turn
+        if turn + 1 >= least and clock() - begun >= seconds:
+            return
+
+
+def in_turn(kinds: Sequence[Kind], turn: int) -> list[Kind]:
+    """Return the kinds from another one on in each round, and backwards at times: none always follows the same."""
+    first = turn % len(kinds)
+    order = [*kinds[first:], *kinds[:first]]
+    return order if turn // len(kinds) % 2 == 0 else order[::-1]
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:

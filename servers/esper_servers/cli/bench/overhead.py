@@ -3,7 +3,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -13,7 +14,7 @@ from esper_servers.cli.console import JsonOption, environ_of
 from esper_servers.cli.home import Home
 from esper_servers.cli.processes import Supervisor
 
-from .measure import machine, percentiles, scratch_home, show
+from .measure import in_turn, machine, median_interval, percentiles, rounds_for, scratch_home, show
 from .served_plan import COMPILED, PlanOption, serving_plan
 from .urza import seed
 
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from esper_client import TrainingSession
 
 PLAIN, SILENT, ASKING, AHEAD = KINDS = ("plain", "silent", "asking", "ahead")
-SHARES = ("overhead_percent", "ahead_percent", "with_seeds_percent")
+SHARES = ("overhead_percent", "overhead_interval", "ahead_percent", "ahead_interval", "with_seeds_percent")
 LENGTHS_MS = [10, 50, 200]
-BLOCK_STEPS = 12
+BLOCK_STEPS = 6
 # After a pause the first steps of a block are not yet in their rhythm.
 SETTLING_STEPS = 2
+LEAST_ROUNDS = 8
+"""Until then no kind has been at each place in both directions."""
 BUDGET_MS = 5.0
 WIDTH = 256
 _CONNECT_SECONDS = 20.0
@@ -37,7 +40,7 @@ _WARM_UP_STEPS = 10
 
 def overhead(
     context: typer.Context,
-    blocks: Annotated[int, typer.Option(min=2, help="How many blocks of each kind for each length of a step.")] = 12,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="How long to measure each length.")] = 60.0,
     step_ms: Annotated[
         list[int], typer.Option("--step-ms", min=2, help="How long a step is; may be repeated.")
     ] = LENGTHS_MS,
@@ -52,7 +55,7 @@ def overhead(
     with scratch_home() as home:
         seed(home)
         with Supervisor(home, serving_plan(plan, home, environ_of(context))):
-            rows = {f"{length}ms": measure(home, length, blocks) for length in step_ms}
+            rows = {f"{length}ms": measure(home, length, seconds) for length in step_ms}
     document = {
         **{share: {name: row[share] for name, row in rows.items()} for share in SHARES},
         "steps": rows,
@@ -61,7 +64,7 @@ def overhead(
     show("overhead", document, as_json=as_json)
 
 
-def measure(home: Home, step_ms: float, blocks: int) -> dict[str, Any]:
+def measure(home: Home, step_ms: float, seconds: float) -> dict[str, Any]:
     """Return the shares for steps of about this length, and what they were computed from."""
     import torch
 
@@ -69,70 +72,91 @@ def measure(home: Home, step_ms: float, blocks: int) -> dict[str, Any]:
     batch = _batch_for(step_ms)
     plain, attached = Training.plain(batch), Training.attached(batch, home)
     try:
-        times = _in_turns(plain, attached, blocks)
+        times = _in_turns(plain, attached, seconds)
         session = attached.session
         assert session is not None
         answers, seeds = dict(session.reasons), len(session.host.export_seed_states())
     finally:
         attached.close()
-    return {
-        "overhead_percent": times.overhead_percent(),
-        "ahead_percent": times.ahead_percent(),
-        "with_seeds_percent": times.with_seeds_percent(),
-        **{kind: percentiles(times.all(kind)) for kind in KINDS},
-        "batch": batch,
-        "seeds": seeds,
-        "answers": answers,
-    }
+    return {**times.figures(), "batch": batch, "seeds": seeds, "answers": answers}
+
+
+class StepTime(NamedTuple):
+    """What a step took, and what of it the calls of the session did."""
+
+    total_ms: float
+    session_ms: float = 0.0
+    session_processor_ms: float = 0.0
+    """The time of the training thread in them, without what it waited."""
 
 
 class Times:
-    """Steps in milliseconds, by kind and block."""
+    """Steps by kind and block."""
 
     def __init__(self) -> None:
-        self._blocks: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
+        self._blocks: dict[str, list[list[StepTime]]] = {kind: [] for kind in KINDS}
 
-    def add(self, kind: str, block: list[float]) -> None:
+    def add(self, kind: str, block: list[StepTime]) -> None:
         """Add a block; the ones of a round are compared with each other."""
         self._blocks[kind].append(block)
 
-    def all(self, kind: str) -> list[float]:
-        """Return every step of a kind."""
-        return [value for block in self._blocks[kind] for value in block]
+    def figures(self) -> dict[str, Any]:
+        """Return all that is told of them."""
+        asking, ahead = self._added(ASKING, SILENT), self._added(AHEAD, SILENT)
+        return {
+            "overhead_percent": _median(asking),
+            "overhead_interval": _interval(asking),
+            "ahead_percent": _median(ahead),
+            "ahead_interval": _interval(ahead),
+            "with_seeds_percent": _median(self._added(ASKING, PLAIN)),
+            **{kind: percentiles([step.total_ms for step in self._all(kind)]) for kind in KINDS},
+            "session": {kind: self._session(kind) for kind in (ASKING, AHEAD)},
+            "rounds": len(self._blocks[PLAIN]),
+        }
 
-    def overhead_percent(self) -> float:
-        """What asking adds to a step of the same model, as a share of a plain one."""
-        return self._added(ASKING, SILENT)
+    def _session(self, kind: str) -> dict[str, Any]:
+        steps = self._all(kind)
+        plain = statistics.median(step.total_ms for step in self._all(PLAIN))
+        found = percentiles([step.session_ms for step in steps])
+        return {
+            **found,
+            "processor": percentiles([step.session_processor_ms for step in steps]),
+            "percent": round(100 * found["p50_ms"] / plain, 2),
+        }
 
-    def ahead_percent(self) -> float:
-        """The same of a step that asks before its backward pass."""
-        return self._added(AHEAD, SILENT)
+    def _all(self, kind: str) -> list[StepTime]:
+        return [step for block in self._blocks[kind] for step in block]
 
-    def with_seeds_percent(self) -> float:
-        """What asking, sites and seeds add to a plain step."""
-        return self._added(ASKING, PLAIN)
-
-    def _added(self, with_mesh: str, without: str) -> float:
-        medians = {kind: [statistics.median(block) for block in self._blocks[kind]] for kind in KINDS}
+    def _added(self, with_mesh: str, without: str) -> list[float]:
+        """What one kind takes more than another in each round, in percent of a plain step."""
+        medians = {kind: [_median_ms(block) for block in blocks] for kind, blocks in self._blocks.items()}
         rounds = zip(medians[with_mesh], medians[without], medians[PLAIN], strict=True)
-        return round(100 * statistics.median((long - short) / base for long, short, base in rounds), 2)
+        return [100 * (longer - shorter) / base for longer, shorter, base in rounds]
 
 
-def _in_turns(plain: Training, attached: Training, blocks: int) -> Times:
+def _median_ms(block: list[StepTime]) -> float:
+    return statistics.median(step.total_ms for step in block)
+
+
+def _median(shares: list[float]) -> float:
+    return round(statistics.median(shares), 2)
+
+
+def _interval(shares: list[float]) -> dict[str, float]:
+    low, high = median_interval(shares)
+    return {"low": round(low, 2), "high": round(high, 2)}
+
+
+def _in_turns(plain: Training, attached: Training, seconds: float) -> Times:
+    kinds: list[tuple[str, Callable[[], StepTime]]] = [
+        (PLAIN, plain.step), (SILENT, attached.step),
+        (ASKING, attached.step_and_ask), (AHEAD, attached.ask_and_step),
+    ]  # fmt: skip
     times = Times()
-    for turn in range(blocks):
-        kinds: list[tuple[str, Callable[[], float]]] = [
-            (PLAIN, plain.step), (SILENT, attached.step),
-            (ASKING, attached.step_and_ask), (AHEAD, attached.ask_and_step),
-        ]  # fmt: skip
-        for kind, step in _rotated(kinds, turn):
+    for turn in rounds_for(seconds, least=LEAST_ROUNDS):
+        for kind, step in in_turn(kinds, turn):
             times.add(kind, [step() for _ in range(BLOCK_STEPS)][SETTLING_STEPS:])
     return times
-
-
-def _rotated(kinds: list[tuple[str, Callable[[], float]]], turn: int) -> Iterator[tuple[str, Callable[[], float]]]:
-    first = turn % len(kinds)
-    yield from kinds[first:] + kinds[:first]
 
 
 def _batch_for(step_ms: float) -> int:
@@ -140,11 +164,30 @@ def _batch_for(step_ms: float) -> int:
     batch = 64
     for _ in range(6):
         training = Training.plain(batch)
-        took = statistics.median(training.step() for _ in range(_WARM_UP_STEPS))
+        took = statistics.median(training.step().total_ms for _ in range(_WARM_UP_STEPS))
         if 0.9 < took / step_ms < 1.1:
             break
         batch = max(16, int(batch * min(8.0, step_ms / took)))
     return batch
+
+
+class _Stopwatch:
+    """Adds up what parts of a step take this thread."""
+
+    def __init__(self) -> None:
+        self._wall = self._processor = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what is done meanwhile."""
+        wall, processor = time.perf_counter(), time.thread_time()
+        yield
+        self._wall += time.perf_counter() - wall
+        self._processor += time.thread_time() - processor
+
+    def part_of(self, begun: float) -> StepTime:
+        """Return the time of a step that began then and ends now."""
+        return StepTime((time.perf_counter() - begun) * 1e3, self._wall * 1e3, self._processor * 1e3)
 
 
 class Training:
@@ -180,30 +223,33 @@ class Training:
         training._connect()
         return training
 
-    def step(self) -> float:
-        """Train one step; returns milliseconds."""
+    def step(self) -> StepTime:
+        """Train one step."""
         begun = time.perf_counter()
         self._improve(self._loss())
-        return (time.perf_counter() - begun) * 1e3
+        return StepTime((time.perf_counter() - begun) * 1e3)
 
-    def step_and_ask(self) -> float:
-        """Train one step and ask the mesh at its end; returns milliseconds."""
+    def step_and_ask(self) -> StepTime:
+        """Train one step and ask the mesh at its end."""
         assert self.session is not None
-        begun = time.perf_counter()
+        begun, asking = time.perf_counter(), _Stopwatch()
         loss = self._loss()
         self._improve(loss)
-        self.session.step(loss, samples=self._batch)
-        return (time.perf_counter() - begun) * 1e3
+        with asking.running():
+            self.session.step(loss, samples=self._batch)
+        return asking.part_of(begun)
 
-    def ask_and_step(self) -> float:
-        """Ask the mesh when the loss is known, and train meanwhile; returns milliseconds."""
+    def ask_and_step(self) -> StepTime:
+        """Ask the mesh when the loss is known, and train meanwhile."""
         assert self.session is not None
-        begun = time.perf_counter()
+        begun, asking = time.perf_counter(), _Stopwatch()
         loss = self._loss()
-        self.session.begin_step(loss, samples=self._batch)
+        with asking.running():
+            self.session.begin_step(loss, samples=self._batch)
         self._improve(loss)
-        self.session.finish_step()
-        return (time.perf_counter() - begun) * 1e3
+        with asking.running():
+            self.session.finish_step()
+        return asking.part_of(begun)
 
     def close(self) -> None:
         """End the session."""

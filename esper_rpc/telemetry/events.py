@@ -70,9 +70,15 @@ def tell_event(
         level=level,
         attributes={key: str(value) for key, value in indicators.items()},
     )
-    packet = TelemetryPacket(packet_id=event.event_id, source_subsystem=source, level=level, events=[event])
-    packet.timestamp.GetCurrentTime()
+    packet = hand_over(source, event)
     record_packets([packet])
+    return packet
+
+
+def hand_over(source: str, event: TelemetryEvent) -> TelemetryPacket:
+    """Give an event to whoever listens, in a packet of its own, and neither log nor count it."""
+    packet = TelemetryPacket(packet_id=event.event_id, source_subsystem=source, level=event.level, events=[event])
+    packet.timestamp.GetCurrentTime()
     for listener in tuple(_listeners):
         listener(packet)
     return packet

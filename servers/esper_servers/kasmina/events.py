@@ -7,6 +7,7 @@ from esper_rpc.proto.kasmina.v1 import GateEvent, SeedEvent
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage
 
 from . import lifecycle
+from .notices import INFO, Tell, tell_nobody
 from .progress import Progress
 from .rejections import Rejections
 from .seed_slot import SeedSlot
@@ -20,8 +21,9 @@ Listener = Callable[[SeedEvent | None], None]
 class SeedEvents:
     """Tells listeners what happens to seeds, and remembers the last outcomes."""
 
-    def __init__(self, seeds: Mapping[str, SeedSlot], progress: Progress) -> None:
+    def __init__(self, seeds: Mapping[str, SeedSlot], progress: Progress, tell: Tell = tell_nobody) -> None:
         self._seeds = seeds
+        self._telemetry = tell
         self._progress = progress
         self._listeners: list[Listener] = []
         self.outcomes: deque[CommandOutcome] = deque(maxlen=REMEMBERED_OUTCOMES)
@@ -39,7 +41,10 @@ class SeedEvents:
         reason: str,
         command_id: str = "",
     ) -> None:
-        """Tell that a seed has left a stage."""
+        """Tell that a seed has left a stage, or begun anew in the one it is in."""
+        self._telemetry(
+            "seed_stage", INFO, reason=reason, seed_id=slot.seed_id, stage=_name(slot.stage), before=_name(before)
+        )
         self._tell(
             SeedEvent(
                 seed_id=slot.seed_id, from_stage=before, to_stage=slot.stage, reason=reason, command_id=command_id
@@ -83,3 +88,7 @@ class SeedEvents:
         event.occurred_at.GetCurrentTime()
         for listener in list(self._listeners):
             listener(event)
+
+
+def _name(stage: SeedLifecycleStage.ValueType) -> str:
+    return SeedLifecycleStage.Name(stage).removeprefix("SEED_LIFECYCLE_STAGE_")

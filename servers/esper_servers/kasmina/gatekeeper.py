@@ -3,11 +3,12 @@ from __future__ import annotations
 from esper_rpc.proto.kasmina.v1 import GateEvent, GateResult
 from esper_rpc.proto.leyline.v1 import CommandSeedOperation, SeedLifecycleGate, SeedLifecycleStage
 
-from . import lifecycle
+from . import lifecycle, step_packets
 from .events import SeedEvents
 from .gates import gradient_health, interface, reset, sanity, stability, system_impact
 from .gates.config import GateConfig
 from .gates.report import FAILED
+from .isolation.isolation import Isolation
 from .kernel_library import UNAVAILABLE, UNKNOWN_BLUEPRINT, Kernel
 from .notices import INFO, WARNING, Tell
 from .ownership import Ownership
@@ -22,10 +23,18 @@ class Gatekeeper:
     """Asks the gate that stands before a stage, and tells what it found."""
 
     def __init__(
-        self, *, config: GateConfig, ownership: Ownership, progress: Progress, events: SeedEvents, tell: Tell
+        self,
+        *,
+        config: GateConfig,
+        ownership: Ownership,
+        isolation: Isolation,
+        progress: Progress,
+        events: SeedEvents,
+        tell: Tell,
     ) -> None:
         self.config = config
         self._ownership = ownership
+        self._isolation = isolation
         self._progress = progress
         self._events = events
         self._tell = tell
@@ -36,6 +45,10 @@ class Gatekeeper:
             return sanity.judge(operation, kernel.blueprint.descriptor, "")
         # What came and cannot be used is a failure to load, after germination.
         return sanity.judge(operation, None, kernel if kernel in NOT_TO_BE_HAD else "")
+
+    def violations_of(self, seed_id: str) -> int:
+        """Return how often a seed wrote, or would have written, to what is not its own since it was planted."""
+        return self._ownership.violations_of(seed_id) + self._isolation.violations_of(seed_id)
 
     def judge(self, slot: SeedSlot, target: SeedLifecycleStage.ValueType, command_id: str = "") -> GateEvent | None:
         """Ask the gate before a stage; None when none stands there."""
@@ -57,11 +70,16 @@ class Gatekeeper:
         if target == slot.stage:
             return None
         if target == lifecycle.BLENDING:
-            return gradient_health.judge(slot, loss=loss, violations=self._ownership.violations_of(slot.seed_id))
+            return gradient_health.judge(
+                slot,
+                loss=loss,
+                violations=self.violations_of(slot.seed_id),
+                is_measured=self._isolation.is_healthy(slot.seed_id),
+            )
         if target == lifecycle.SHADOWING:
             return stability.judge(slot, self.config)
         if target == lifecycle.PROBATIONARY:
-            return interface.judge(slot, untold=())
+            return interface.judge(slot, untold=step_packets.untold(slot))
         if target == lifecycle.FOSSILIZED:
             return system_impact.judge(slot, self.config, loss=loss)
         if target == lifecycle.DORMANT:

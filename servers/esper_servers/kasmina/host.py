@@ -15,7 +15,15 @@ from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.envelope import Keyring, Verifier
 from esper_rpc.errors import FailedPrecondition, NotFound
 from esper_rpc.pause_quota import PauseConfig
-from esper_rpc.proto.leyline.v1 import CommandOutcome, CommandType, SeedState, SignedEnvelope, TelemetryPacket
+from esper_rpc.proto.leyline.v1 import (
+    AdaptationCommand,
+    CommandOutcome,
+    CommandType,
+    SeedState,
+    SignedEnvelope,
+    SystemHealth,
+    TelemetryPacket,
+)
 from esper_servers.blueprints.catalogue import BlueprintFactory
 from esper_servers.blueprints.extras import describe_module
 
@@ -27,6 +35,7 @@ from .export import without_sites
 from .gatekeeper import Gatekeeper
 from .gates.config import GateConfig
 from .germination import Nursery
+from .health import HostHealth
 from .inbox import CommandInbox, Queued
 from .isolation.isolation import Isolation
 from .kernel_library import KernelLibrary
@@ -34,7 +43,7 @@ from .learning_rate import LearningRateAuthority
 from .limits import LocalLimits
 from .live_seeds import LiveSeeds
 from .memory import MemoryConfig, MemoryGovernor, MemoryReader
-from .notices import Notices
+from .notices import WARNING, Notices
 from .ownership import Ownership
 from .parameter_names import foreign_parameters
 from .pausing import Pauses
@@ -74,7 +83,7 @@ class InProcessSeedHost:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Host these sites. With `background` modules are built there, and a germination waits for its module."""
-        limits = limits or LocalLimits()
+        limits, gates = limits or LocalLimits(), gates or GateConfig()
         self._model, self._sites, self._learning_rate = model, dict(sites), learning_rate
         self._topology = orjson.dumps(describe_module(model))
         self._lock = threading.RLock()
@@ -82,14 +91,14 @@ class InProcessSeedHost:
             f"seed-{site_id}": SeedSlot(seed_id=f"seed-{site_id}", site_id=site_id, site=site, depth=depth)
             for depth, (site_id, site) in enumerate(sites.items())
         }
-        self._progress = Progress()
-        self._events = SeedEvents(self.seeds, self._progress)
+        self._progress, self._notices = Progress(), Notices()
+        tell = self._notices.tell
+        self._events = SeedEvents(self.seeds, self._progress, tell)
         self.verifier = Verifier(keyring=keyring, audience=audience, receiver_epoch=os.urandom(16))
         self._inbox = CommandInbox(
-            verifier=self.verifier, library=library, events=self._events, progress=self._progress
+            verifier=self.verifier, library=library, events=self._events, progress=self._progress, tell=tell
         )
-        self._notices, self._library, self._live = Notices(), library, LiveSeeds()
-        tell = self._notices.tell
+        self._library, self._live = library, LiveSeeds()
         library.report_to(tell)
         self._ownership = Ownership(model, tell=tell)
         self._isolation = Isolation(self._trained, clock=clock, tell=tell, on_shared=self._ownership.validate)
@@ -109,15 +118,17 @@ class InProcessSeedHost:
             tell=tell,
         )
         self._pauses = Pauses(limits=limits, clock=clock, quota=pause, tell=tell)
+        gatekeeper = Gatekeeper(
+            config=gates,
+            ownership=self._ownership,
+            isolation=self._isolation,
+            progress=self._progress,
+            events=self._events,
+            tell=tell,
+        )
         self._surgeon = Surgeon(
             seeds=self.seeds,
-            gatekeeper=Gatekeeper(
-                config=gates or GateConfig(),
-                ownership=self._ownership,
-                progress=self._progress,
-                events=self._events,
-                tell=tell,
-            ),
+            gatekeeper=gatekeeper,
             nursery=self._nursery,
             ownership=self._ownership,
             isolation=self._isolation,
@@ -135,6 +146,7 @@ class InProcessSeedHost:
             seeds=self.seeds, factories=factories, learning_rate=learning_rate, progress=self._progress,
             on_restored=self._recount,
         )  # fmt: skip
+        self._health = HostHealth(breakers=self.breakers, violations_of=gatekeeper.violations_of, slow_ms=gates.hook_ms)
         self._safe_point = SafePoint(has_training_thread=has_training_thread)
 
     @property
@@ -251,11 +263,17 @@ class InProcessSeedHost:
             self._pauses.tick()
             has_looked = self._governor.look()
             events = [*self._events.rejections.take(step_index), *self._notices.take(step_index)]
-            packets = step_packets.flush(self.seeds.values(), step_index, events, self._isolation.metrics_of)
+            slots = self.seeds.values()
+            packets = step_packets.flush(slots, step_index, events, self._health.of(slots), self._isolation.metrics_of)
             packets[-1].metrics.extend(self._isolation.metrics())
             if has_looked:
                 packets[-1].metrics.extend([*self._nursery.metrics(), *self._governor.metrics()])
             return packets
+
+    def health(self) -> SystemHealth:
+        """Return how well this host does, and what speaks against it."""
+        with self._lock:
+            return self._health.of(self.seeds.values())
 
     def export_seed_states(self) -> list[SeedState]:
         """Return the state of every seed."""
@@ -346,7 +364,9 @@ class InProcessSeedHost:
         self._safe_point.close()
 
     def _settle(self, queued: Queued) -> CommandOutcome | None:
+        begun = time.perf_counter()
         what = verdict.failed(ROLLED_BACK) if self._is_outdated(queued) else self._surgeon.carry_out(queued)
+        self._tell_if_late(queued.command, (time.perf_counter() - begun) * 1e3)
         if what is None:
             self._inbox.put_back(queued)
             return None
@@ -357,6 +377,16 @@ class InProcessSeedHost:
         self.verifier.record_outcome(command.command_id, outcome)
         self._nursery.forget(command.command_id)
         return self._events.settled(outcome)
+
+    def _tell_if_late(self, command: AdaptationCommand, took_ms: float) -> None:
+        # In a pause the deadline is how long it lasts.
+        if command.command_type == CommandType.COMMAND_TYPE_PAUSE or not command.execution_deadline_ms:
+            return
+        if took_ms > command.execution_deadline_ms:
+            self._notices.tell(
+                "deadline_violation", WARNING, reason="slow_command", seed_id=command.target_seed_id,
+                command_id=command.command_id, took_ms=round(took_ms, 3), deadline_ms=command.execution_deadline_ms,
+            )  # fmt: skip
 
     def _is_outdated(self, queued: Queued) -> bool:
         """Whether a rollback came after it was verified; what is not for seeds may be the rollback itself."""

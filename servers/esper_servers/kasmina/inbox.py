@@ -14,9 +14,12 @@ from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, Comman
 from . import verdict
 from .events import SeedEvents
 from .kernel_library import KernelLibrary
+from .notices import WARNING, Tell
 from .progress import Progress
 
 MALFORMED = "malformed_payload"
+MOST_QUEUED = 10_000
+"""Commands that wait for a safe point at most; a loop that stands still would gather them without end."""
 SUPPORTED = frozenset(
     {CommandType.COMMAND_TYPE_SEED, CommandType.COMMAND_TYPE_PAUSE, CommandType.COMMAND_TYPE_OPTIMIZER}
 )
@@ -37,8 +40,11 @@ class Queued(NamedTuple):
 class CommandInbox:
     """Verifies what arrives and queues it, from any thread. What is refused changes nothing."""
 
-    def __init__(self, *, verifier: Verifier, library: KernelLibrary, events: SeedEvents, progress: Progress) -> None:
+    def __init__(
+        self, *, verifier: Verifier, library: KernelLibrary, events: SeedEvents, progress: Progress, tell: Tell
+    ) -> None:
         self.verifier = verifier
+        self._tell = tell
         self._library = library
         self._events = events
         self._progress = progress
@@ -86,6 +92,9 @@ class CommandInbox:
 
     def _why_not(self, command: AdaptationCommand, nonce: str) -> str:
         """Why a well-formed command is refused, empty when it is not."""
+        if len(self._queue) >= MOST_QUEUED:
+            self._tell("seed_queue_dropped", WARNING, reason=reasons.LOCAL_LIMIT, command_id=command.command_id)
+            return reasons.LOCAL_LIMIT
         if command.command_id != nonce:
             return reasons.NONCE_REPLAYED
         return "" if command.command_type in self.supported else reasons.UNSUPPORTED

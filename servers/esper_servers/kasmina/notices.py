@@ -9,7 +9,7 @@ from typing import Protocol
 import structlog
 
 from esper_rpc.proto.leyline.v1 import TelemetryEvent, TelemetryLevel
-from esper_rpc.telemetry.events import PRIORITY_OF, name_of
+from esper_rpc.telemetry.events import PRIORITY_OF, hand_over, name_of
 
 log = structlog.get_logger(__name__)
 
@@ -19,6 +19,7 @@ INFO = TelemetryLevel.TELEMETRY_LEVEL_INFO
 WARNING = TelemetryLevel.TELEMETRY_LEVEL_WARNING
 ERROR = TelemetryLevel.TELEMETRY_LEVEL_ERROR
 CRITICAL = TelemetryLevel.TELEMETRY_LEVEL_CRITICAL
+SOURCE = "kasmina"
 _LOG_LEVEL = {WARNING: logging.WARNING, ERROR: logging.ERROR, CRITICAL: logging.CRITICAL}
 
 
@@ -35,7 +36,8 @@ def tell_nobody(name: str, level: TelemetryLevel.ValueType, *, reason: str, **de
 class Notices:
     """What happened since the last step, as events for its global packet; what is not in order is logged at once.
 
-    Safe to use from any thread. The first ones are told each, the rest as a number by name.
+    What is CRITICAL is given at once to whoever listens to this process, too. The first ones of a step are told each,
+    the rest as a number by name. Safe to use from any thread.
     """
 
     def __init__(self) -> None:
@@ -50,6 +52,8 @@ class Notices:
             log.log(_LOG_LEVEL[level], name, **known)
         attributes = {key: str(value)[:LONGEST_DETAIL] for key, value in known.items()}
         event = TelemetryEvent(event_id=str(uuid.uuid4()), description=name, level=level, attributes=attributes)
+        if level == CRITICAL:
+            hand_over(SOURCE, event)
         with self._lock:
             if len(self._first) < TOLD_EACH:
                 self._first.append(event)

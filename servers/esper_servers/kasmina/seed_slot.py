@@ -29,6 +29,7 @@ DEFAULT_RISK_TOLERANCE = 0.5
 _SAVED = (
     "blueprint_id", "risk", "steps_in_stage", "age_epochs", "updates", "violations", "gradient_norm",
     "loss_at_graft", "grafted_at", "embargo_left", "is_fine_tuning", "adopted_as", "alpha_band",
+    "fallback_used",
 )  # fmt: skip
 
 
@@ -65,6 +66,8 @@ class SeedSlot:
     grafted_at: int = 0
     """The last step whose output it had no part in."""
     steadiness: Steadiness = field(default_factory=Steadiness)
+    fallback_used: bool = False
+    """Whether something simpler stands in for what was asked: CONVEX for its mode, or the host for its kernel."""
     embargo_left: float = 0.0
     """Seconds until it may germinate again."""
     adopted_as: int = 0
@@ -117,7 +120,7 @@ class SeedSlot:
         """Forget what was counted and measured of the seed that grew here."""
         self.schedule, self.blend, self.alpha_band, self.steadiness = AlphaSchedule(), BlendConfig(), 0, Steadiness()
         self.updates, self.violations, self.age_epochs, self.gradient_norm = 0, 0, 0, None
-        self.loss_at_graft, self.grafted_at, self.paused_until = None, 0, 0.0
+        self.loss_at_graft, self.grafted_at, self.paused_until, self.fallback_used = None, 0, 0.0, False
 
     def is_clean(self) -> bool:
         """Whether nothing is counted or measured, as after `reset`."""

@@ -29,7 +29,6 @@ from esper_rpc.proto.kasmina.v1 import (
     WatchSeedEventsRequest,
     WatchSeedEventsResponse,
 )
-from esper_rpc.proto.leyline.v1 import HealthStatus
 from esper_rpc.safe_point import when_safe
 from esper_rpc.server import Call
 
@@ -106,7 +105,7 @@ class KasminaServicer:
         """Return a snapshot, with the challenge that a command must carry."""
         host = self._host
         response = GetStatusResponse(
-            status=HealthStatus.HEALTH_STATUS_HEALTHY,
+            status=host.health().status,
             run_id=self._run_id,
             receiver_epoch=host.receiver_epoch,
             audience=host.verifier.audience,

@@ -142,7 +142,7 @@ class Surgeon:
 
     def _fall_back(self, slot: SeedSlot, reason: str, command_id: str = "") -> None:
         """Leave the host alone where a kernel has failed."""
-        failure = slot.site.failure
+        failure, slot.fallback_used = slot.site.failure, True
         self._cull(slot, reason, command_id)
         self._tell("fallback_applied", WARNING, reason=reason, seed_id=slot.seed_id, failure=failure)
         if reason == OUT_OF_MEMORY:
@@ -209,7 +209,7 @@ class Surgeon:
             "mode": blend.mode, "source": blend.source, "alpha_vec_len": len(blend.alpha_vec)
         }  # fmt: skip
         if problem:
-            reason = INVALID_BLEND_CONFIG
+            reason, slot.fallback_used = INVALID_BLEND_CONFIG, True
             self._tell("fallback_applied", WARNING, reason=reason, seed_id=slot.seed_id, problem=problem, **details)
         self._tell("blend_config", INFO, reason=COMMANDED, seed_id=slot.seed_id, **details)
 

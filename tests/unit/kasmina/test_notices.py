@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from structlog.testing import capture_logs
 
-from esper_servers.kasmina.notices import ERROR, INFO, LONGEST_DETAIL, TOLD_EACH, WARNING, Notices
+from esper_rpc.telemetry.events import listen
+from esper_servers.kasmina.notices import CRITICAL, ERROR, INFO, LONGEST_DETAIL, TOLD_EACH, WARNING, Notices
 
 
 def test_what_happened_is_told_once_with_reason_priority_and_step():
@@ -35,3 +36,15 @@ def test_a_flood_is_bounded_and_the_rest_is_counted_by_name():
     assert len(first) == TOLD_EACH
     assert {len(event.attributes["reason"]) for event in first} == {LONGEST_DETAIL}
     assert (rest.description, rest.attributes["count"]) == ("pause", "3")
+
+
+def test_what_is_critical_waits_for_no_step():
+    notices, packets = Notices(), []
+    stop = listen(packets.append)
+    notices.tell("isolation_violations", CRITICAL, reason="breaker_open", seed_id="a")
+    stop()
+    [packet] = packets
+    assert (packet.source_subsystem, packet.level) == ("kasmina", CRITICAL)
+    assert packet.events[0].attributes["seed_id"] == "a"
+    assert packet.events[0].attributes["priority"] == "CRITICAL"
+    assert [event.event_id for event in notices.take(1)] == [packet.packet_id]

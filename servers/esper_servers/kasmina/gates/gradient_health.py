@@ -15,8 +15,12 @@ GATE = SeedLifecycleGate.SEED_LIFECYCLE_GATE_G1_GRADIENT_HEALTH
 REASON = health.NOT_FINITE
 
 
-def judge(slot: SeedSlot, *, loss: float, violations: int) -> GateEvent:
-    """Judge a seed that has trained beside its host; `violations` are writes to what is not its own."""
+def judge(slot: SeedSlot, *, loss: float, violations: int, is_measured: bool) -> GateEvent:
+    """Judge a seed that has trained beside its host.
+
+    `violations` are writes to what is not its own, and gradients that overlap with the host's; `is_measured` tells
+    whether the hooks that look for these have worked.
+    """
     norm = slot.gradient_norm
     has_learned = slot.updates > 0 or slot.optimizer is None
     return report(
@@ -27,6 +31,7 @@ def judge(slot: SeedSlot, *, loss: float, violations: int) -> GateEvent:
             check("loss", NOT_YET, REASON, f"{loss:g}", holds=math.isfinite(loss)),
             check("learned", NOT_YET, REASON, f"{slot.updates} updates", holds=has_learned),
             check("gradients", NOT_YET, REASON, f"norm {norm}", holds=not slot.violations),
+            check("hooks", NOT_YET, REASON, holds=is_measured),
             check("isolation", FAILED, REASON, f"{violations} violations", holds=not violations),
         ],
     )

@@ -18,12 +18,13 @@ from esper_rpc.proto.kasmina.v1 import (
     AdvanceAlphaRequest,
     ApplyCommandRequest,
     FinalizeStepRequest,
+    GateResult,
     UpdateEpochRequest,
     WatchSeedEventsRequest,
     kasmina_service_pb2,
 )
 from esper_rpc.proto.kasmina.v1 import GetStatusRequest as KasminaStatusRequest
-from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, SeedOperation
+from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, SeedLifecycleGate, SeedOperation
 from esper_rpc.proto.urza.v1 import Blueprint
 from esper_rpc.testing import TemporaryMesh, serving
 from esper_servers.blueprints.catalogue import load_factories
@@ -86,7 +87,10 @@ async def test_an_operator_signs_from_the_status_and_sees_what_happens(tmp_path)
         assert first.outcome.result == CommandOutcome.RESULT_QUEUED
         assert (first.duplicate, again.duplicate) == (False, True)
         host.apply_pending()
-        moved, settled = (await anext(events)).event, (await anext(events)).event
+        asked, moved, settled = [(await anext(events)).event for _ in range(3)]
+        assert (asked.gate.gate, asked.gate.result) == (
+            SeedLifecycleGate.SEED_LIFECYCLE_GATE_G0_SANITY, GateResult.GATE_RESULT_PASSED,
+        )  # fmt: skip
         assert (moved.from_stage, moved.to_stage) == (lifecycle.DORMANT, lifecycle.GERMINATED)
         assert settled.outcome.result == CommandOutcome.RESULT_APPLIED
         status = await client.get_status(KasminaStatusRequest())

@@ -110,6 +110,12 @@ EPOCH_HOOK = Histogram(
     "esper_epoch_hook_seconds", "What the end of an epoch took at the trainer.", buckets=LATENCY_BUCKETS
 )
 
+EPOCH_DURATION = Histogram(
+    "esper_epoch_duration_seconds",
+    "What a whole epoch took, from the end of the one before.",
+    buckets=(1.0, 10.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0, 86_400.0),
+)
+
 _AUDIT_LOST = Counter("esper_audit_records_lost", "What the audit log could not keep.", ["cause"])
 # Made now: on a disk that is full already there may be no room for a new one.
 AUDIT_LOST = {cause: _AUDIT_LOST.labels(cause) for cause in ("queue", "disk")}

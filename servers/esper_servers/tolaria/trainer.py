@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ from esper_client.session import read_loss
 from esper_rpc.errors import EsperError, FailedPrecondition, NotFound
 from esper_rpc.proto.leyline.v1 import CommandOutcome, TelemetryLevel
 from esper_rpc.proto.tamiyo.v1 import EvaluateEpochRequest, StepDecision
+from esper_rpc.telemetry.metrics import EPOCH_DURATION
 
 from .aggregation.aggregator import Aggregated, GradientAggregator
 from .aggregation.layer_norms import Seeds, as_points, layer_norms
@@ -118,6 +120,7 @@ class Trainer:
         seeds: Seeds | None = None,
         profiler: StepProfiler | None = None,
         learning_rates: Callable[[], Mapping[str, float]] = dict,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Without a `controller` nobody is asked at the end of an epoch.
 
@@ -136,6 +139,8 @@ class Trainer:
         self.aggregator = aggregator or GradientAggregator()
         self._seeds = seeds
         self._learning_rates = learning_rates
+        self._clock = clock
+        self._epoch_began = clock()
         self.profiler = profiler
         """Traces the steps after a request, where there is one."""
         self._begun: _BegunStep | None = None
@@ -235,6 +240,7 @@ class Trainer:
         has_failed = failed or self._epoch_failed
         report = self._close_epoch(accuracy, "failed" if has_failed else "")
         self._epoch_failed = False
+        self._safely(self._time_epoch, None)
         if accuracy is not None:
             self._accuracy = accuracy
             self._safely(lambda: show({"tolaria.training.accuracy": accuracy}), None)
@@ -242,6 +248,10 @@ class Trainer:
         self._session.start_epoch(self._session.epoch + 1)
         self.hold()
         return report
+
+    def _time_epoch(self) -> None:
+        began, self._epoch_began = self._epoch_began, self._clock()
+        EPOCH_DURATION.observe(self._epoch_began - began)
 
     def _close_epoch(self, accuracy: float | None, problem: str) -> EpochReport[StepDecision]:
         controller, epoch = self._controller, self._session.epoch

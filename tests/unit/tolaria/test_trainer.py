@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from torch import nn
 
 from esper_client.halt import HaltSwitch
@@ -456,3 +457,12 @@ def test_the_family_of_the_optimizer_and_how_rates_stand_are_told(make_trainer, 
         "tolaria.lr_controller.rate": 0.05, "tolaria.lr_controller.multiplier": 0.5,
         "tolaria.lr_controller.violations": 0.0, "tolaria.lr_controller.breaker_state": 1.0,
     }  # fmt: skip
+
+
+def test_how_long_an_epoch_took_is_observed(make_trainer, clock):
+    loop = make_trainer(clock=clock)
+    before = REGISTRY.get_sample_value("esper_epoch_duration_seconds_sum")
+    for seconds in (100, 23):
+        clock.advance(seconds)
+        loop.trainer.end_epoch()
+    assert REGISTRY.get_sample_value("esper_epoch_duration_seconds_sum") - before == 123

@@ -39,6 +39,11 @@ def make_model():
     )
 
 
+def make_batch():
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+    return x, torch.randint(0, 3, (16,), generator=torch.Generator().manual_seed(2))
+
+
 def run_now(work):
     """Carry out a fetch at once, as if it had come back already."""
     try:
@@ -67,11 +72,13 @@ class Rig:
     factories: dict[str, BlueprintFactory] = field(default_factory=lambda: dict(FACTORIES))
     options: dict[str, object] = field(default_factory=dict)
     """Further arguments of the host."""
+    site_names: tuple[str, str] = ("0", "2")
+    batch: tuple[torch.Tensor, torch.Tensor] = field(default_factory=make_batch)
 
     def __post_init__(self):
         self.plain = copy.deepcopy(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        self.sites = wrap_sites(self.model, ["0", "2"])
+        self.sites = wrap_sites(self.model, self.site_names)
         self.authority = self.make_authority(self.optimizer)
         self.library = KernelLibrary(self._fetch, run_now)
         self.host = InProcessSeedHost(
@@ -85,8 +92,9 @@ class Rig:
         self.tamiyo = self.keyring("tamiyo")
         self.sequence = 0
         self.step_index = 0
-        self.x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
-        self.y = torch.randint(0, 3, (16,), generator=torch.Generator().manual_seed(2))
+        self.x, self.y = self.batch
+        self.run = self.model
+        """What the loop calls: the model, or what was made of it."""
         self.model(self.x)
 
     async def _fetch(self, blueprint_id):
@@ -163,7 +171,7 @@ class Rig:
         for _ in range(steps):
             self.clock.advance(0.05)
             self.optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(self.model(self.x), self.y)
+            loss = nn.functional.cross_entropy(self.run(self.x), self.y)
             loss.backward()
             self.optimizer.step()
             self.step_index += 1

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from esper_rpc.channel import ForkGuard
@@ -33,11 +32,6 @@ class LoopThread:
         """Run a coroutine there without waiting."""
         self.fork.check()
         asyncio.run_coroutine_threadsafe(work, self.loop)
-
-    def run_later(self, seconds: float, callback: Callable[..., object], *arguments: object) -> None:
-        """Run a function there after a while; after `stop` it never runs."""
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.loop.call_later, seconds, callback, *arguments)
 
     def stop(self) -> None:
         """Cancel what still runs there, and end the thread."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 from google.rpc.status_pb2 import Status
 
@@ -25,10 +26,18 @@ LONGEST_COMMAND_ID = 128
 class StepExchange:
     """Asks one question at a time and waits for its answer no longer than a budget."""
 
-    def __init__(self, *, thread: LoopThread, budget_seconds: float, breaker: BreakerConfig) -> None:
+    def __init__(
+        self,
+        *,
+        thread: LoopThread,
+        budget_seconds: float,
+        breaker: BreakerConfig,
+        on_sent: Callable[[], object] = lambda: None,
+    ) -> None:
         self.guard: StepGuard[StepDecision] = StepGuard()
         self._thread = thread
         self._budget_seconds = budget_seconds
+        self._on_sent = on_sent
         self._breaker = CircuitBreaker(config=breaker)
         self._stream: DecisionStream | None = None
         self._not_before = 0.0
@@ -71,8 +80,12 @@ class StepExchange:
         if not self._breaker.allow():
             return BREAKER_OPEN
         self._sequence, self._sent_at = sequence, self.guard.arm(sequence)
-        self._thread.loop.call_soon_threadsafe(self._stream.send, sequence, raw)
+        self._thread.loop.call_soon_threadsafe(self._send, self._stream, sequence, raw)
         return ""
+
+    def _send(self, stream: DecisionStream, sequence: int, raw: bytes) -> None:
+        stream.send(sequence, raw)
+        self._on_sent()
 
     def receive(self) -> StepDecision | None:
         """Return the answer to what was sent last, waiting for it until the budget has passed since; None is a miss."""

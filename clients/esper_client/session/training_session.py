@@ -30,14 +30,14 @@ from .answers import Answers
 from .config import SessionConfig
 from .loss import Loss, read_loss
 from .questions import Measured, Questions
-from .step_report import report_step, trace_step
+from .step_report import trace_step
+from .step_reports import StepReports
 from .step_times import StepTimes
 
 log = structlog.get_logger(__name__)
 
 FEATURES = ("seed", "pause", "optimizer")
 CLOSE_SECONDS = 5.0
-REPORTING_DELAY_SECONDS = 0.001
 StepListener = Callable[[int, int, Mapping[str, float]], None]
 
 Result = TypeVar("Result")
@@ -106,8 +106,12 @@ class TrainingSession:
         self._is_in_step = False
         self._telemetry = telemetry
         self._thread = thread or LoopThread()
+        self._reports = StepReports(self.run_id, self._thread)
         self._exchange = StepExchange(
-            thread=self._thread, budget_seconds=self.config.step_budget_ms / 1000, breaker=self.config.breaker
+            thread=self._thread,
+            budget_seconds=self.config.step_budget_ms / 1000,
+            breaker=self.config.breaker,
+            on_sent=self._reports.question_sent,
         )
         self._questions = Questions(run_id=self.run_id, host=host, config=self.config)
         self._answers = Answers(host=host, questions=self._questions, exchange=self._exchange, reasons=self.reasons)
@@ -275,6 +279,8 @@ class TrainingSession:
         self._closing.clear()
         with contextlib.suppress(Exception):
             self._thread.stop()
+        with contextlib.suppress(Exception):
+            self._reports.write()
 
     def __enter__(self) -> Self:
         return self
@@ -323,8 +329,7 @@ class TrainingSession:
         self.last_ledger = decision.ledger if decision is not None else StepLedger()
         timing = times.timing(float(self.last_ledger.total_us))
         self.timings.add(timing)
-        # At once the loop would take the interpreter from here.
-        self._thread.run_later(REPORTING_DELAY_SECONDS, report_step, self.run_id, self.global_step, timing, outcomes)
+        self._reports.add(self.global_step, timing, outcomes)
 
     def _guarded(self, work: Callable[[], Result]) -> Result | None:
         """Do what may fail without keeping the host from ending its step, which other ranks wait for."""

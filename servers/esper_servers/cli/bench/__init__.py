@@ -14,6 +14,7 @@ from . import (
     fleet,
     germinate,
     growth,
+    isolation,
     optim,
     overhead,
     overload,
@@ -36,6 +37,7 @@ app.command("emergency", epilog="Example: esper bench emergency --processes 8 --
 app.command("fleet", epilog="Example: esper bench fleet --seconds 5 --json")(fleet.fleet)
 app.command("germinate", epilog="Example: esper bench germinate --json")(germinate.germinate)
 app.command("growth", epilog="Example: esper bench growth --plot growth.svg --json")(growth.growth)
+app.command("isolation", epilog="Example: esper bench isolation --model cnn_25m --json")(isolation.isolation)
 app.command("overhead", epilog="Example: esper bench overhead --step-ms 50 --json")(overhead.overhead)
 app.command("optim", epilog="Example: esper bench optim --json")(optim.optim)
 app.command("overload", epilog="Example: esper bench overload --seconds 10 --json")(overload.overload)

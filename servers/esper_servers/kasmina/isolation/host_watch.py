@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 
 import structlog
@@ -19,8 +18,9 @@ LOOK_EACH = 64
 class HostWatch:
     """Where the parameters of a host lie, and how large its gradient is at the end of a backward pass."""
 
-    def __init__(self, parameters: Callable[[], Iterable[Tensor]]) -> None:
+    def __init__(self, parameters: Callable[[], Iterable[Tensor]], stopwatch: Callable[[], float]) -> None:
         self._parameters = parameters
+        self._stopwatch = stopwatch
         self.map = MemoryMap(())
         """As it was at the last look."""
         self._sample = HostSample(())
@@ -63,10 +63,10 @@ class HostWatch:
         return spent
 
     def _measure(self) -> None:
-        begun, self._is_queued = time.perf_counter(), False
+        begun, self._is_queued = self._stopwatch(), False
         try:
             with torch.no_grad():
                 self._norm = self._sample.norm()
         except Exception as error:  # noqa: BLE001  # As above.
             log.debug("host_norm_not_measured", error=str(error))
-        self._spent += time.perf_counter() - begun
+        self._spent += self._stopwatch() - begun

@@ -76,12 +76,14 @@ class Isolation:
         clock: Callable[[], float] = time.monotonic,
         tell: Tell = tell_nobody,
         on_shared: Callable[[str, Iterable[Tensor]], object] = lambda _seed_id, _parameters: None,
+        stopwatch: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`on_shared` gets parameters of a seed that lie in the host's memory although no gradients overlap there."""
-        self._host = HostWatch(host_parameters)
+        self._host = HostWatch(host_parameters, stopwatch)
         self._clock = clock
         self._tell = tell
         self._on_shared = on_shared
+        self._stopwatch = stopwatch
         self._records: dict[str, _Record] = {}
         self.breaker = TellingBreaker(BREAKER, config=BREAKER_CONFIG, clock=clock, tell=tell)
         self._last_violation = -math.inf
@@ -114,7 +116,7 @@ class Isolation:
 
     def measure(self, live: Iterable[SeedSlot]) -> None:
         """Judge the step that ends, and hook the seeds that learn in the next; call it before their optimizers step."""
-        begun, before = time.perf_counter(), self.breaker.state
+        begun, before = self._stopwatch(), self.breaker.state
         slots = {slot.seed_id: slot for slot in live}
         for gone in self._records.keys() - slots.keys():
             self.release(gone)
@@ -125,7 +127,7 @@ class Isolation:
             self._follow(slot)
         self._settle()
         self._shown = list(self._of_all(before))
-        self.last_ms = (time.perf_counter() - begun + self._host.take_spent()) * 1e3
+        self.last_ms = (self._stopwatch() - begun + self._host.take_spent()) * 1e3
 
     def release(self, seed_id: str) -> None:
         """Forget a seed that was taken out."""

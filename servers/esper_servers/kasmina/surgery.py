@@ -254,6 +254,7 @@ class Surgeon:
         else:
             slot.move(target)
             self._live.note(slot)
+            self._isolation.follow(slot)
         self._events.moved(slot, before, reason, command_id)
 
     def _adjust_optimizer(self, command: AdaptationCommand) -> Verdict:

@@ -114,6 +114,12 @@ class Isolation:
         """Whether a seed has violated so often that it is to be culled."""
         return self.violations_of(seed_id) >= VIOLATIONS
 
+    def follow(self, slot: SeedSlot) -> None:
+        """Put hooks on a seed that has moved to where it trains, and take them off one that has left."""
+        record = self._record_of(slot)
+        if record is not None:
+            self._guarded(slot, record, self._hook)
+
     def measure(self, live: Iterable[SeedSlot]) -> None:
         """Judge the step that ends, and hook the seeds that learn in the next; call it before their optimizers step."""
         begun, before = self._stopwatch(), self.breaker.state
@@ -124,7 +130,7 @@ class Isolation:
             self._host.look()
         self._violations, self._host_norm = 0, self._host.take_norm()
         for slot in slots.values():
-            self._follow(slot)
+            self._end_step(slot)
         self._settle()
         self._shown = list(self._of_all(before))
         self.last_ms = (self._stopwatch() - begun + self._host.take_spent()) * 1e3
@@ -154,13 +160,16 @@ class Isolation:
             if value is not None and math.isfinite(value):
                 yield _of_seed(slot, f"isolation.{name}", value)
 
-    def _follow(self, slot: SeedSlot) -> None:
+    def _end_step(self, slot: SeedSlot) -> None:
         record = self._record_of(slot)
-        if record is None:
-            return
+        if record is not None:
+            self._guarded(slot, record, self._judge)
+            self._guarded(slot, record, self._hook)
+
+    @staticmethod
+    def _guarded(slot: SeedSlot, record: _Record, work: Callable[[SeedSlot, _Record], None]) -> None:
         try:
-            self._judge(slot, record)
-            self._hook(slot, record)
+            work(slot, record)
         except Exception as error:  # noqa: BLE001  # The parameters of foreign modules may be of any kind.
             record.problem = f"{type(error).__name__}: {error}"
             log.warning("isolation_not_measured", seed_id=slot.seed_id, problem=record.problem)

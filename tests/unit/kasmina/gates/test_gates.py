@@ -152,6 +152,31 @@ def test_g1_culls_a_seed_that_would_have_written_to_another(rig, seen):
     assert rig.slot.stage == lifecycle.CULLED
 
 
+def test_g1_culls_a_seed_whose_gradient_overlapped_with_that_of_the_host(rig, seen):
+    rig.grow(lifecycle.TRAINING)
+    shared = rig.slot.site.own_parameters[0]
+    rig.train(1)
+    host = torch.cat([rig.model[2].weight.data.view(-1), torch.zeros(shared.numel())])
+    rig.model[2].weight.data = host[:64].view(8, 8)
+    shared.data = host[: shared.numel()].view(shared.shape)
+    rig.train(2)
+    assert rig.host._isolation.violations_of(rig.seed_id) == 1
+    rig.do("START_GRAFTING")
+    assert shut(gates_of(seen)[-1])["isolation"] == "g1_gradient_health"
+    assert rig.slot.stage == lifecycle.CULLED
+
+
+def test_g1_waits_until_gradients_were_measured(rig, seen):
+    rig.grow(lifecycle.TRAINING)
+    rig.train(1)
+    rig.host._isolation._records[rig.seed_id].problem = "not measured"
+    rig.do("START_GRAFTING")
+    assert shut(gates_of(seen)[-1]) == {"hooks": "g1_gradient_health"}
+    assert rig.slot.stage == lifecycle.TRAINING
+    rig.train(1)
+    assert rig.do("START_GRAFTING").result == APPLIED
+
+
 def steady(strengths, hook_ms=1.0):
     steadiness = Steadiness()
     for strength in strengths:

@@ -4,36 +4,49 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 
 import pytest
 
-from esper_client import BlockingTamiyoClient, BlockingUrzaClient
+from esper_client import BlockingTamiyoClient, BlockingUrzaClient, LoopThread
 from esper_rpc import errors
 from esper_rpc.proto.tamiyo.v1 import EvaluateStepsRequest, OpenRunRequest, Step
-from esper_rpc.proto.urza.v1 import FetchKernelRequest, KernelHeader, UploadKernelRequest, WatchCatalogRequest
-from esper_servers.cli.home import Home
-from esper_servers.cli.processes import Supervisor
+from esper_rpc.proto.urza.v1 import (
+    FetchKernelRequest,
+    KernelHeader,
+    UploadKernelRequest,
+    WatchCatalogRequest,
+    urza_service_pb2,
+)
+from esper_rpc.server import MeshServer, ServerConfig
+from esper_servers.urza.library import BlueprintLibrary
 from esper_servers.urza.seeding import installed_blueprints
+from esper_servers.urza.service import UrzaServicer
 
-
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory):
-    home = Home(tmp_path_factory.mktemp("mesh"))
-    home.prepare()
-    with Supervisor(home, os.environ) as supervisor:
-        yield supervisor
+URZA = urza_service_pb2.DESCRIPTOR.services_by_name["UrzaService"]
 
 
 @pytest.fixture
-def urza(mesh):
-    with BlockingUrzaClient(mesh.addresses["urza"], identity=mesh.home.identity()) as client:
+def urza(mesh, tmp_path):
+    """Of a library of its own, served on another thread."""
+    thread, library = LoopThread("urza"), BlueprintLibrary(tmp_path / "library")
+
+    async def start():
+        server = MeshServer(config=ServerConfig(drain_seconds=0.2), identity=mesh.identity("urza"))
+        server.add_service(URZA, UrzaServicer(library))
+        return server, await server.start()
+
+    server, address = thread.run(start())
+    with BlockingUrzaClient(address, identity=mesh.identity("operator")) as client:
         yield client
+    thread.run(server.drain())
+    thread.stop()
+    library.close()
 
 
 @pytest.fixture
-def tamiyo(mesh):
-    with BlockingTamiyoClient(mesh.addresses["tamiyo"], identity=mesh.home.identity("trainer")) as client:
+def tamiyo(shared_mesh):
+    address, home = shared_mesh.addresses["tamiyo"], shared_mesh.home
+    with BlockingTamiyoClient(address, identity=home.identity("trainer")) as client:
         yield client
 
 
@@ -66,12 +79,12 @@ def test_a_stream_that_is_left_early_is_closed(urza):
 
 
 def test_steps_are_asked_from_an_ordinary_generator(tamiyo):
-    tamiyo.open_run(OpenRunRequest(run_id="r", protocol_versions=[2], receiver_epoch=bytes(16)))
-    steps = (EvaluateStepsRequest(step=Step(run_id="r", sequence=n, budget_us=10**6, packet={})) for n in (1, 2))
+    tamiyo.open_run(OpenRunRequest(run_id="blocking", protocol_versions=[2], receiver_epoch=bytes(16)))
+    steps = (EvaluateStepsRequest(step=Step(run_id="blocking", sequence=n, budget_us=10**6, packet={})) for n in (1, 2))
     assert [answer.decision.sequence for answer in tamiyo.evaluate_steps(steps)] == [1, 2]
 
 
 async def test_in_a_notebook_a_loop_runs_already(tamiyo):
     assert asyncio.get_running_loop().is_running()
     with pytest.raises(errors.FailedPrecondition):
-        tamiyo.open_run(OpenRunRequest(run_id="n", protocol_versions=[99], receiver_epoch=bytes(16)))
+        tamiyo.open_run(OpenRunRequest(run_id="notebook", protocol_versions=[99], receiver_epoch=bytes(16)))

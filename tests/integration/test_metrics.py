@@ -18,9 +18,9 @@ from esper_servers.cli.home import Home
 from esper_servers.cli.processes import Supervisor
 
 
-@pytest.fixture
-def mesh_process(tmp_path):
-    home = Home(tmp_path / "mesh")
+@pytest.fixture(scope="module")
+def mesh_process(tmp_path_factory):
+    home = Home(tmp_path_factory.mktemp("mesh"))
     home.prepare()
     with Supervisor(home, os.environ) as supervisor:
         yield supervisor

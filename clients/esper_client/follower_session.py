@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter, deque
 from collections.abc import Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from esper_rpc.proto.leyline.v1 import CommandOutcome
 
+from .quiet_session import QuietSession
 from .session import Loss, read_loss
+from .session.state import read_state, write_state
 
 
 class FollowingHost(Protocol):
@@ -31,23 +32,15 @@ class FollowingHost(Protocol):
         ...
 
 
-class FollowerSession:
+class FollowerSession(QuietSession):
     """The session of every rank but the first: the same calls, and no connection. Every rank must call `step`.
 
     What became of commands only the first rank tells.
     """
 
-    is_connected = False
-    policy_version = ""
-    kasmina_address = ""
-
     def __init__(self, host: FollowingHost, run_id: str) -> None:
+        super().__init__(run_id)
         self.host = host
-        self.run_id = run_id
-        self.epoch = 0
-        self.global_step = 0
-        self.reasons: Counter[str] = Counter()
-        self.outcomes: deque[CommandOutcome] = deque()
         self._loss: Loss | None = None
 
     def step(self, loss: Loss, **options: Any) -> list[CommandOutcome]:
@@ -81,28 +74,14 @@ class FollowerSession:
         self.host.step(number, self.global_step)
         return []
 
-    def start_epoch(self, epoch: int) -> None:
-        """Note that an epoch begins."""
-        self.epoch = epoch
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold beside the model and its optimizer: the same on every rank."""
-        return {"epoch": self.epoch, "global_step": self.global_step, "host": self.host.state_dict()}
+        return write_state(self, self.host.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; every rank must."""
-        self.epoch, self.global_step = state["epoch"], state["global_step"]
-        self.host.load_state_dict(state["host"])
+        read_state(self, self.host, state)
 
     def export(self) -> Any:
         """Return the model without the mesh."""
         return self.host.export()
-
-    def close(self) -> None:
-        """Do nothing: there is no connection. The model stays as it is."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -30,6 +30,7 @@ from .answers import Answers
 from .config import SessionConfig
 from .loss import Loss, read_loss
 from .questions import Measured, Questions
+from .state import read_state, write_state
 from .step_report import trace_step
 from .step_reports import StepReports
 from .step_times import StepTimes
@@ -238,12 +239,11 @@ class TrainingSession:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold beside the model and its optimizer."""
-        return {"epoch": self.epoch, "global_step": self.global_step, "host": self.host.state_dict()}
+        return write_state(self, self.host.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.epoch, self.global_step = state["epoch"], state["global_step"]
-        self.host.load_state_dict(state["host"])
+        """Restore what `state_dict` returned, also that of a session without a mesh."""
+        read_state(self, self.host, state)
 
     def export(self) -> Any:
         """Return the model without the mesh."""

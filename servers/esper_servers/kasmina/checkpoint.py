@@ -53,8 +53,13 @@ class Checkpoint:
     def restore(self, state: dict[str, Any]) -> None:
         """Restore what `save` returned; raises InvalidRequest, DataLoss or FailedPrecondition, and changes nothing.
 
+        What was saved without a mesh has no seeds; those of this host stay as they are.
         Seeds that fossilised since leave the user's optimizer, and those that had are put back in the order of then.
         """
+        if not state.keys() - {"learning_rate"}:
+            if state:
+                self._learning_rate.load_state_dict(state["learning_rate"])
+            return
         modules = self.check(state)
         self._release_fossils()
         self._progress.loss = state["loss"]

@@ -88,7 +88,7 @@ def _attach(
     found = mesh or find_mesh(environ)
     if found is None:
         warnings.warn("No mesh found: training runs on without it. `esper up` starts one.", stacklevel=4)
-        return DetachedSession(model, learning_rate)
+        return DetachedSession(model, learning_rate, run_id)
     member = Membership.read(found, environ)
     config = member.session_config(step_budget_ms=step_budget_ms, optimizer_family=type(optimizer).__name__.lower())
     config = config if ranks is None else replace(config, world_size=ranks.size)

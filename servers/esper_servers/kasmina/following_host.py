@@ -1,16 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import orjson
+from torch import Tensor, nn
 
 from esper_servers.blueprints.catalogue import BlueprintFactory
 
 from .checkpoint import Checkpoint
 from .export import without_sites
 from .learning_rate import LearningRateAuthority
-from .lockstep import Lockstep
+from .lockstep import Lockstep, trained_tensors
 from .mirroring import Mirror
 from .progress import Progress
 from .ranks import Ranks, together
@@ -30,7 +31,9 @@ class FollowingSeedHost:
         learning_rate: LearningRateAuthority,
         ranks: Ranks,
     ) -> None:
-        self._model, self._sites, self._ranks = model, dict(sites), ranks
+        self._model, self._sites, self.ranks = model, dict(sites), ranks
+        self.carry_out: Callable[[dict[str, Any]], None] = lambda _order: None
+        """Carries out what the first rank orders between two steps."""
         self.seeds = {
             f"seed-{site_id}": SeedSlot(seed_id=f"seed-{site_id}", site_id=site_id, site=site, depth=depth)
             for depth, (site_id, site) in enumerate(sites.items())
@@ -46,7 +49,13 @@ class FollowingSeedHost:
         """End a training step together with the other ranks; raises OutOfStep when they are gone."""
         with together():
             self._progress.observe(self._lockstep.meet(loss), global_step)
-            self._mirror.follow(self._ranks.share())
+            if self._mirror.follow(self.ranks.share()):
+                while order := self.ranks.share():
+                    self.carry_out(orjson.loads(order))
+
+    def trained_tensors(self) -> Iterator[Tensor]:
+        """Every number that must be the same on all ranks."""
+        return trained_tensors(self.seeds.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Return seeds, stages, alphas and optimizers: on every rank the same."""
@@ -56,6 +65,14 @@ class FollowingSeedHost:
         """Restore what `state_dict` returned; every rank must. Raises as InProcessSeedHost does."""
         self._checkpoint.restore(state)
         self._lockstep.measure()
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise what `load_state_dict` would raise, and change nothing."""
+        self._checkpoint.check(state)
+
+    def roll_back(self, state: dict[str, Any]) -> None:
+        """Restore a state, as the first rank does in this step."""
+        self.load_state_dict(state)
 
     def export(self) -> nn.Module:
         """Return a plain copy, as the first rank does."""

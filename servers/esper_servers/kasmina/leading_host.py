@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import orjson
 import structlog
+from torch import Tensor
 
+from esper_client.seed_host import OutOfStep
 from esper_rpc.errors import FailedPrecondition
 from esper_rpc.proto.leyline.v1 import CommandOutcome, TelemetryPacket
 
 from .host import InProcessSeedHost
 from .learning_rate import LearningRateAuthority
-from .lockstep import Lockstep
+from .lockstep import Lockstep, trained_tensors
 from .mirroring import Announcer, RecordedAuthority
 from .ranks import Ranks, together
 
@@ -26,11 +30,17 @@ class LeadingSeedHost(InProcessSeedHost):
     def __init__(self, *, ranks: Ranks, learning_rate: LearningRateAuthority, **options: Any) -> None:
         authority = RecordedAuthority(learning_rate)
         super().__init__(learning_rate=authority, **options)
-        self._ranks = ranks
+        self.ranks = ranks
         self._lockstep = Lockstep(ranks, self.seeds)
         self._announcer = Announcer(self.seeds, authority, self._lockstep)
         self._observed = (math.nan, 0)
         self._is_applying = False
+        self._between_steps: list[Callable[[], object]] = []
+        self.before_parting: Callable[[], object] = lambda: None
+        """Called after all of that; it may raise OutOfStep."""
+        self.is_heard = False
+        """Whether the others wait for `order` now."""
+        self._has_told = False
 
     def observe(self, loss: float, global_step: int) -> None:
         """Note the loss of this rank; what the seeds are judged by is the mean over all."""
@@ -64,14 +74,58 @@ class LeadingSeedHost(InProcessSeedHost):
         """End the step here, and tell the others how."""
         if self._is_applying:
             raise FailedPrecondition("Several ranks train this model: only their own loop ends a step.")
+        packets: list[TelemetryPacket] = []
         try:
-            return super().finalize_step(step_index)
+            packets = super().finalize_step(step_index)
         except Exception as error:  # The others wait for what follows.
             log.error("step_not_finalized", exc_info=error)
-            return []
-        finally:
-            with together(), self._lock:
-                self._ranks.share(self._announcer.compose())
+        with together():
+            self._part()
+        return packets
+
+    def between_steps(self, work: Callable[[], object]) -> None:
+        """Have work done at the end of every step, before the ranks part; it may `order`."""
+        self._between_steps.append(work)
+
+    def order(self, order: Mapping[str, Any]) -> None:
+        """Have the other ranks carry something out, which ends their step as it ended here; raises OutOfStep."""
+        if not self.is_heard:
+            raise FailedPrecondition("The other ranks are amid a step; order between two.")
+        with together():
+            if not self._has_told:
+                self._tell(is_last=False)
+            self.ranks.share(orjson.dumps(order))
+
+    def trained_tensors(self) -> Iterator[Tensor]:
+        """Every number that must be the same on all ranks."""
+        return trained_tensors(self.seeds.values())
+
+    def roll_back(self, state: dict[str, Any]) -> None:
+        """Restore a state; the other ranks must do so too, in this step."""
+        super().roll_back(state)
+        self._announcer.settle()
+
+    def _part(self) -> None:
+        """Do what is due between two steps, and let the others go on."""
+        self.is_heard, self._has_told = True, False
+        for work in (*self._between_steps, self.before_parting):
+            try:
+                work()
+            except OutOfStep:
+                raise
+            except Exception as error:  # The others wait for what follows.
+                log.error("work_between_steps_failed", exc_info=error)
+        self.is_heard = False
+        if self._has_told:
+            self.ranks.share()
+        else:
+            self._tell(is_last=True)
+
+    def _tell(self, *, is_last: bool) -> None:
+        self._has_told = True
+        with self._lock:
+            told = self._announcer.compose(is_last=is_last)
+        self.ranks.share(told)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; every rank must."""

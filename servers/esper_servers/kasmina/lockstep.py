@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,15 @@ class Lockstep:
 def parameters_of(slot: SeedSlot) -> list[nn.Parameter]:
     """The parameters of a seed that learn, none without a seed."""
     return [p for p in slot.site.seed.parameters() if p.requires_grad] if slot.site.seed is not None else []
+
+
+def trained_tensors(seeds: Iterable[SeedSlot]) -> Iterator[Tensor]:
+    """All of these seeds that must be the same on every rank: what learns, what remembers of it, stages and alphas."""
+    for slot in seeds:
+        yield torch.tensor([slot.stage, slot.site.alpha], dtype=torch.float64)
+        yield from parameters_of(slot)
+        for remembered in slot.optimizer.state.values() if slot.optimizer is not None else ():
+            yield from (each for each in remembered.values() if isinstance(each, Tensor))
 
 
 def sizes_of(slot: SeedSlot) -> list[int]:

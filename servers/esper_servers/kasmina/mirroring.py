@@ -28,6 +28,7 @@ log = structlog.get_logger(__name__)
 
 HEADER_BYTES = 8
 SCALE, ADOPT = "scale", "adopt"
+NOTHING_NEW: Mapping[str, Any] = {"is_last": True, "rates": [], "seeds": {}, "gone": [], "layout": {}}
 
 
 class RecordedAuthority:
@@ -74,16 +75,16 @@ class Announcer:
         self._authority.take()
         self._lockstep.measure()
 
-    def compose(self) -> bytes:
-        """Return what the others need, nothing when nothing has changed."""
+    def compose(self, *, is_last: bool = True) -> bytes:
+        """Return what the others need, nothing when nothing has changed and it is the last word of the step."""
         changed = {i: plain for i, slot in self._seeds.items() if (plain := self._changed(slot)) is not None}
         rates = [(kind, self._name(value) if kind != SCALE else value) for kind, value in self._authority.take()]
-        if not changed and not rates:
+        if not changed and not rates and is_last:
             return b""
         fresh = [i for i in changed if self._seeds[i].site.seed is not self._told[i][1]]
         whole = {i: self._seeds[i].state_dict() for i in fresh if self._seeds[i].site.seed is not None}
         header = {
-            "rates": rates, "seeds": changed, "gone": [i for i in fresh if i not in whole],
+            "is_last": is_last, "rates": rates, "seeds": changed, "gone": [i for i in fresh if i not in whole],
             "layout": {i: sizes_of(self._seeds[i]) for i in whole},
             "digests": {i: digest(state["module"]) for i, state in whole.items()},
         }  # fmt: skip
@@ -118,9 +119,12 @@ class Mirror:
         self._lockstep = lockstep
         self._factories = factories
 
-    def follow(self, told: bytes) -> None:
-        """End the step as the first rank did: rates, adopted seeds, own optimizers, then what is new."""
-        header, whole = _unpack(told) if told else ({"rates": [], "seeds": {}, "gone": [], "layout": {}}, {})
+    def follow(self, told: bytes) -> bool:
+        """End the step as the first rank did: rates, adopted seeds, own optimizers, then what is new.
+
+        Returns whether it has more to say.
+        """
+        header, whole = _unpack(told) if told else (NOTHING_NEW, {})
         for kind, value in header["rates"]:
             self._change_rate(kind, value)
         self._authority.step()
@@ -141,6 +145,7 @@ class Mirror:
                 _load_plain(slot, header["seeds"][slot.seed_id])
             else:
                 slot.steps_in_stage += 1
+        return not header["is_last"]
 
     def _change_rate(self, kind: str, value: Any) -> None:
         if kind == SCALE:

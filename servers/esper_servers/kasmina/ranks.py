@@ -23,8 +23,8 @@ class Ranks:
     def __init__(self) -> None:
         with together():
             self._control = dist.new_group(backend="gloo", timeout=_patience_of_user())
-        self.size = dist.get_world_size()
-        self.is_first = dist.get_rank() == FIRST
+        self.size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.is_first = self.rank == FIRST
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Add up the values of all ranks, each place by itself."""
@@ -33,6 +33,22 @@ class Ranks:
             dist.all_reduce(sums, group=self._control)
         added: list[float] = sums.tolist()
         return added
+
+    def each(self, value: float) -> list[float]:
+        """Return the values of all ranks, in their order."""
+        return self.total([value if rank == self.rank else 0.0 for rank in range(self.size)])
+
+    def collect(self, content: bytes) -> list[bytes]:
+        """Return what all ranks give, in their order."""
+        lengths = [int(length) for length in self.each(len(content))]
+        if not any(lengths):
+            return [b""] * self.size
+        raw = torch.zeros(max(lengths), dtype=torch.uint8)
+        raw[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else raw[:0]
+        found = [torch.empty_like(raw) for _ in range(self.size)]
+        with together():
+            dist.all_gather(found, raw, group=self._control)
+        return [each[:length].numpy().tobytes() for each, length in zip(found, lengths, strict=True)]
 
     def share(self, content: bytes = b"") -> bytes:
         """Return what the first rank gives; what the others give is ignored."""
@@ -44,6 +60,11 @@ class Ranks:
             raw = bytearray(content if self.is_first else int(length))
             dist.broadcast(torch.frombuffer(raw, dtype=torch.uint8), src=FIRST, group=self._control)
         return bytes(raw)
+
+    def hand_out(self, tensor: Tensor) -> None:
+        """Fill a tensor in the memory of this machine with what the first rank has in its place."""
+        with together():
+            dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=FIRST, group=self._control)
 
     def average(self, flat: Tensor) -> Tensor:
         """Return the mean of a tensor over all ranks: the same bits on each."""

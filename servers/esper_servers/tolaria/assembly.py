@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,8 @@ from . import participants
 from .checkpoint_store import CheckpointStore
 from .checkpoints import Checkpoints
 from .participants import SeedHostParticipant, TamiyoParticipant, TrainingParticipant
-from .rollback import Rollback, RollbackConfig
+from .ranks_participant import RanksParticipant
+from .rollback import Participant, Rollback, RollbackConfig
 from .schedule import CheckpointConfig
 from .snapshot_cache import SnapshotCache
 from .training_state import SESSION, TrainingState
@@ -37,13 +39,20 @@ def keep_checkpoints(
     directory: Path,
     config: CheckpointConfig,
     rollback: RollbackConfig,
+    others: Callable[[TrainingState], RanksParticipant] | None = None,
 ) -> Checkpoints:
-    """Put together what keeps the checkpoints of a run; raises ConfigError when the directory cannot be written."""
+    """Put together what keeps the checkpoints of a run; raises ConfigError when the directory cannot be written.
+
+    `others` makes what the other ranks of the training take part by.
+    """
     state = TrainingState(model, optimizer)
     state.register(SESSION, session)
     cache = SnapshotCache(config.cache)
     store = CheckpointStore(directory, config.store) if config.needs_directory else None
-    members = (TamiyoParticipant(session), SeedHostParticipant(session, host), TrainingParticipant(state))
-    return Checkpoints(
-        state, cache=cache, store=store, rollback=Rollback(members, cache=cache, store=store, config=rollback)
-    )
+    ranks = None if others is None else others(state)
+    members: list[Participant] = [SeedHostParticipant(session, host), TrainingParticipant(state)]
+    if ranks is not None:
+        # First, so that they go back while this rank does.
+        members.insert(0, ranks)
+    rolling = Rollback([TamiyoParticipant(session), *members], cache=cache, store=store, config=rollback)
+    return Checkpoints(state, cache=cache, store=store, rollback=rolling, ranks=ranks)

@@ -10,12 +10,13 @@ from esper_rpc.proto.leyline.v1 import EmergencyLevel, TelemetryLevel
 from esper_rpc.telemetry.events import tell_event
 from esper_rpc.telemetry.metrics import observe_checkpoint, observe_checkpoint_failure, observe_rollback
 
-from .checkpoint_store import CheckpointStore
+from .checkpoint_store import CheckpointStore, Loaded
 from .manifest import Manifest
+from .ranks_participant import RanksParticipant
 from .rollback import FAST, FULL, NOT_FINITE, Rollback, RollbackResult
-from .snapshot_cache import Snapshot, SnapshotCache
+from .snapshot_cache import CacheConfig, Snapshot, SnapshotCache
 from .step_end import StepEnd
-from .training_state import Stateful, TrainingState, first_not_finite
+from .training_state import RANKS, Stateful, TrainingState, first_not_finite
 
 SOURCE = "tolaria"
 MEMORY, DISK = "memory", "disk"
@@ -39,12 +40,15 @@ class Checkpoints:
         store: CheckpointStore | None,
         rollback: Rollback,
         clock: Callable[[], float] = time.monotonic,
+        ranks: RanksParticipant | None = None,
     ) -> None:
+        """Of several ranks, this one being the first, `ranks` are the others."""
         self._state = state
         self._cache = cache
         self._store = store
         self._rollback = rollback
         self._clock = clock
+        self._ranks = ranks
         self._writer = ThreadPoolExecutor(1, "esper-checkpoints")
         self._writing: Future[Any] | None = None
         self.step_end = StepEnd()
@@ -54,6 +58,11 @@ class Checkpoints:
     def register(self, name: str, part: Stateful) -> None:
         """Have a scheduler, a scaler, a data loader saved and restored too; raises InvalidRequest for a name taken."""
         self._state.register(name, part)
+
+    @property
+    def cache_config(self) -> CacheConfig:
+        """How much is kept in memory."""
+        return self._cache.config
 
     @property
     def is_writing(self) -> bool:
@@ -71,7 +80,7 @@ class Checkpoints:
 
     def snapshot(self, *, epoch: int, step: int) -> Snapshot | None:
         """Keep a checkpoint in memory; None when a weight is no number, or it is larger than the memory for them."""
-        state = self._capture(step)
+        state = self._capture(epoch, step)
         return self._take(state, epoch, step) if state is not None else None
 
     def save(self, *, epoch: int, step: int) -> Future[Manifest]:
@@ -81,7 +90,7 @@ class Checkpoints:
         CheckpointStore.save raises.
         """
         done: Future[Manifest] = Future()
-        state = self._capture(step)
+        state = self._capture(epoch, step)
         if self._store is None or state is None:
             done.set_exception(FailedPrecondition("There is no directory for checkpoints, or a weight is no number."))
             return done
@@ -98,12 +107,14 @@ class Checkpoints:
         Raises:
             NotFound: When there are some and none can be used.
             FailedPrecondition: When it is of another model or of other parts.
+
+        Where several ranks train the model each of them calls it, and goes on from the checkpoint of the first.
         """
-        if self._store is None or not self._store.names():
+        loaded = self._newest_on_disk()
+        if self._ranks is not None:
+            self._ranks.resume(None if loaded is None else loaded.state)
+        if loaded is None:
             return None
-        loaded = self._store.load()
-        self._tell_skipped(loaded.skipped)
-        self._state.check(loaded.state)
         self._state.restore(loaded.state)
         return loaded.manifest
 
@@ -115,7 +126,7 @@ class Checkpoints:
         severity: EmergencyLevel.ValueType = EmergencyLevel.EMERGENCY_LEVEL_ELEVATED,
         tier: str = FAST,
     ) -> RollbackResult:
-        """Go back to the newest checkpoint up to a step, between two steps; never raises.
+        """Go back to the newest checkpoint up to a step, between two steps; raises OutOfStep alone.
 
         What was kept of later steps is forgotten, on the disk set aside. See RollbackResult for what must follow.
         """
@@ -128,18 +139,40 @@ class Checkpoints:
         self._tell_rollback(result)
         return result
 
+    def settle(self) -> None:
+        """End what was due between two steps; raises OutOfStep when a rollback that failed left ranks apart."""
+        if self._ranks is not None:
+            self._ranks.settle()
+
     def close(self) -> None:
         """Wait until what is being written is on the disk."""
         self.step_end.close()
         self._writer.shutdown()
 
-    def _capture(self, step: int) -> dict[str, Any] | None:
+    def _newest_on_disk(self) -> Loaded | None:
+        try:
+            if self._store is None or not self._store.names():
+                return None
+            loaded = self._store.load()
+            self._tell_skipped(loaded.skipped)
+            self._state.check(loaded.state)
+            return loaded
+        except EsperError:
+            # The other ranks wait to be told.
+            if self._ranks is not None:
+                self._ranks.resume(None)
+            raise
+
+    def _capture(self, epoch: int, step: int) -> dict[str, Any] | None:
         state = self._state.capture()
         broken = first_not_finite(state)
         if broken:
             observe_checkpoint_failure(MEMORY, NOT_FINITE)
             tell_event(SOURCE, "checkpoint_not_taken", _WARNING, reason=NOT_FINITE, step_index=step, weight=broken)
-        return None if broken else state
+            return None
+        if self._ranks is not None:
+            state[RANKS] = self._ranks.keep(epoch, step)
+        return state
 
     def _take(self, state: dict[str, Any], epoch: int, step: int) -> Snapshot | None:
         begun = self._clock()

@@ -22,11 +22,15 @@ class SeedHost(Protocol):
         ...
 
 
-class Session(Protocol):
-    """The session of this run."""
+class Counters(Protocol):
+    """How far a session is."""
 
     epoch: int
     global_step: int
+
+
+class Session(Counters, Protocol):
+    """The session of this run."""
 
     @property
     def is_connected(self) -> bool:
@@ -71,7 +75,7 @@ class SeedHostParticipant:
 
     name = "kasmina"
 
-    def __init__(self, session: Session, host: SeedHost) -> None:
+    def __init__(self, session: Counters, host: SeedHost) -> None:
         self._session = session
         self._host = host
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final, NamedTuple, Protocol
 
 import structlog
 
+from esper_client.seed_host import OutOfStep
 from esper_rpc.config import Range, validate
 from esper_rpc.errors import DeadlineExceeded, EsperError
 from esper_rpc.proto.leyline.v1 import EmergencyLevel
@@ -55,6 +56,7 @@ class RollbackOrder(NamedTuple):
     severity: EmergencyLevel.ValueType
     state: Mapping[str, Any]
     """What participants of this process restore from, by the name of the part. It is not theirs to keep or change."""
+    tier: str = FAST
 
 
 class Vote(NamedTuple):
@@ -176,7 +178,10 @@ class Rollback:
         severity: EmergencyLevel.ValueType = EmergencyLevel.EMERGENCY_LEVEL_ELEVATED,
         tier: str = FAST,
     ) -> RollbackResult:
-        """Go back to the newest checkpoint up to a step; never raises. `tier` may be FULL to pass over the memory."""
+        """Go back to the newest checkpoint up to a step. `tier` may be FULL to pass over the memory.
+
+        Raises nothing but OutOfStep, where several ranks train the model and one of them is gone.
+        """
         attempt = _Attempt(self._participants, self._config, self._clock, reason, severity)
         if tier == FAST and attempt.succeeds(FAST, lambda: self._fast(attempt, latest_step)):
             return attempt.result
@@ -240,7 +245,7 @@ class _Phase:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         elapsed_ms = (self._attempt.clock() - self._begun) * 1000
         self._attempt.note_phase(self._name, elapsed_ms)
-        if isinstance(error, _PhaseFailed):
+        if isinstance(error, _PhaseFailed | OutOfStep):
             return
         if isinstance(error, DeadlineExceeded):
             raise _PhaseFailed(self._name, LATE, error.message) from error
@@ -289,7 +294,7 @@ class _Attempt:
     def order(self, epoch: int, step: int, digest: str, state: Mapping[str, Any]) -> RollbackOrder:
         """Say what to go back to."""
         self._note(epoch=epoch, step=step, digest=digest)
-        return RollbackOrder(epoch, step, digest, self.result.reason, self.result.severity, state)
+        return RollbackOrder(epoch, step, digest, self.result.reason, self.result.severity, state, self._tier)
 
     def ask(self, order: RollbackOrder) -> None:
         """Take the votes: nobody may refuse, and enough must be there."""

@@ -45,7 +45,7 @@ class SnapshotCache:
     """The last few snapshots, least recently used first. The training thread's alone, but for `is_being_written`."""
 
     def __init__(self, config: CacheConfig | None = None) -> None:
-        self._config = config or CacheConfig()
+        self.config = config or CacheConfig()
         self._snapshots: list[Snapshot] = []
 
     def __len__(self) -> int:
@@ -80,10 +80,10 @@ class SnapshotCache:
 
     def _make_room(self, size: int) -> dict[str, Any] | None:
         """Return tensors to copy into, perhaps none; None when there is no room for this size."""
-        bound, spare = self._config.memory_mb * 2**20, {}
-        if size > bound or not self._config.snapshots:
+        bound, spare = self.config.memory_mb * 2**20, {}
+        if size > bound or not self.config.snapshots:
             return None
-        while len(self._snapshots) >= self._config.snapshots or self.size_bytes + size > bound:
+        while len(self._snapshots) >= self.config.snapshots or self.size_bytes + size > bound:
             oldest = self._snapshots.pop(0)
             spare = {} if oldest.is_being_written else oldest.state
         return spare

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from esper_client.seed_host import OutOfStep
+
 Result = TypeVar("Result")
 
 
@@ -21,7 +23,7 @@ class StepEnd:
         return done
 
     def reach(self) -> bool:
-        """Do what waits, on the training thread; whether there was any."""
+        """Do what waits, on the training thread; whether there was any. Raises OutOfStep alone."""
         found = bool(self._waiting)
         while self._waiting:
             work, done = self._waiting.popleft()
@@ -38,5 +40,8 @@ class StepEnd:
 def _do(work: Callable[[], Any], done: Future[Any]) -> None:
     try:
         done.set_result(work())
-    except Exception as error:  # noqa: BLE001  # It belongs to whoever waits for the result.
+    except Exception as error:
+        # It belongs to whoever waits for the result, but for a rank that is gone, which ends the loop.
         done.set_exception(error)
+        if isinstance(error, OutOfStep):
+            raise

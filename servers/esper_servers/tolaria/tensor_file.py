@@ -54,9 +54,19 @@ def read(path: Path, size_bytes: int, sha256: str, on_chunk: Callable[[], None])
     if _read_into(path, _view_of(content), on_chunk) != sha256:
         raise ValueError("checksum_mismatch")
     try:
-        return dict(_tensors_in(content))
+        return parse(content)
     except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise ValueError("unreadable") from error
+
+
+def pack(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the content of a file that holds these tensors."""
+    return b"".join(content for gathered in chunks(tensors) for content in gathered)
+
+
+def parse(content: Tensor) -> dict[str, Tensor]:
+    """Return the tensors in the content of a file; they share its memory."""
+    return dict(_tensors_in(content))
 
 
 def _contents(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:

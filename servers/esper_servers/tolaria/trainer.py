@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from esper_client.halt import HaltSwitch
+from esper_client.seed_host import OutOfStep
 from esper_client.session import read_loss
 from esper_rpc.errors import EsperError, FailedPrecondition, NotFound
 from esper_rpc.proto.leyline.v1 import CommandOutcome, TelemetryLevel
@@ -100,7 +101,7 @@ class Trainer:
     """Ends the steps and epochs of your loop: metrics, emergencies, the guard, and the session.
 
     The parts are made by you, and work without it. While the run is halted, `step`, `hold` and every step of the
-    optimizer stay where they are; nothing here raises because of the mesh.
+    optimizer stay where they are; nothing here raises because of the mesh, and only OutOfStep because of other ranks.
     """
 
     def __init__(
@@ -120,12 +121,14 @@ class Trainer:
         seeds: Seeds | None = None,
         profiler: StepProfiler | None = None,
         learning_rates: Callable[[], Mapping[str, float]] = dict,
+        leads_ranks: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Without a `controller` nobody is asked at the end of an epoch.
 
         `train_step` is what `train` does, `aggregator` what `backward` puts gradients together with, `learning_rates`
-        tells how whoever sets them stands.
+        tells how whoever sets them stands. On the first of several ranks, which go back together, have `judge` called
+        at the end of the session's step.
         """
         self.metrics = metrics or StepMetrics(optimizer=optimizer)
         self.guard = guard or EpochGuard(mode=mode)
@@ -143,7 +146,10 @@ class Trainer:
         self._epoch_began = clock()
         self.profiler = profiler
         """Traces the steps after a request, where there is one."""
+        self._leads_ranks = leads_ranks
         self._begun: _BegunStep | None = None
+        self._unjudged: _BegunStep | None = None
+        self._postponed: Trigger | None = None
         self._gradient_norm: float | None = None
         """Of the step before, where it became known too late to be told with it."""
         self._accuracy: float | None = None
@@ -208,12 +214,21 @@ class Trainer:
         if begun is None:
             return []
         self._safely(self._show_seeds, None)
+        self._unjudged = begun
         outcomes = self._session.finish_step()
-        self._safely(lambda: self._look_back(begun.loss, begun.found), None)
+        self.judge()
         if self.profiler is not None:
             self._safely(self.profiler.next_step, None)
         self.hold()
         return outcomes
+
+    def judge(self) -> None:
+        """Look back on the step that ends, if nobody has, and on the epoch before it where that was put off."""
+        begun, self._unjudged = self._unjudged, None
+        postponed, self._postponed = self._postponed, None
+        if begun is not None:
+            self._safely(lambda: self._answer(postponed), None)
+            self._safely(lambda: self._look_back(begun.loss, begun.found), None)
 
     def train(self, *batches: Any, samples: int | None = None) -> StepResult:
         """Train on batches by the `train_step`, and end the step; the mesh decides while backward and optimizer work.
@@ -319,7 +334,11 @@ class Trainer:
         trigger = self._escalation.epoch(failed=failed, accuracy=accuracy)
         if trigger is None and not failed:
             self._calm_down()
-        self._answer(trigger)
+        if self._leads_ranks:
+            # The others do not wait for it now.
+            self._postponed = trigger
+        else:
+            self._answer(trigger)
 
     def _tell_of_a_slow_host(self, step: int) -> None:
         spent, budget = self._session.apply_ms, self.metrics.config.kasmina_budget_ms
@@ -366,6 +385,8 @@ class Trainer:
     def _safely(self, work: Callable[[], Any], otherwise: Any) -> Any:
         try:
             return work()
+        except OutOfStep:
+            raise
         except Exception as error:  # The trainer's loop never sees a mesh exception.
             if not self._has_failed:
                 log.error("trainer_step_failed", exc_info=error)

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from esper_rpc.errors import FailedPrecondition, InvalidRequest
 
 SESSION, MODEL, OPTIMIZER, RANDOM = "session", "model", "optimizer", "random"
+RANKS = "ranks"
+"""In a checkpoint: of each other rank what is its own. No part of this process."""
 _OF_PARAMETERS = frozenset({"exp_avg", "momentum_buffer", "square_avg", "sum"})
 """What optimizers remember in the shape of the parameter."""
 
@@ -65,7 +67,7 @@ class TrainingState:
 
     def register(self, name: str, part: Stateful) -> None:
         """Have another part saved and restored with the rest; raises InvalidRequest when the name is taken."""
-        if name in self._parts:
+        if name in self._parts or name == RANKS:
             raise InvalidRequest(f"There is a part {name!r} already.")
         self._parts[name] = part
 
@@ -73,9 +75,22 @@ class TrainingState:
         """Return the state of each part as it is; the tensors in it may be those that are trained."""
         return {name: part.state_dict() for name, part in self._parts.items()}
 
+    def own(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what of a state is the own of each of several ranks: random numbers, and what was registered."""
+        return {name: part for name, part in state.items() if name not in (SESSION, MODEL, OPTIMIZER)}
+
+    def trained_tensors(self) -> Iterator[Tensor]:
+        """What learns, and what the optimizer remembers of it; no buffers, which each rank has its own of."""
+        yield from self._model.parameters()
+        optimizer = self._parts[OPTIMIZER]
+        assert isinstance(optimizer, Optimizer)
+        for remembered in optimizer.state.values():
+            yield from tensors_in(remembered)
+        yield torch.tensor([float(group["lr"]) for group in optimizer.param_groups], dtype=torch.float64)
+
     def check(self, state: Mapping[str, Any]) -> None:
         """Raise FailedPrecondition when a state is not of these parts and this model."""
-        expected, found = set(self._parts), set(state)
+        expected, found = set(self._parts), set(state) - {RANKS}
         if expected != found:
             different = ", ".join(sorted(expected ^ found))
             raise FailedPrecondition(f"The checkpoint and this training do not have the same parts: {different}.")

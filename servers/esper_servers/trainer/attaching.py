@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,9 @@ from esper_servers.kasmina.following_host import FollowingSeedHost
 from esper_servers.kasmina.learning_rate import LearningRateAuthority, OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.ranks import Ranks
+from esper_servers.tolaria.snapshot_cache import CacheConfig
 
-from .checkpoints import keep_run_checkpoints
+from .checkpoints import follow_checkpoints, keep_run_checkpoints
 from .detached import DetachedSession
 from .membership import Membership
 from .orchestration import make_tolaria
@@ -91,7 +92,7 @@ def _attach(
         return DetachedSession(model, learning_rate, run_id)
     member = Membership.read(found, environ)
     config = member.session_config(step_budget_ms=step_budget_ms, optimizer_family=type(optimizer).__name__.lower())
-    config = config if ranks is None else replace(config, world_size=ranks.size)
+    config = config if ranks is None else dataclasses.replace(config, world_size=ranks.size)
     settings = member.tolaria_settings()
     limits, thread = limits or member.limits(), LoopThread()
     authority = learning_rate or OptimizerAuthority(optimizer)
@@ -99,11 +100,9 @@ def _attach(
     session = TrainingSession(
         host=host, identity=member.identity, tamiyo_address=found.tamiyo, run_id=run_id, config=config, thread=thread
     )
-    keeper = None
-    if ranks is None:
-        keeper = keep_run_checkpoints(model, optimizer, session, host, member, limits)
-    else:  # Another rank would not go back with this one.
+    if ranks is not None:
         _keep_groups_apart(optimizer)
+    keeper = keep_run_checkpoints(model, optimizer, session, host, member, limits)
     session.tolaria = tolaria = make_tolaria(session, host, member, settings, keeper, authority)
     breakers = breakers_of(host, tolaria.guard, authority)
     session.features = (*session.features, *route_commands(host, tolaria.emergencies, breakers))
@@ -136,7 +135,10 @@ def _lead(attach_here: Callable[..., TrainingSession | DetachedSession], ranks: 
         raise
     told: dict[str, Any] = {"run_id": ""}
     if isinstance(session, TrainingSession):
-        told = {"run_id": session.run_id, "sites": [seed.site_id for seed in session.host.describe().seeds]}
+        told = {
+            "run_id": session.run_id, "sites": [seed.site_id for seed in session.host.describe().seeds],
+            "snapshots": dataclasses.asdict(session.checkpoints.cache_config),
+        }  # fmt: skip
     ranks.share(orjson.dumps(told))
     return session
 
@@ -155,7 +157,9 @@ def _follow(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) ->
     host = FollowingSeedHost(
         model=model, sites=sites, factories=load_factories(), learning_rate=OptimizerAuthority(optimizer), ranks=ranks
     )
-    return FollowerSession(host, told["run_id"])
+    session = FollowerSession(host, told["run_id"])
+    follow_checkpoints(model, optimizer, session, host, CacheConfig(**told["snapshots"]))
+    return session
 
 
 def _keep_groups_apart(optimizer: torch.optim.Optimizer) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from esper_client.discovery import home_directory
 from esper_client.follower_session import FollowerSession
 from esper_client.session import TrainingSession
 from esper_servers.kasmina.host import InProcessSeedHost
+from esper_servers.kasmina.leading_host import LeadingSeedHost
 from esper_servers.kasmina.learning_rate import LearningRateAuthority
 from esper_servers.optim.controller import UnifiedLRController
 from esper_servers.tolaria.aggregation.aggregator import GradientAggregator
@@ -24,6 +26,7 @@ from esper_servers.tolaria.metrics_feed import MetricsFeed
 from esper_servers.tolaria.profiling import StepProfiler
 from esper_servers.tolaria.service import TolariaServicer
 from esper_servers.tolaria.shared_signal import SharedSignal, place_for
+from esper_servers.tolaria.step_end import StepEnd
 from esper_servers.tolaria.step_metrics import StepMetrics, TolariaConfig
 from esper_servers.tolaria.train_step import TrainStep
 from esper_servers.tolaria.trainer import Trainer
@@ -80,7 +83,8 @@ def orchestrate(
     checkpoints = checkpoints or parts.checkpoints
     if checkpoints is not None:
         parts.servicer.keep(checkpoints)
-    return Trainer(
+    host = session.host
+    trainer = Trainer(
         session=session,
         optimizer=optimizer,
         emergencies=parts.emergencies,
@@ -94,7 +98,13 @@ def orchestrate(
         seeds=parts.seeds,
         profiler=StepProfiler(traces or parts.traces),
         learning_rates=parts.learning_rates,
+        leads_ranks=isinstance(host, LeadingSeedHost),
     )
+    if isinstance(host, LeadingSeedHost):
+        host.between_steps(trainer.judge)
+        # Halted here, the other ranks hear of what an operator wants.
+        host.between_steps(trainer.hold)
+    return trainer
 
 
 def make_tolaria(
@@ -122,11 +132,11 @@ def make_tolaria(
     )
     emergencies.begin()
     session.listen(feed.publish)
+    step_end: StepEnd = session.checkpoints.step_end
     session.halt.meanwhile(host.reach_safe_point)
+    session.halt.meanwhile(partial(_reach, step_end, host))
     guard = EpochGuard(mode=mode, config=settings.epoch_guard)
-    servicer = TolariaServicer(
-        session, emergencies, at_safe_point=host.at_safe_point, mode=mode, feed=feed, guard=guard
-    )
+    servicer = TolariaServicer(session, emergencies, at_safe_point=step_end.submit, mode=mode, feed=feed, guard=guard)
     if keeper is not None:
         servicer.keep(keeper)
     learning_rates = learning_rate.gauges if isinstance(learning_rate, UnifiedLRController) else dict
@@ -140,6 +150,12 @@ def _keep_scale(checkpoints: Any, train_step: TrainStep) -> None:
     """Have checkpoints hold the scale of the gradients, which a run that goes back would not find again."""
     if checkpoints is not None and train_step.scaler.is_enabled():
         checkpoints.register("train_step.scaler", train_step.scaler)
+
+
+def _reach(step_end: StepEnd, host: InProcessSeedHost) -> None:
+    """Do what operators left for between two steps, unless other ranks would not hear of it now."""
+    if not isinstance(host, LeadingSeedHost) or host.is_heard:
+        step_end.reach()
 
 
 def _share(run_id: str, member: Membership) -> tuple[SharedSignal | None, str]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 import os
 import time
 import uuid
+from concurrent.futures import Future
 
 import esper_client  # Before torch: it sets how OpenMP's threads wait.
 
@@ -15,10 +18,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, SeedOperation
+from esper_rpc.proto.tolaria.v1 import RollbackTier
 from esper_rpc.proto.urza.v1 import Blueprint
 from esper_rpc.testing import fake_mesh
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina.kernel_library import Kernel
+from esper_servers.trainer import orchestrate
 
 PATIENCE_SECONDS = 60.0
 LIFE = {
@@ -41,6 +46,7 @@ class Training:
         self.session = esper_client.attach(
             self.model, self.optimizer, mesh=address, run_id="ranks", sites=["0", "3"], **options
         )
+        self.session_step = self.session.step
         self.wrapped = DistributedDataParallel(self.model)
         self.generator = torch.Generator().manual_seed(100 + rank)
         self.outcomes = []
@@ -52,7 +58,7 @@ class Training:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.outcomes += self.session.step(loss)
+        self.outcomes += self.session_step(loss)
         self.steps_done += 1
 
     def save(self, directory, **more):
@@ -70,6 +76,19 @@ class Training:
         self.session.load_state_dict(saved["session"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.generator.set_state(saved["generator"])
+
+
+class Numbers:
+    """The generator of a rank's data, as a part of its checkpoints."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def state_dict(self):
+        return {"numbers": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        self.generator.set_state(state["numbers"])
 
 
 class Orders:
@@ -93,7 +112,10 @@ class Orders:
 
     def give(self, name, blueprint, pause_ms=1):
         command = AdaptationCommand(version=1, command_id=str(uuid.UUID(int=self.sequence)))
-        if name == "OPTIMIZER":
+        if name == "ROLLBACK":
+            command.command_type = CommandType.COMMAND_TYPE_ROLLBACK
+            command.rollback_payload.update({"reason": "test"})
+        elif name == "OPTIMIZER":
             command.command_type = CommandType.COMMAND_TYPE_OPTIMIZER
             command.optimizer_adjustment.hyperparameters["learning_rate_multiplier"] = 0.7
         elif name == "PAUSE":
@@ -110,8 +132,13 @@ class Orders:
         )
         assert queued.result == CommandOutcome.RESULT_QUEUED, queued
         # Its module is built beside the training; so that no clock says in which step it is planted.
-        while name == "GERMINATE" and host._surgeon._nursery.prepared(host.seeds[self.seed_id], command) is None:
+        while name == "GERMINATE" and not is_built(host, host.seeds[self.seed_id], command):
             time.sleep(0.001)
+
+
+def is_built(host, slot, command):
+    nursery = host._surgeon._nursery
+    return nursery.module_for(slot, command, nursery.kernel_for(command)) is not None
 
 
 @contextlib.contextmanager
@@ -202,6 +229,126 @@ def restored_on_one(rank, directory):
         except RuntimeError as error:
             said = f"{type(error).__name__}: {error}"
         torch.save({"said": said}, directory / f"rank-{rank}.pt")
+
+
+# No clock decides whether a rollback is in time.
+UNHURRIED = {
+    "ESPER_ROLLBACK_PREPARE_MS": "60000", "ESPER_ROLLBACK_COMMIT_MS": "60000", "ESPER_ROLLBACK_CONFIRM_MS": "60000",
+}  # fmt: skip
+
+
+def checkpointed(rank, address, directory, **settings):
+    """A training whose first rank keeps a checkpoint of step 10."""
+    kept = {"ESPER_CHECKPOINTS_SNAPSHOT_EVERY_STEPS": "10", **UNHURRIED, **settings}
+    os.environ.update(kept, ESPER_HOME=str(directory))
+    training = Training(rank, address)
+    training.session.checkpoints.register("numbers", Numbers(training.generator))
+    return training
+
+
+def picture(training):
+    return copy.deepcopy({
+        "model": training.model.state_dict(), "optimizer": training.optimizer.state_dict(),
+        "session": training.session.state_dict(), "numbers": training.generator.get_state(),
+        "steps": training.session.global_step,
+    })  # fmt: skip
+
+
+def wait_for_disk(session):
+    while session.checkpoints.is_writing:
+        time.sleep(0.001)
+
+
+def rolled_back(rank, directory):
+    """A command, while a seed blends; every rank has data and random numbers of its own."""
+    with mesh_of(rank, directory) as (fake, address):
+        training = checkpointed(rank, address, directory)
+        orders = Orders(training, fake, {2: "GERMINATE", 4: "START_TRAINING", 8: "START_GRAFTING", 16: "ROLLBACK"}, 1)
+        orders.run(14)
+        once = picture(training)
+        blending = stages(training)
+        orders.run(3)
+        back = training.session.global_step
+        orders.run(4)
+        training.save(directory, once=once, again=picture(training), back=back, blending=blending)
+        training.session.close()
+
+
+def operator_rolls_back(rank, directory):
+    """An operator, to the disk of the first rank, when the run has halted at the end of a step."""
+    with mesh_of(rank, directory) as (_, address):
+        settings = {"ESPER_CHECKPOINTS_SAVE_EVERY_STEPS": "10", "ESPER_CHECKPOINTS_SNAPSHOT_EVERY_STEPS": "0"}
+        training = checkpointed(rank, address, directory, **settings)
+        session, done = training.session, Future()
+        if rank == 0:
+            keeper = session.tolaria.checkpoints
+
+            def halt_and_ask():
+                if session.global_step == 12:
+                    wait_for_disk(session)
+                    session.halt.engage("test")
+                    tier = RollbackTier.ROLLBACK_TIER_FULL
+                    asked = session.checkpoints.step_end.submit(lambda: keeper.rollback("", tier, "test"))
+                    asked.add_done_callback(
+                        lambda asked: (session.halt.release("test"), done.set_result(asked.result()))
+                    )
+
+            session.host.between_steps(halt_and_ask)
+        training.session_step = orchestrate(session, training.optimizer).step
+        for _ in range(10):
+            training.step()
+        kept = picture(training)
+        for _ in range(2):
+            training.step()
+        tier = done.result(0).tier if rank == 0 else None
+        training.save(directory, kept=kept, again=picture(training), tier=tier)
+        session.close()
+
+
+def emergency(rank, directory):
+    """A loss that is no number, on the second rank alone has no say; on the first all go back, and an epoch may too."""
+    with mesh_of(rank, directory) as (_, address):
+        training = checkpointed(rank, address, directory, ESPER_CHECKPOINTS_SAVE_EVERY_STEPS="10")
+        trainer = orchestrate(training.session, training.optimizer)
+        training.session_step = trainer.step
+        for _ in range(10):
+            training.step()
+        kept = picture(training)
+        if rank == 0:
+            wait_for_disk(training.session)
+        for _ in range(3):
+            training.step()
+        trainer.step(math.nan if rank == 0 else 1.0)
+        exploded = picture(training)
+        trainer.end_epoch(accuracy=0.9)
+        training.step()
+        trainer.end_epoch(accuracy=0.1)
+        later = picture(training)
+        training.step()
+        training.save(directory, kept=kept, exploded=exploded, later=later, again=picture(training))
+        training.session.close()
+
+
+def dies_in_rollback(rank, directory):
+    """The second rank is killed when it is asked whether it can go back."""
+    with mesh_of(rank, directory) as (fake, address):
+        training = checkpointed(rank, address, directory)
+        orders = Orders(training, fake, {2: "GERMINATE", 4: "START_TRAINING", 8: "START_GRAFTING", 12: "ROLLBACK"}, 1)
+        orders.run(12)
+        if rank == 1:
+            carry_out = training.session.host.carry_out
+            training.session.host.carry_out = lambda order: (
+                os._exit(9) if order["do"] == "prepare" else carry_out(order)
+            )
+        said, before = "", training.session.global_step
+        try:
+            orders.run(1)
+        except RuntimeError as error:
+            said = f"{type(error).__name__}: {error}"
+        torch.save(
+            {"said": said, "steps": training.session.global_step - before, "stages": stages(training)},
+            directory / f"rank-{rank}.pt",
+        )
 
 
 def fails_on_second(rank, directory):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from esper_rpc.proto.leyline.v1 import CommandOutcome
+from esper_rpc.proto.tolaria.v1 import RollbackTier
 from esper_servers.cli.home import Home
 from esper_servers.cli.processes import Supervisor, cli_command
 from esper_servers.kasmina import lifecycle
@@ -122,6 +123,43 @@ def test_a_training_goes_on_from_a_checkpoint_bit_for_bit_and_every_rank_must_re
         assert not differences({**whole, "results": [], "reasons": []}, again)
     said = [result["said"] for result in ranks.run("restored_on_one", tmp_path / "one")]
     assert all(each.startswith("OutOfStep: The ranks hold different seeds") for each in said), said
+
+
+def test_all_ranks_go_back_by_a_command_each_to_its_own_copy(ranks, tmp_path):
+    results = ranks.run("rolled_back", tmp_path)
+    assert_alike(results)
+    for result in results:
+        assert result["blending"][1] == lifecycle.BLENDING
+        assert result["back"] == 10
+        assert not differences(result["once"], result["again"])
+    assert results[0]["results"][-1] == CommandOutcome.RESULT_APPLIED, results[0]["reasons"]
+    assert differences(*(result["once"]["numbers"] for result in results))
+
+
+def test_all_ranks_go_back_to_the_disk_of_the_first_for_an_operator(ranks, tmp_path):
+    results = ranks.run("operator_rolls_back", tmp_path)
+    assert_alike(results)
+    assert results[0]["tier"] == RollbackTier.ROLLBACK_TIER_FULL
+    for result in results:
+        assert not differences(result["kept"], result["again"])
+
+
+def test_all_ranks_go_back_when_the_first_sees_an_emergency(ranks, tmp_path):
+    results = ranks.run("emergency", tmp_path)
+    assert_alike(results)
+    for result in results:
+        assert not differences(result["kept"], result["exploded"])
+        # After an epoch it is done in the next step.
+        assert result["later"]["steps"] == 11
+        assert result["again"]["steps"] == 10
+
+
+def test_a_rank_that_dies_in_a_rollback_ends_the_others_amid_their_step(ranks, tmp_path):
+    (first,) = ranks.run("dies_in_rollback", tmp_path, lost=(1,))
+    assert first["said"].startswith("OutOfStep: The ranks of this training have come apart")
+    # Nothing has gone back.
+    assert first["steps"] == 1
+    assert first["stages"][1] == lifecycle.BLENDING
 
 
 def test_a_seed_that_fails_on_one_rank_is_culled_on_all(ranks, tmp_path):

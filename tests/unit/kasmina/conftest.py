@@ -74,6 +74,7 @@ class Rig:
     """Further arguments of the host."""
     site_names: tuple[str, str] = ("0", "2")
     batch: tuple[torch.Tensor, torch.Tensor] = field(default_factory=make_batch)
+    make_host: Callable[..., InProcessSeedHost] = InProcessSeedHost
 
     def __post_init__(self):
         self.plain = copy.deepcopy(self.model)
@@ -81,7 +82,7 @@ class Rig:
         self.sites = wrap_sites(self.model, self.site_names)
         self.authority = self.make_authority(self.optimizer)
         self.library = KernelLibrary(self._fetch, run_now)
-        self.host = InProcessSeedHost(
+        self.host = self.make_host(
             model=self.model, sites=self.sites, keyring=keyring_for(ROOTS, TRAINER), audience=str(TRAINER),
             library=self.library, factories=self.factories, learning_rate=self.authority, limits=self.limits,
             clock=self.clock, **self.options,
@@ -229,3 +230,8 @@ def assert_same_picture(before, after):
 @pytest.fixture
 def unchanged():
     return assert_same_picture
+
+
+@pytest.fixture
+def make_plain_model():
+    return make_model

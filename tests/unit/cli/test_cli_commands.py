@@ -231,11 +231,11 @@ def test_a_host_without_a_run_cannot_be_commanded(home):
         seal(home, command_for("seed-0", "cull", ""), GetStatusResponse())
 
 
-def test_the_command_line_loads_no_torch_for_help(tmp_path):
+def test_the_command_line_loads_neither_torch_nor_numpy_for_help(tmp_path):
     import subprocess
     import sys
 
-    program = "import sys, esper_servers.cli; sys.exit('torch' in sys.modules)"
+    program = "import sys, esper_servers.cli; sys.exit(bool({'torch', 'numpy'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", program], env=os.environ, check=False).returncode == 0
 
 

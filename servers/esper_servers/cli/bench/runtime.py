@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from esper_client import LoopThread, TamiyoClient
@@ -162,6 +161,8 @@ class _ConstantPolicy:
 
     def __init__(self, work_seconds: float) -> None:
         import hashlib
+
+        import numpy as np
 
         from esper_servers.policy import prior, schema
         from esper_servers.policy.policy import PolicyOutput

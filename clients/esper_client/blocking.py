@@ -131,6 +131,8 @@ class BlockingKasminaClient(BlockingClient[KasminaClient]):
     watch_seed_events = _streaming(KasminaClient.watch_seed_events)
     get_status = _unary(KasminaClient.get_status)
     validate_parameters = _unary(KasminaClient.validate_parameters)
+    get_rollback_payload = _unary(KasminaClient.get_rollback_payload)
+    terminate_seed = _unary(KasminaClient.terminate_seed)
     emergency_cleanup = _unary(KasminaClient.emergency_cleanup)
 
 

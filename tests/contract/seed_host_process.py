@@ -1,4 +1,4 @@
-"""A seed host of two seeds, one dormant and one blending, and a training loop; here or in a process of their own."""
+"""A seed host of three seeds, the second blending and the others dormant, and a training loop; here or in a process of their own."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ BLENDING_SEED = "seed-2"
 
 def make_host(identity, keyring, operator):
     """`keyring` is the host's own, `operator` that of who orders the seeds about."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     factories = load_factories()
     library = KernelLibrary(None, lambda work: work.close())
     factory = factories["residual_mlp"]
     library.add(Kernel(Blueprint(descriptor=factory.descriptor(), manifest=factory.manifest())))
     host = InProcessSeedHost(
-        model=model, sites=wrap_sites(model, ["0", "2"]), keyring=keyring, audience=str(identity.spiffe_id),
+        model=model, sites=wrap_sites(model, ["0", "2", "3"]), keyring=keyring, audience=str(identity.spiffe_id),
         library=library, factories=factories,
         learning_rate=OptimizerAuthority(optim.SGD(model.parameters(), lr=0.1)),
     )  # fmt: skip

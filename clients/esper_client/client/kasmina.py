@@ -13,8 +13,12 @@ from esper_rpc.proto.kasmina.v1 import (
     ExportSeedStatesResponse,
     FinalizeStepRequest,
     FinalizeStepResponse,
+    GetRollbackPayloadRequest,
+    GetRollbackPayloadResponse,
     GetStatusRequest,
     GetStatusResponse,
+    TerminateSeedRequest,
+    TerminateSeedResponse,
     UpdateEpochRequest,
     UpdateEpochResponse,
     ValidateParametersRequest,
@@ -32,7 +36,8 @@ class KasminaClient(MeshClient):
     role = "trainer"  # It lives where the tensors are, under the trainer's certificate.
     service = "esper.kasmina.v1.KasminaService"
     # An envelope that comes twice is applied once.
-    retried = ("ApplyCommand", "ExportSeedStates", "GetStatus", "ValidateParameters", "EmergencyCleanup")
+    retried = ("ApplyCommand", "ExportSeedStates", "GetStatus", "ValidateParameters", "GetRollbackPayload",
+               "TerminateSeed", "EmergencyCleanup")  # fmt: skip
 
     async def apply_command(self, request: ApplyCommandRequest, *, timeout: float = 2.0) -> ApplyCommandResponse:
         """Verifies a command and queues it for the next safe point of the training loop."""
@@ -71,6 +76,16 @@ class KasminaClient(MeshClient):
     ) -> ValidateParametersResponse:
         """Tells which of the parameters that are named a seed may not write to, and whose they are."""
         return await self._unary("ValidateParameters", request, ValidateParametersResponse, timeout)
+
+    async def get_rollback_payload(
+        self, request: GetRollbackPayloadRequest, *, timeout: float = 2.0
+    ) -> GetRollbackPayloadResponse:
+        """Returns what is known of the last seed that was taken out of a place, and how to go back to before it."""
+        return await self._unary("GetRollbackPayload", request, GetRollbackPayloadResponse, timeout)
+
+    async def terminate_seed(self, request: TerminateSeedRequest, *, timeout: float = 2.0) -> TerminateSeedResponse:
+        """Takes a seed out for good, at the next safe point."""
+        return await self._unary("TerminateSeed", request, TerminateSeedResponse, timeout)
 
     async def emergency_cleanup(
         self, request: EmergencyCleanupRequest, *, timeout: float = 30.0

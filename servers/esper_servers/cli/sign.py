@@ -9,12 +9,18 @@ from typing import Annotated, Any
 
 import typer
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.struct_pb2 import Struct
 
 from esper_client.client import KasminaClient
 from esper_rpc.envelope import sign as sign_envelope
 from esper_rpc.envelope.verification import COMMAND_TYPE
 from esper_rpc.errors import FailedPrecondition
-from esper_rpc.proto.kasmina.v1 import ApplyCommandRequest, GetStatusRequest, GetStatusResponse
+from esper_rpc.proto.kasmina.v1 import (
+    ApplyCommandRequest,
+    GetRollbackPayloadRequest,
+    GetStatusRequest,
+    GetStatusResponse,
+)
 from esper_rpc.proto.leyline.v1 import (
     AdaptationCommand,
     CircuitState,
@@ -42,6 +48,7 @@ def sign(
     emergency: Annotated[str, typer.Option(help=f"Instead of a seed, raise a level: {', '.join(LEVELS)}.")] = "",
     breaker: Annotated[str, typer.Option(help="Instead of a seed, move this breaker of the trainer.")] = "",
     state: Annotated[str, typer.Option(help=f"Where the breaker moves to: {', '.join(STATES)}.")] = "open",
+    undo: Annotated[str, typer.Option(help="Instead, roll back to before this seed, which was taken out.")] = "",
     reason: Annotated[str, typer.Option(help="Why, for the log.")] = "operator",
     output: Annotated[Path | None, typer.Option(help="Write the envelope to this file.")] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Send it at once.")] = False,
@@ -49,13 +56,16 @@ def sign(
     as_json: JsonOption = False,
 ) -> None:
     """Sign a command as operator for one seed host, and apply it or write it down."""
-    if bool(seed or operation) + bool(emergency) + bool(breaker) != 1:
-        raise typer.BadParameter("Give one of --seed with --operation, --emergency, and --breaker.")
+    if bool(seed or operation) + bool(emergency) + bool(breaker) + bool(undo) != 1:
+        raise typer.BadParameter("Give one of --seed with --operation, --emergency, --breaker and --undo.")
     command = _begin(reason)
     if emergency:
         _write_emergency(command, emergency)
     elif breaker:
         _write_breaker(command, breaker, state, reason)
+    elif undo:
+        command.command_type = CommandType.COMMAND_TYPE_ROLLBACK
+        command.rollback_payload.CopyFrom(run(_payload(home_of(context, home), address, undo)))
     else:
         _write_operation(command, seed, operation, blueprint)
     envelope, document = run(_sign(home_of(context, home), address, command, apply=apply))
@@ -110,6 +120,14 @@ def _write_breaker(command: AdaptationCommand, breaker: str, state: str, reason:
 def _require(given: str, known: Sequence[str], what: str) -> None:
     if given.lower() not in known:
         raise typer.BadParameter(f"{given!r} is not {what}; choose from {', '.join(known)}.")
+
+
+async def _payload(home: Home, address: str, seed: str) -> Struct:
+    async with KasminaClient(address, identity=home.identity()) as client:
+        answer = await client.get_rollback_payload(GetRollbackPayloadRequest(seed_id=seed))
+    if not answer.rollback.HasField("payload"):
+        raise FailedPrecondition(f"{seed!r} never had a part in the output; there is nothing to go back from.")
+    return answer.rollback.payload
 
 
 async def _sign(

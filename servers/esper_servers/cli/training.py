@@ -16,10 +16,12 @@ from esper_rpc.envelope.emergency import ANNOUNCED, SCHEMA_VERSION, SignalVerifi
 from esper_rpc.proto.kasmina.v1 import (
     EmergencyCleanupRequest,
     EmergencyCleanupResponse,
+    TerminateSeedRequest,
+    TerminateSeedResponse,
     ValidateParametersRequest,
     ValidateParametersResponse,
 )
-from esper_rpc.proto.leyline.v1 import EmergencyLevel, EmergencySignal
+from esper_rpc.proto.leyline.v1 import EmergencyLevel, EmergencySignal, SeedLifecycleStage
 from esper_rpc.proto.tolaria.v1 import (
     CreateCheckpointRequest,
     GetStatusRequest,
@@ -119,6 +121,19 @@ def cleanup(
     _show_all({"freed": answer.freed}, as_json=as_json)
 
 
+@app.command(epilog="Example: esper training terminate 127.0.0.1:40123 --seed seed-hidden1")
+def terminate(
+    context: typer.Context,
+    address: AddressArgument,
+    seed: Annotated[str, typer.Option(help="The seed; a fossil leaves the model and the optimizer.")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take a seed out for good: its place is its host's alone, and no command reaches it."""
+    before = SeedLifecycleStage.Name(run(_terminate(home_of(context, home), address, seed)).from_stage)
+    _show_all({"seed": seed, "was": before.removeprefix("SEED_LIFECYCLE_STAGE_").lower()}, as_json=as_json)
+
+
 @app.command(epilog="Example: esper training validate 127.0.0.1:40123 --seed seed-hidden1 --parameter hidden1.weight")
 def validate(
     context: typer.Context,
@@ -170,6 +185,11 @@ async def _rollback(home: Home, address: str, request: RollbackRequest) -> Any:
 async def _cleanup(home: Home, address: str) -> EmergencyCleanupResponse:
     async with KasminaClient(address, identity=home.identity()) as client:
         return await client.emergency_cleanup(EmergencyCleanupRequest())
+
+
+async def _terminate(home: Home, address: str, seed: str) -> TerminateSeedResponse:
+    async with KasminaClient(address, identity=home.identity()) as client:
+        return await client.terminate_seed(TerminateSeedRequest(seed_id=seed))
 
 
 async def _validate(home: Home, address: str, request: ValidateParametersRequest) -> ValidateParametersResponse:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from esper_rpc.proto.kasmina.v1 import GateEvent, SeedEvent
+from esper_rpc.proto.kasmina.v1 import GateEvent, RollbackPayload, SeedEvent
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage
 
 from . import lifecycle
@@ -40,6 +40,7 @@ class SeedEvents:
         before: SeedLifecycleStage.ValueType,
         reason: str,
         command_id: str = "",
+        rollback: RollbackPayload | None = None,
     ) -> None:
         """Tell that a seed has left a stage, or begun anew in the one it is in."""
         self._telemetry(
@@ -47,7 +48,12 @@ class SeedEvents:
         )
         self._tell(
             SeedEvent(
-                seed_id=slot.seed_id, from_stage=before, to_stage=slot.stage, reason=reason, command_id=command_id
+                seed_id=slot.seed_id,
+                from_stage=before,
+                to_stage=slot.stage,
+                reason=reason,
+                command_id=command_id,
+                rollback=rollback,
             )
         )
 

@@ -15,10 +15,12 @@ from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.envelope import Keyring, Verifier
 from esper_rpc.errors import FailedPrecondition, NotFound
 from esper_rpc.pause_quota import PauseConfig
+from esper_rpc.proto.kasmina.v1 import RollbackPayload
 from esper_rpc.proto.leyline.v1 import (
     AdaptationCommand,
     CommandOutcome,
     CommandType,
+    SeedLifecycleStage,
     SeedState,
     SignedEnvelope,
     SystemHealth,
@@ -246,9 +248,7 @@ class InProcessSeedHost:
     def advance_alpha(self, seed_id: str) -> float:
         """Move one seed on; raises NotFound or FailedPrecondition."""
         with self._lock:
-            slot = self.seeds.get(seed_id)
-            if slot is None:
-                raise NotFound(f"There is no seed {seed_id!r}.")
+            slot = self._slot(seed_id)
             if slot.stage != lifecycle.BLENDING:
                 raise FailedPrecondition(f"Seed {seed_id!r} is not blending.")
             return slot.advance_alpha()
@@ -287,6 +287,24 @@ class InProcessSeedHost:
             for slot in self.seeds.values():
                 if slot.stage in lifecycle.LIVE:
                     slot.age_epochs += 1
+
+    def rollback_payload(self, seed_id: str) -> RollbackPayload:
+        """Return what is known of the last seed that was taken out of a place; raises NotFound."""
+        with self._lock:
+            found = self._surgeon.rollback_payloads.of(self._slot(seed_id).seed_id)
+        if found is None:
+            raise NotFound(
+                f"Nothing was taken out as {seed_id!r} since the host was started or the training went back."
+            )
+        return found
+
+    def terminate(self, seed_id: str) -> SeedLifecycleStage.ValueType:
+        """Take a seed out for good, at a safe point; returns the stage that it left, and raises NotFound."""
+        with self._lock:
+            slot = self._slot(seed_id)
+            before = slot.stage
+            self._surgeon.terminate(slot)
+            return before
 
     def register_teacher(self, name: str, teacher: nn.Module) -> None:
         """Keep seeds away from the weights of a teacher; raises InvalidRequest when those are not the teacher's own."""
@@ -363,6 +381,12 @@ class InProcessSeedHost:
         self._events.close()
         self._safe_point.close()
 
+    def _slot(self, seed_id: str) -> SeedSlot:
+        slot = self.seeds.get(seed_id)
+        if slot is None:
+            raise NotFound(f"There is no seed {seed_id!r}.")
+        return slot
+
     def _settle(self, queued: Queued) -> CommandOutcome | None:
         begun = time.perf_counter()
         what = verdict.failed(ROLLED_BACK) if self._is_outdated(queued) else self._surgeon.carry_out(queued)
@@ -415,6 +439,7 @@ class InProcessSeedHost:
 
     def _recount(self) -> None:
         self._surgeon.resume()
+        self._surgeon.rollback_payloads.clear()
         self._live.recount(self.seeds.values())
         planted = [(slot.seed_id, slot.site.seed) for slot in self.seeds.values()]
         self._ownership.refresh([(seed_id, module) for seed_id, module in planted if module is not None])

@@ -93,6 +93,11 @@ class SeedSlot:
         """Parameters that the seed adds to the model."""
         return sum(p.numel() for p in self.site.seed.parameters()) if self.site.seed is not None else 0
 
+    @property
+    def has_touched_the_output(self) -> bool:
+        """Whether the output of the model has, or has had, a part of it."""
+        return self.stage in lifecycle.BLENDED or self.stage == lifecycle.FOSSILIZED
+
     def move(self, stage: SeedLifecycleStage.ValueType) -> None:
         """Change the stage; raises IllegalMove."""
         if not lifecycle.is_legal(self.stage, stage):

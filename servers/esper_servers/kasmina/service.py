@@ -18,10 +18,14 @@ from esper_rpc.proto.kasmina.v1 import (
     FinalizeStepRequest,
     FinalizeStepResponse,
     ForeignParameter,
+    GetRollbackPayloadRequest,
+    GetRollbackPayloadResponse,
     GetStatusRequest,
     GetStatusResponse,
     IssuerFence,
     SeedEvent,
+    TerminateSeedRequest,
+    TerminateSeedResponse,
     UpdateEpochRequest,
     UpdateEpochResponse,
     ValidateParametersRequest,
@@ -129,6 +133,16 @@ class KasminaServicer:
         found = self._host.foreign_parameters(request.seed_id, request.parameter_names)
         violations = [ForeignParameter(parameter_name=name, owner=owner) for name, owner in found]
         return ValidateParametersResponse(violations=violations)
+
+    async def GetRollbackPayload(self, request: GetRollbackPayloadRequest, call: Call) -> GetRollbackPayloadResponse:
+        """Return what is known of a seed that was taken out."""
+        self._require_driver(call)
+        return GetRollbackPayloadResponse(rollback=self._host.rollback_payload(request.seed_id))
+
+    async def TerminateSeed(self, request: TerminateSeedRequest, call: Call) -> TerminateSeedResponse:
+        """Take a seed out for good."""
+        before = await self._at_safe_point(lambda: self._host.terminate(request.seed_id))
+        return TerminateSeedResponse(from_stage=before)
 
     async def EmergencyCleanup(self, request: EmergencyCleanupRequest, call: Call) -> EmergencyCleanupResponse:
         """Let go of what can be had again."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from esper_rpc.envelope import reasons
-from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedLifecycleStage
+from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedLifecycleGate, SeedLifecycleStage
 from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY, describe
 
 from . import lifecycle, verdict
@@ -24,6 +24,7 @@ from .ownership import PARAMETER_VIOLATION, Ownership
 from .pausing import UNKNOWN_SEED, Pauses
 from .prewarm import Prepared
 from .progress import Progress
+from .rollback_payloads import NO_GATE, RollbackPayloads
 from .seed_slot import SeedSlot
 from .verdict import Verdict
 
@@ -32,6 +33,7 @@ ILLEGAL_TRANSITION = "illegal_transition"
 MEMORY_BOUNDS = "memory_bounds"
 COMMANDED = "commanded"
 RECOVERY = "recovery"
+TERMINATED = "terminated"
 INVALID_BLEND_CONFIG = "invalid_blend_config"
 NOTHING = Prepared()
 _MULTIPLIER = "learning_rate_multiplier"
@@ -76,6 +78,7 @@ class Surgeon:
         self._events = events
         self._progress = progress
         self._tell = tell
+        self.rollback_payloads = RollbackPayloads()
         self.routes: dict[CommandType.ValueType, Route] = {}
         """Who carries out the commands of a type that are not for seeds."""
 
@@ -184,7 +187,7 @@ class Surgeon:
             self._move_as_commanded(slot, target, command)
             return verdict.APPLIED
         if gate.result == FAILED:
-            self._cull(slot, gate.reason, command.command_id)
+            self._cull(slot, gate.reason, command.command_id, gate.gate)
         return verdict.failed(gate.reason)
 
     def _move_as_commanded(
@@ -213,15 +216,37 @@ class Surgeon:
             self._tell("fallback_applied", WARNING, reason=reason, seed_id=slot.seed_id, problem=problem, **details)
         self._tell("blend_config", INFO, reason=COMMANDED, seed_id=slot.seed_id, **details)
 
-    def _cull(self, slot: SeedSlot, reason: str, command_id: str = "") -> None:
-        before = slot.stage
-        slot.move(lifecycle.CULLED)
+    def terminate(self, slot: SeedSlot) -> None:
+        """Take a seed out for good: no operation leads back. A fossil leaves the optimizer, too."""
+        if slot.stage == lifecycle.TERMINATED:
+            return
+        if slot.stage == lifecycle.FOSSILIZED and slot.site.seed is not None:
+            self._learning_rate.release(slot.site.seed)
+        self._take_out(slot, lifecycle.TERMINATED, TERMINATED)
+        slot.reset()
+
+    def _cull(
+        self, slot: SeedSlot, reason: str, command_id: str = "", gate: SeedLifecycleGate.ValueType = NO_GATE
+    ) -> None:
+        self._take_out(slot, lifecycle.CULLED, reason, command_id, gate)
+        slot.embargo_left = self._gatekeeper.config.embargo_seconds
+
+    def _take_out(
+        self,
+        slot: SeedSlot,
+        stage: SeedLifecycleStage.ValueType,
+        reason: str,
+        command_id: str = "",
+        gate: SeedLifecycleGate.ValueType = NO_GATE,
+    ) -> None:
+        before, step = slot.stage, self._progress.global_step
+        rollback = self.rollback_payloads.record(slot, reason=reason, step=step, gate=gate)
+        slot.move(stage)
         slot.uproot()
         self._ownership.release(slot.seed_id)
         self._isolation.release(slot.seed_id)
         self._live.note(slot)
-        slot.embargo_left = self._gatekeeper.config.embargo_seconds
-        self._events.moved(slot, before, reason, command_id)
+        self._events.moved(slot, before, reason, command_id, rollback)
 
     def _recover(self, slot: SeedSlot, seconds: float) -> None:
         """Culled, embargoed, reset, dormant: the moves that need no command, one a step at most."""

@@ -4,6 +4,7 @@ from .gates_pb2 import (
     GateCheck as GateCheck,
     GateEvent as GateEvent,
     GateResult as GateResult,
+    RollbackPayload as RollbackPayload,
 )
 from .kasmina_service_pb2 import (
     AdvanceAlphaRequest as AdvanceAlphaRequest,
@@ -17,10 +18,14 @@ from .kasmina_service_pb2 import (
     FinalizeStepRequest as FinalizeStepRequest,
     FinalizeStepResponse as FinalizeStepResponse,
     ForeignParameter as ForeignParameter,
+    GetRollbackPayloadRequest as GetRollbackPayloadRequest,
+    GetRollbackPayloadResponse as GetRollbackPayloadResponse,
     GetStatusRequest as GetStatusRequest,
     GetStatusResponse as GetStatusResponse,
     IssuerFence as IssuerFence,
     SeedEvent as SeedEvent,
+    TerminateSeedRequest as TerminateSeedRequest,
+    TerminateSeedResponse as TerminateSeedResponse,
     UpdateEpochRequest as UpdateEpochRequest,
     UpdateEpochResponse as UpdateEpochResponse,
     ValidateParametersRequest as ValidateParametersRequest,

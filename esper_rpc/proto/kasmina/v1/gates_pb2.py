@@ -23,19 +23,22 @@ _sym_db = _symbol_database.Default()
 
 
 from esper_rpc.proto.leyline.v1 import seed_pb2 as esper_dot_leyline_dot_v1_dot_seed__pb2
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65sper/kasmina/v1/gates.proto\x12\x10\x65sper.kasmina.v1\x1a\x1b\x65sper/leyline/v1/seed.proto\"g\n\tGateCheck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x06result\x18\x02 \x01(\x0e\x32\x1c.esper.kasmina.v1.GateResult\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"\xa9\x01\n\tGateEvent\x12\x31\n\x04gate\x18\x01 \x01(\x0e\x32#.esper.leyline.v1.SeedLifecycleGate\x12,\n\x06result\x18\x02 \x01(\x0e\x32\x1c.esper.kasmina.v1.GateResult\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12+\n\x06\x63hecks\x18\x04 \x03(\x0b\x32\x1b.esper.kasmina.v1.GateCheck*r\n\nGateResult\x12\x1b\n\x17GATE_RESULT_UNSPECIFIED\x10\x00\x12\x16\n\x12GATE_RESULT_PASSED\x10\x01\x12\x17\n\x13GATE_RESULT_NOT_YET\x10\x02\x12\x16\n\x12GATE_RESULT_FAILED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65sper/kasmina/v1/gates.proto\x12\x10\x65sper.kasmina.v1\x1a\x1b\x65sper/leyline/v1/seed.proto\x1a\x1cgoogle/protobuf/struct.proto\"g\n\tGateCheck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x06result\x18\x02 \x01(\x0e\x32\x1c.esper.kasmina.v1.GateResult\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"\xa9\x01\n\tGateEvent\x12\x31\n\x04gate\x18\x01 \x01(\x0e\x32#.esper.leyline.v1.SeedLifecycleGate\x12,\n\x06result\x18\x02 \x01(\x0e\x32\x1c.esper.kasmina.v1.GateResult\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12+\n\x06\x63hecks\x18\x04 \x03(\x0b\x32\x1b.esper.kasmina.v1.GateCheck\"\xef\x01\n\x0fRollbackPayload\x12\x0f\n\x07seed_id\x18\x01 \x01(\t\x12\x14\n\x0c\x62lueprint_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x33\n\x05stage\x18\x04 \x01(\x0e\x32$.esper.leyline.v1.SeedLifecycleStage\x12\x31\n\x04gate\x18\x05 \x01(\x0e\x32#.esper.leyline.v1.SeedLifecycleGate\x12\x13\n\x0bglobal_step\x18\x06 \x01(\x04\x12(\n\x07payload\x18\x07 \x01(\x0b\x32\x17.google.protobuf.Struct*r\n\nGateResult\x12\x1b\n\x17GATE_RESULT_UNSPECIFIED\x10\x00\x12\x16\n\x12GATE_RESULT_PASSED\x10\x01\x12\x17\n\x13GATE_RESULT_NOT_YET\x10\x02\x12\x16\n\x12GATE_RESULT_FAILED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'esper_rpc.proto.kasmina.v1.gates_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GATERESULT']._serialized_start=356
-  _globals['_GATERESULT']._serialized_end=470
-  _globals['_GATECHECK']._serialized_start=79
-  _globals['_GATECHECK']._serialized_end=182
-  _globals['_GATEEVENT']._serialized_start=185
-  _globals['_GATEEVENT']._serialized_end=354
+  _globals['_GATERESULT']._serialized_start=628
+  _globals['_GATERESULT']._serialized_end=742
+  _globals['_GATECHECK']._serialized_start=109
+  _globals['_GATECHECK']._serialized_end=212
+  _globals['_GATEEVENT']._serialized_start=215
+  _globals['_GATEEVENT']._serialized_end=384
+  _globals['_ROLLBACKPAYLOAD']._serialized_start=387
+  _globals['_ROLLBACKPAYLOAD']._serialized_end=626
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from esper_rpc.proto.leyline.v1 import seed_pb2 as _seed_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -111,3 +112,52 @@ class GateEvent(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GateEvent: _TypeAlias = GateEvent  # noqa: Y015
+
+@_typing.final
+class RollbackPayload(_message.Message):
+    """RollbackPayload tells of a seed that was taken out, and how to go back to before it took part."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEED_ID_FIELD_NUMBER: _builtins.int
+    BLUEPRINT_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    GATE_FIELD_NUMBER: _builtins.int
+    GLOBAL_STEP_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    seed_id: _builtins.str
+    """The seed."""
+    blueprint_id: _builtins.str
+    """What grew there."""
+    reason: _builtins.str
+    """Why it was taken out, a stable reason."""
+    stage: _seed_pb2.SeedLifecycleStage.ValueType
+    """The stage that it left."""
+    gate: _seed_pb2.SeedLifecycleGate.ValueType
+    """The gate at which it failed. UNSPECIFIED when it failed at none."""
+    global_step: _builtins.int
+    """The step at which it was taken out."""
+    @_builtins.property
+    def payload(self) -> _struct_pb2.Struct:
+        """What AdaptationCommand.rollback_payload has to be to return to the last step before the seed had a part in the output
+        of the model. Absent when it never had: there is nothing to return from.
+        """
+
+    def __init__(
+        self,
+        *,
+        seed_id: _builtins.str = ...,
+        blueprint_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        stage: _seed_pb2.SeedLifecycleStage.ValueType = ...,
+        gate: _seed_pb2.SeedLifecycleGate.ValueType = ...,
+        global_step: _builtins.int = ...,
+        payload: _struct_pb2.Struct | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blueprint_id", b"blueprint_id", "gate", b"gate", "global_step", b"global_step", "payload", b"payload", "reason", b"reason", "seed_id", b"seed_id", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___RollbackPayload: _TypeAlias = RollbackPayload  # noqa: Y015

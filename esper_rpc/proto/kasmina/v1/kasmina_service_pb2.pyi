@@ -318,6 +318,7 @@ class SeedEvent(_message.Message):
     OCCURRED_AT_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     GATE_FIELD_NUMBER: _builtins.int
+    ROLLBACK_FIELD_NUMBER: _builtins.int
     seed_id: _builtins.str
     """The seed."""
     from_stage: _seed_pb2.SeedLifecycleStage.ValueType
@@ -342,6 +343,10 @@ class SeedEvent(_message.Message):
     def gate(self) -> _gates_pb2.GateEvent:
         """Set when this tells how the seed stood before a gate; what follows from it, a move or an outcome, comes next."""
 
+    @_builtins.property
+    def rollback(self) -> _gates_pb2.RollbackPayload:
+        """Set when the seed was taken out."""
+
     def __init__(
         self,
         *,
@@ -354,10 +359,11 @@ class SeedEvent(_message.Message):
         occurred_at: _timestamp_pb2.Timestamp | None = ...,
         outcome: _outcome_pb2.CommandOutcome | None = ...,
         gate: _gates_pb2.GateEvent | None = ...,
+        rollback: _gates_pb2.RollbackPayload | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["gate", b"gate", "occurred_at", b"occurred_at", "outcome", b"outcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gate", b"gate", "occurred_at", b"occurred_at", "outcome", b"outcome", "rollback", b"rollback"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id", "from_stage", b"from_stage", "gate", b"gate", "global_step", b"global_step", "occurred_at", b"occurred_at", "outcome", b"outcome", "reason", b"reason", "seed_id", b"seed_id", "to_stage", b"to_stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id", "from_stage", b"from_stage", "gate", b"gate", "global_step", b"global_step", "occurred_at", b"occurred_at", "outcome", b"outcome", "reason", b"reason", "rollback", b"rollback", "seed_id", b"seed_id", "to_stage", b"to_stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SeedEvent: _TypeAlias = SeedEvent  # noqa: Y015
@@ -624,3 +630,83 @@ class EmergencyCleanupResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___EmergencyCleanupResponse: _TypeAlias = EmergencyCleanupResponse  # noqa: Y015
+
+@_typing.final
+class GetRollbackPayloadRequest(_message.Message):
+    """GetRollbackPayloadRequest names a seed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEED_ID_FIELD_NUMBER: _builtins.int
+    seed_id: _builtins.str
+    """The seed."""
+    def __init__(
+        self,
+        *,
+        seed_id: _builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seed_id", b"seed_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___GetRollbackPayloadRequest: _TypeAlias = GetRollbackPayloadRequest  # noqa: Y015
+
+@_typing.final
+class GetRollbackPayloadResponse(_message.Message):
+    """GetRollbackPayloadResponse holds what is known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLLBACK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def rollback(self) -> _gates_pb2.RollbackPayload:
+        """Of the last seed that was taken out there."""
+
+    def __init__(
+        self,
+        *,
+        rollback: _gates_pb2.RollbackPayload | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rollback", b"rollback"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rollback", b"rollback"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___GetRollbackPayloadResponse: _TypeAlias = GetRollbackPayloadResponse  # noqa: Y015
+
+@_typing.final
+class TerminateSeedRequest(_message.Message):
+    """TerminateSeedRequest names a seed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEED_ID_FIELD_NUMBER: _builtins.int
+    seed_id: _builtins.str
+    """The seed."""
+    def __init__(
+        self,
+        *,
+        seed_id: _builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seed_id", b"seed_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___TerminateSeedRequest: _TypeAlias = TerminateSeedRequest  # noqa: Y015
+
+@_typing.final
+class TerminateSeedResponse(_message.Message):
+    """TerminateSeedResponse tells what it was."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_STAGE_FIELD_NUMBER: _builtins.int
+    from_stage: _seed_pb2.SeedLifecycleStage.ValueType
+    """The stage that it left, TERMINATED when it had been terminated before."""
+    def __init__(
+        self,
+        *,
+        from_stage: _seed_pb2.SeedLifecycleStage.ValueType = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_stage", b"from_stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___TerminateSeedResponse: _TypeAlias = TerminateSeedResponse  # noqa: Y015

@@ -75,6 +75,16 @@ class KasminaServiceStub(object):
                 request_serializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.ValidateParametersRequest.SerializeToString,
                 response_deserializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.ValidateParametersResponse.FromString,
                 _registered_method=True)
+        self.GetRollbackPayload = channel.unary_unary(
+                '/esper.kasmina.v1.KasminaService/GetRollbackPayload',
+                request_serializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.GetRollbackPayloadRequest.SerializeToString,
+                response_deserializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.GetRollbackPayloadResponse.FromString,
+                _registered_method=True)
+        self.TerminateSeed = channel.unary_unary(
+                '/esper.kasmina.v1.KasminaService/TerminateSeed',
+                request_serializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.TerminateSeedRequest.SerializeToString,
+                response_deserializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.TerminateSeedResponse.FromString,
+                _registered_method=True)
         self.EmergencyCleanup = channel.unary_unary(
                 '/esper.kasmina.v1.KasminaService/EmergencyCleanup',
                 request_serializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.EmergencyCleanupRequest.SerializeToString,
@@ -152,6 +162,24 @@ class KasminaServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRollbackPayload(self, request, context):
+        """Returns what is known of the last seed that was taken out of a place, by a gate, a command or an operator, with what a
+        ROLLBACK command has to carry to go back to before it. NOT_FOUND for an unknown seed, and when none was taken out
+        since the host was started or the training went back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TerminateSeed(self, request, context):
+        """Takes a seed out for good, at the next safe point: its place is its host's alone from then on, and no command reaches
+        it. A fossil is taken out of the model and of the optimizer. Calling it again changes nothing. NOT_FOUND for an
+        unknown seed, FAILED_PRECONDITION if no safe point comes, or for a fossil of a model that several ranks train.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def EmergencyCleanup(self, request, context):
         """Lets go of all that can be had again, at the next safe point: kernels, modules that wait, and what culled seeds left.
         Calling it again lets go of what came since. FAILED_PRECONDITION if no safe point comes because the loop stands
@@ -203,6 +231,16 @@ def add_KasminaServiceServicer_to_server(servicer, server):
                     servicer.ValidateParameters,
                     request_deserializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.ValidateParametersRequest.FromString,
                     response_serializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.ValidateParametersResponse.SerializeToString,
+            ),
+            'GetRollbackPayload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRollbackPayload,
+                    request_deserializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.GetRollbackPayloadRequest.FromString,
+                    response_serializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.GetRollbackPayloadResponse.SerializeToString,
+            ),
+            'TerminateSeed': grpc.unary_unary_rpc_method_handler(
+                    servicer.TerminateSeed,
+                    request_deserializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.TerminateSeedRequest.FromString,
+                    response_serializer=esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.TerminateSeedResponse.SerializeToString,
             ),
             'EmergencyCleanup': grpc.unary_unary_rpc_method_handler(
                     servicer.EmergencyCleanup,
@@ -427,6 +465,60 @@ class KasminaService(object):
             '/esper.kasmina.v1.KasminaService/ValidateParameters',
             esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.ValidateParametersRequest.SerializeToString,
             esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.ValidateParametersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRollbackPayload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/esper.kasmina.v1.KasminaService/GetRollbackPayload',
+            esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.GetRollbackPayloadRequest.SerializeToString,
+            esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.GetRollbackPayloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TerminateSeed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/esper.kasmina.v1.KasminaService/TerminateSeed',
+            esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.TerminateSeedRequest.SerializeToString,
+            esper_dot_kasmina_dot_v1_dot_kasmina__service__pb2.TerminateSeedResponse.FromString,
             options,
             channel_credentials,
             insecure,

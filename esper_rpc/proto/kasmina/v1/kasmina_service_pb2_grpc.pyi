@@ -64,6 +64,16 @@ class KasminaServiceStub:
     whose commands this host verifies. Teachers are registered in the process of the model alone, since a module cannot
     be sent.
     """
+    GetRollbackPayload: _grpc.UnaryUnaryMultiCallable[_kasmina_service_pb2.GetRollbackPayloadRequest, _kasmina_service_pb2.GetRollbackPayloadResponse]
+    """Returns what is known of the last seed that was taken out of a place, by a gate, a command or an operator, with what a
+    ROLLBACK command has to carry to go back to before it. NOT_FOUND for an unknown seed, and when none was taken out
+    since the host was started or the training went back.
+    """
+    TerminateSeed: _grpc.UnaryUnaryMultiCallable[_kasmina_service_pb2.TerminateSeedRequest, _kasmina_service_pb2.TerminateSeedResponse]
+    """Takes a seed out for good, at the next safe point: its place is its host's alone from then on, and no command reaches
+    it. A fossil is taken out of the model and of the optimizer. Calling it again changes nothing. NOT_FOUND for an
+    unknown seed, FAILED_PRECONDITION if no safe point comes, or for a fossil of a model that several ranks train.
+    """
     EmergencyCleanup: _grpc.UnaryUnaryMultiCallable[_kasmina_service_pb2.EmergencyCleanupRequest, _kasmina_service_pb2.EmergencyCleanupResponse]
     """Lets go of all that can be had again, at the next safe point: kernels, modules that wait, and what culled seeds left.
     Calling it again lets go of what came since. FAILED_PRECONDITION if no safe point comes because the loop stands
@@ -105,6 +115,16 @@ class KasminaServiceAsyncStub(KasminaServiceStub):
     counted as a violation. NOT_FOUND for an unknown seed or parameter, PERMISSION_DENIED to every trainer but the one
     whose commands this host verifies. Teachers are registered in the process of the model alone, since a module cannot
     be sent.
+    """
+    GetRollbackPayload: _aio.UnaryUnaryMultiCallable[_kasmina_service_pb2.GetRollbackPayloadRequest, _kasmina_service_pb2.GetRollbackPayloadResponse]  # type: ignore[assignment]
+    """Returns what is known of the last seed that was taken out of a place, by a gate, a command or an operator, with what a
+    ROLLBACK command has to carry to go back to before it. NOT_FOUND for an unknown seed, and when none was taken out
+    since the host was started or the training went back.
+    """
+    TerminateSeed: _aio.UnaryUnaryMultiCallable[_kasmina_service_pb2.TerminateSeedRequest, _kasmina_service_pb2.TerminateSeedResponse]  # type: ignore[assignment]
+    """Takes a seed out for good, at the next safe point: its place is its host's alone from then on, and no command reaches
+    it. A fossil is taken out of the model and of the optimizer. Calling it again changes nothing. NOT_FOUND for an
+    unknown seed, FAILED_PRECONDITION if no safe point comes, or for a fossil of a model that several ranks train.
     """
     EmergencyCleanup: _aio.UnaryUnaryMultiCallable[_kasmina_service_pb2.EmergencyCleanupRequest, _kasmina_service_pb2.EmergencyCleanupResponse]  # type: ignore[assignment]
     """Lets go of all that can be had again, at the next safe point: kernels, modules that wait, and what culled seeds left.
@@ -192,6 +212,28 @@ class KasminaServiceServicer(metaclass=_abc_1.ABCMeta):
         counted as a violation. NOT_FOUND for an unknown seed or parameter, PERMISSION_DENIED to every trainer but the one
         whose commands this host verifies. Teachers are registered in the process of the model alone, since a module cannot
         be sent.
+        """
+
+    @_abc_1.abstractmethod
+    def GetRollbackPayload(
+        self,
+        request: _kasmina_service_pb2.GetRollbackPayloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kasmina_service_pb2.GetRollbackPayloadResponse, _abc.Awaitable[_kasmina_service_pb2.GetRollbackPayloadResponse]]:
+        """Returns what is known of the last seed that was taken out of a place, by a gate, a command or an operator, with what a
+        ROLLBACK command has to carry to go back to before it. NOT_FOUND for an unknown seed, and when none was taken out
+        since the host was started or the training went back.
+        """
+
+    @_abc_1.abstractmethod
+    def TerminateSeed(
+        self,
+        request: _kasmina_service_pb2.TerminateSeedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kasmina_service_pb2.TerminateSeedResponse, _abc.Awaitable[_kasmina_service_pb2.TerminateSeedResponse]]:
+        """Takes a seed out for good, at the next safe point: its place is its host's alone from then on, and no command reaches
+        it. A fossil is taken out of the model and of the optimizer. Calling it again changes nothing. NOT_FOUND for an
+        unknown seed, FAILED_PRECONDITION if no safe point comes, or for a fossil of a model that several ranks train.
         """
 
     @_abc_1.abstractmethod

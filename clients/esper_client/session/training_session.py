@@ -23,7 +23,7 @@ from esper_rpc.identity import Identity
 from esper_rpc.ledger import TimingWindow
 from esper_rpc.proto.leyline.v1 import CommandOutcome
 from esper_rpc.proto.tamiyo.v1 import EvaluateEpochRequest, OpenRunRequest, StepDecision, StepLedger
-from esper_rpc.telemetry import PacketSink, record_packets
+from esper_rpc.telemetry import PacketSink
 from esper_rpc.telemetry.tracing import TRACER
 
 from .answers import Answers
@@ -72,7 +72,7 @@ class TrainingSession:
         run_id: str = "",
         config: SessionConfig | None = None,
         thread: LoopThread | None = None,
-        telemetry: PacketSink = record_packets,
+        telemetry: PacketSink | None = None,
     ) -> None:
         self.host = host
         self.run_id = run_id or f"run-{uuid.uuid4().hex[:12]}"
@@ -105,9 +105,9 @@ class TrainingSession:
         self._failed = False
         self._begun: _BegunStep | None = None
         self._is_in_step = False
-        self._telemetry = telemetry
         self._thread = thread or LoopThread()
-        self._reports = StepReports(self.run_id, self._thread)
+        self._reports = StepReports(self.run_id)
+        self._telemetry = telemetry or self._reports.add_packets
         self._exchange = StepExchange(
             thread=self._thread,
             budget_seconds=self.config.step_budget_ms / 1000,
@@ -322,6 +322,9 @@ class TrainingSession:
         trace_step(self.run_id, self.global_step, outcomes, times.apply_seconds)
         self._questions.tamiyo_latency_ms = None if step.unsent else times.exchange_seconds * 1e3
         self._account(times, decision, outcomes)
+        if step.unsent:
+            # No answer follows during which the loop would write it.
+            self._reports.write()
         return outcomes
 
     def _account(self, times: StepTimes, decision: StepDecision | None, outcomes: list[CommandOutcome]) -> None:

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from esper_rpc.proto.kasmina.v1 import GateEvent, GateResult
-from esper_rpc.proto.leyline.v1 import CommandSeedOperation, SeedLifecycleGate, SeedLifecycleStage
+from esper_rpc.proto.leyline.v1 import AdaptationCommand, SeedLifecycleGate, SeedLifecycleStage
 
 from . import lifecycle, step_packets
 from .events import SeedEvents
-from .gates import gradient_health, interface, reset, sanity, stability, system_impact
+from .gates import gradient_health, inputs, interface, reset, sanity, stability, system_impact
 from .gates.config import GateConfig
 from .gates.report import FAILED
 from .isolation.isolation import Isolation
@@ -39,22 +39,28 @@ class Gatekeeper:
         self._events = events
         self._tell = tell
 
-    def look_at(self, operation: CommandSeedOperation, kernel: Kernel | str) -> GateEvent:
+    def look_at(self, command: AdaptationCommand, kernel: Kernel | str) -> GateEvent:
         """Ask G0, and tell nobody yet; without a kernel there is the reason why."""
-        if isinstance(kernel, Kernel):
-            return sanity.judge(operation, kernel.blueprint.descriptor, "")
+        descriptor = kernel.blueprint.descriptor if isinstance(kernel, Kernel) else None
         # What came and cannot be used is a failure to load, after germination.
-        return sanity.judge(operation, None, kernel if kernel in NOT_TO_BE_HAD else "")
+        why_not = kernel if isinstance(kernel, str) and kernel in NOT_TO_BE_HAD else ""
+        gate = sanity.judge(command.seed_operation, descriptor, why_not)
+        return inputs.look(gate, command.annotations, self.config.least_coverage)
 
     def violations_of(self, seed_id: str) -> int:
         """Return how often a seed wrote, or would have written, to what is not its own since it was planted."""
         return self._ownership.violations_of(seed_id) + self._isolation.violations_of(seed_id)
 
-    def judge(self, slot: SeedSlot, target: SeedLifecycleStage.ValueType, command_id: str = "") -> GateEvent | None:
+    def judge(
+        self, slot: SeedSlot, target: SeedLifecycleStage.ValueType, command: AdaptationCommand | None = None
+    ) -> GateEvent | None:
         """Ask the gate before a stage; None when none stands there."""
         gate = self._gate_before(slot, target)
-        if gate is not None:
-            self.tell(slot, gate, command_id)
+        if gate is None:
+            return None
+        if command is not None:
+            gate = inputs.look(gate, command.annotations, self.config.least_coverage)
+        self.tell(slot, gate, command.command_id if command is not None else "")
         return gate
 
     def tell(self, slot: SeedSlot, gate: GateEvent, command_id: str) -> None:

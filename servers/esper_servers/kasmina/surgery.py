@@ -161,7 +161,7 @@ class Surgeon:
         kernel = self._nursery.kernel_for(command) or (KERNEL_LATE if is_late else None)
         if kernel is None:
             return None
-        gate = self._gatekeeper.look_at(command.seed_operation, kernel)
+        gate = self._gatekeeper.look_at(command, kernel)
         # Before the module is built: what must not be planted is not run either.
         prepared = self._nursery.module_for(slot, command, kernel) if gate.result == PASSED else NOTHING
         if prepared is None and not is_late:
@@ -182,7 +182,7 @@ class Surgeon:
     def _move_through_gate(
         self, slot: SeedSlot, target: SeedLifecycleStage.ValueType, command: AdaptationCommand
     ) -> Verdict:
-        gate = self._gatekeeper.judge(slot, target, command.command_id)
+        gate = self._gatekeeper.judge(slot, target, command)
         if gate is None or gate.result == PASSED:
             self._move_as_commanded(slot, target, command)
             return verdict.APPLIED

@@ -18,6 +18,8 @@ class GateConfig:
     """By what share of the loss before the graft the loss may be worse when the seed becomes a fossil."""
     loss_margin: Annotated[float, Range(0, 1_000)] = 0.02
     """Beside the share, so that a loss near zero is not judged by its noise."""
+    least_coverage: Annotated[float, Range(0, 1)] = 0.0
+    """What share of the features must have been known to whoever decided."""
     embargo_seconds: Annotated[float, Range(0, 86_400)] = 5.0
 
     def __post_init__(self) -> None:

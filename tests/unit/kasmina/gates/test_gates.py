@@ -316,3 +316,23 @@ def test_an_embargo_goes_on_in_a_restored_host(make_rig):
     second.host.load_state_dict(first.host.state_dict())
     second.host.finalize_step(1)
     assert second.slot.embargo_left == pytest.approx(first.slot.embargo_left)
+
+
+@pytest.mark.parametrize(("told", "applied"), [("0.39", False), ("0.41", True), ("nonsense", False), ("", True)])
+def test_what_was_known_is_told_and_may_be_too_little(make_rig, told, applied):
+    rig = make_rig(options={"gates": GateConfig(least_coverage=0.4)})
+    events = []
+    rig.host.listen(events.append)
+    for operation, stage in (("GERMINATE", lifecycle.DORMANT), ("START_GRAFTING", lifecycle.TRAINING)):
+        command = rig.command(operation, blueprint="residual_mlp")
+        command.annotations["feature_coverage"] = told
+        assert (rig.order(command).result == APPLIED) == applied
+        gate = gates_of(events)[-1]
+        assert gate.reason == ("" if applied else "degraded_inputs")
+        assert [each.detail for each in gate.checks if each.name == "inputs"] == ([f"coverage {told}"] if told else [])
+        if not applied:
+            assert rig.slot.stage == stage
+            rig.do(operation, blueprint="residual_mlp")
+        if operation == "GERMINATE":
+            rig.do("START_TRAINING")
+            rig.train(2)

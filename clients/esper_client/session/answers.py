@@ -3,13 +3,17 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 
+import structlog
+
 from esper_client.seed_host import SeedHost
 from esper_client.step_exchange import MISSED, StepExchange
 from esper_rpc.proto.leyline.v1 import CommandOutcome
-from esper_rpc.proto.tamiyo.v1 import StepDecision
+from esper_rpc.proto.tamiyo.v1 import StepDecision, StepStatus
 from esper_rpc.telemetry.metrics import STEP_ANSWERS
 
 from .questions import Questions
+
+log = structlog.get_logger(__name__)
 
 
 class Answers:
@@ -37,11 +41,17 @@ class Answers:
         """Hand the command of an answer to the host; what it verified, it carries out at its next safe point."""
         kind = decision.WhichOneof("decision")
         if kind != "command":
-            self.count(decision.no_action.reason if kind == "no_action" else f"error_{decision.error.code}")
+            self.count(decision.no_action.reason if kind == "no_action" else self._refused(decision.error))
             return []
         self.count("command")
         digest = hashlib.sha256(question).digest()
         return [self._host.submit(decision.command, expected_sequence=decision.sequence, request_digest=digest)]
+
+    def _refused(self, error: StepStatus) -> str:
+        reason = f"error_{error.code}"
+        if reason not in self._reasons:
+            log.warning("step_refused", reason=reason, problem=error.message)
+        return reason
 
     def take_late(self, global_step: int) -> list[CommandOutcome]:
         """Tell of commands that came too late for their step."""

@@ -11,6 +11,7 @@ from esper_rpc.proto.tamiyo.v1 import EvaluateEpochRequest, EvaluateStepsRequest
 from esper_rpc.telemetry.tracing import current_traceparent
 
 from .config import SessionConfig
+from .loss import BadArgument, Loss, read_loss, read_number
 from .untold_outcomes import UntoldOutcomes
 
 PROTOCOL_VERSIONS = (1, 2)
@@ -21,9 +22,32 @@ class Measured(NamedTuple):
     """What the loop told of a step."""
 
     loss: float
-    samples: int | None = None
-    gradient_norm: float | None = None
-    metrics: Mapping[str, float] | None = None
+    samples: float | None
+    gradient_norm: float | None
+    metrics: Mapping[str, float]
+
+
+def measure(
+    loss: Loss,
+    samples: float | None = None,
+    gradient_norm: float | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> Measured:
+    """Read what a loop tells; raises BadArgument for what is no number."""
+    return Measured(
+        read_loss(loss),
+        None if samples is None else read_number("samples", samples),
+        None if gradient_norm is None else read_number("gradient_norm", gradient_norm),
+        {name: read_number(f"metrics[{name!r}]", value) for name, value in _named(metrics).items()},
+    )
+
+
+def _named(metrics: Mapping[str, float] | None) -> Mapping[str, float]:
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise BadArgument(f"metrics must be a mapping of names to numbers, not a {type(metrics).__name__}.")
+    if metrics and not all(isinstance(name, str) for name in metrics):
+        raise BadArgument("metrics must be named by strings.")
+    return metrics or {}
 
 
 class Questions:
@@ -67,7 +91,7 @@ class Questions:
 
     def packet(self, measured: Measured, *, epoch: int, global_step: int) -> SystemStatePacket:
         """Build the state that a question is about."""
-        known = {"hook_latency_ms": self.hook_latency_ms, **self._of_host, **(measured.metrics or {})}
+        known = {"hook_latency_ms": self.hook_latency_ms, **self._of_host, **measured.metrics}
         if self.tamiyo_latency_ms is not None:
             known["tamiyo_latency_ms"] = self.tamiyo_latency_ms
         if measured.gradient_norm is not None:

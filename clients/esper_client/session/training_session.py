@@ -28,8 +28,8 @@ from esper_rpc.telemetry.tracing import TRACER
 
 from .answers import Answers
 from .config import SessionConfig
-from .loss import Loss, read_loss
-from .questions import Measured, Questions
+from .loss import BadArgument, Loss
+from .questions import Measured, Questions, measure
 from .state import read_state, write_state
 from .step_report import trace_step
 from .step_reports import StepReports
@@ -102,7 +102,7 @@ class TrainingSession:
         self.finalize_ms = 0.0
         """How long it took to end the last step."""
         self._step_listeners: list[StepListener] = []
-        self._failed = False
+        self._failed: set[str] = set()
         self._begun: _BegunStep | None = None
         self._is_in_step = False
         self._thread = thread or LoopThread()
@@ -196,7 +196,7 @@ class TrainingSession:
         if is_halted:
             return
         try:
-            self._begun = self._begin(Measured(read_loss(loss), samples, gradient_norm, metrics))
+            self._begun = self._begin(measure(loss, samples, gradient_norm, metrics))
         except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
             self._note_failure(error)
 
@@ -221,7 +221,7 @@ class TrainingSession:
 
     def describe_epoch(self, loss: Loss, metrics: Mapping[str, float] | None = None) -> EvaluateEpochRequest:
         """Build the question for the end of an epoch; on the training thread, between two steps."""
-        measured = Measured(read_loss(loss), metrics=metrics)
+        measured = measure(loss, metrics=metrics)
         return self._questions.epoch(self._questions.packet(measured, epoch=self.epoch, global_step=self.global_step))
 
     def ask_epoch(self, question: EvaluateEpochRequest, *, timeout: float = 2.0) -> Future[StepDecision]:
@@ -354,10 +354,12 @@ class TrainingSession:
         return [] if self.halt.is_engaged and self.config.world_size == 1 else self._finish()
 
     def _note_failure(self, error: Exception) -> None:
-        self._answers.count("internal_error")
-        if not self._failed:
-            log.error("session_step_failed", exc_info=error)
-        self._failed = True
+        is_argument = isinstance(error, BadArgument)
+        reason = "bad_argument" if is_argument else "internal_error"
+        self._answers.count(reason)
+        if reason not in self._failed:
+            log.error("session_step_failed", problem=str(error), exc_info=None if is_argument else error)
+        self._failed.add(reason)
 
     def _start(self) -> None:
         # Only now: after the first forward the sites know their shapes.

@@ -15,7 +15,7 @@ from torch import nn
 from esper_client.discovery import MeshAddress, find_mesh
 from esper_client.event_loop import LoopThread
 from esper_client.follower_session import FollowerSession
-from esper_client.session import TrainingSession
+from esper_client.session import SessionConfig, TrainingSession
 from esper_rpc.errors import ConfigError
 from esper_rpc.logging import log_warnings_to_stderr
 from esper_servers.blueprints.catalogue import load_factories
@@ -25,14 +25,15 @@ from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.ranks import Ranks
 from esper_servers.tolaria.snapshot_cache import CacheConfig
 
+from .arguments import check_arguments
 from .checkpoints import follow_checkpoints, keep_run_checkpoints
 from .detached import DetachedSession
-from .membership import Membership
+from .membership import Membership, TolariaSettings
 from .orchestration import make_tolaria
 from .routing import breakers_of, route_commands
 from .seed_host import make_seed_host
 from .serving import serve_host
-from .sites import wrap_sites
+from .sites import undone_if_it_fails, wrap_sites
 
 Session = TrainingSession | FollowerSession | DetachedSession
 
@@ -86,6 +87,10 @@ def _attach(
     kasmina_address: str,
     ranks: Ranks | None = None,
 ) -> TrainingSession | DetachedSession:
+    check_arguments(
+        model, optimizer, mesh=mesh, sites=sites, run_id=run_id, step_budget_ms=step_budget_ms, limits=limits,
+        learning_rate=learning_rate,
+    )  # fmt: skip
     found = mesh or find_mesh(environ)
     if found is None:
         warnings.warn("No mesh found: training runs on without it. `esper up` starts one.", stacklevel=4)
@@ -95,10 +100,36 @@ def _attach(
     config = config if ranks is None else dataclasses.replace(config, world_size=ranks.size)
     settings = member.tolaria_settings()
     limits, thread = limits or member.limits(), LoopThread()
-    authority = learning_rate or OptimizerAuthority(optimizer)
+    with undone_if_it_fails(model, thread):
+        return _join(
+            model, optimizer, member, settings, limits, thread, learning_rate or OptimizerAuthority(optimizer),
+            sites=sites, run_id=run_id, config=config, kasmina_address=kasmina_address, ranks=ranks,
+        )  # fmt: skip
+
+
+def _join(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    member: Membership,
+    settings: TolariaSettings,
+    limits: LocalLimits,
+    thread: LoopThread,
+    authority: LearningRateAuthority,
+    *,
+    sites: Sequence[str] | None,
+    run_id: str,
+    config: SessionConfig,
+    kasmina_address: str,
+    ranks: Ranks | None,
+) -> TrainingSession:
     host = make_seed_host(model, authority, member, sites, limits, thread, has_training_thread=True, ranks=ranks)
     session = TrainingSession(
-        host=host, identity=member.identity, tamiyo_address=found.tamiyo, run_id=run_id, config=config, thread=thread
+        host=host,
+        identity=member.identity,
+        tamiyo_address=member.mesh.tamiyo,
+        run_id=run_id,
+        config=config,
+        thread=thread,
     )
     if ranks is not None:
         _keep_groups_apart(optimizer)

@@ -20,8 +20,10 @@ from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.service import KasminaServicer
 from esper_servers.tolaria.service import TolariaServicer
 
+from .arguments import check_arguments
 from .membership import Membership
 from .seed_host import make_seed_host
+from .sites import undone_if_it_fails
 
 KASMINA = kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"]
 TOLARIA = tolaria_service_pb2.DESCRIPTOR.services_by_name["TolariaService"]
@@ -45,14 +47,16 @@ def serve(
     Raises:
         ConfigError: When there is no mesh, or the model cannot be wrapped.
     """
+    check_arguments(model, optimizer, mesh=mesh, sites=sites, run_id=run_id, limits=limits)
     found = mesh or find_mesh(environ)
     if found is None:
         raise ConfigError("No mesh found: `esper up` starts one.")
     member = Membership.read(found, environ)
     limits, thread = limits or member.limits(), LoopThread("esper-kasmina")
     authority = OptimizerAuthority(optimizer)
-    host = make_seed_host(model, authority, member, sites, limits, thread, has_training_thread=False)
-    server = thread.run(serve_host(host, member, address, run_id, lambda: None), timeout=10)
+    with undone_if_it_fails(model, thread):
+        host = make_seed_host(model, authority, member, sites, limits, thread, has_training_thread=False)
+        server = thread.run(serve_host(host, member, address, run_id, lambda: None), timeout=10)
     return ServedModel(host, server, thread)
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
+from esper_client.event_loop import LoopThread
 from esper_rpc.errors import ConfigError
 from esper_servers.kasmina.site import Site
 
@@ -34,11 +36,37 @@ def wrap_sites(model: nn.Module, names: Sequence[str]) -> dict[str, Site]:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ConfigError(f"The model has no submodule {unknown[0]!r}.")
-    if any(isinstance(module, Site) for module in known.values()):
-        raise ConfigError("This model has been attached already.")
+    if _sites_in(model):
+        raise ConfigError(
+            "This model has been attached already: attach what `export()` of its session returns, or a new model."
+        )
     sites, head = {}, _layers(model)[-1:]
     for name in names:
         parent, _, leaf = name.rpartition(".")
         sites[name] = Site(known[name], is_head=name in head)
         setattr(known[parent], leaf, sites[name])
     return sites
+
+
+@contextlib.contextmanager
+def undone_if_it_fails(model: nn.Module, thread: LoopThread) -> Iterator[None]:
+    """Leave the model and the process as they were where attaching fails: whoever mends the cause attaches again."""
+    before = _sites_in(model)
+    try:
+        yield
+    except BaseException:
+        _unwrap(model, keep=before)
+        thread.stop()
+        raise
+
+
+def _unwrap(model: nn.Module, *, keep: Sequence[Site]) -> None:
+    for module in list(model.modules()):
+        parent = module.host if isinstance(module, Site) else module
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Site) and not any(child is each for each in keep):
+                setattr(parent, name, child.host)
+
+
+def _sites_in(model: nn.Module) -> list[Site]:
+    return [module for module in model.modules() if isinstance(module, Site)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torch import nn
 
 from esper_client import FollowerSession, TrainingSession
@@ -74,3 +77,25 @@ def test_a_state_that_the_host_refuses_changes_nothing(session):
     with pytest.raises(InvalidRequest, match="version 1"):
         session.load_state_dict(state)
     assert (session.epoch, session.global_step) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"loss": None}, "loss must be a number"),
+        ({"loss": torch.tensor([1.0, 2.0])}, "loss must be a number"),
+        ({"samples": "many"}, "samples must be a number"),
+        ({"gradient_norm": "big"}, "gradient_norm must be a number"),
+        ({"metrics": {"accuracy": "good"}}, r"metrics\['accuracy'\] must be a number"),
+        ({"metrics": [1.0]}, "metrics must be a mapping of names to numbers, not a list"),
+        ({"metrics": {1: 1.0}}, "metrics must be named by strings"),
+    ],
+)
+def test_what_is_no_number_is_told_once_in_one_line_and_the_step_ends(session, given, problem):
+    with capture_logs() as logged:
+        for _ in range(3):
+            assert session.step(**({"loss": 0.5} | given)) == []
+    assert (session.reasons, session.global_step) == ({"bad_argument": 3}, 3)
+    [entry] = [entry for entry in logged if entry["event"] == "session_step_failed"]
+    assert re.match(problem, entry["problem"])
+    assert entry.get("exc_info") is None

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 BLOCK = 3
-LEAST_ROUNDS = 8
-"""Until then no mode has been at each place in both directions."""
+LEAST_ROUNDS = len(BLEND_MODES)
+"""Until then no mode has been at each place."""
 BLENDED = 0.5
 BATCH = 32
 

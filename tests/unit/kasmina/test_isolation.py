@@ -115,6 +115,13 @@ def test_memory_that_is_not_shared_gives_exactly_nothing_also_beside_the_host_in
     assert all(step.of_all["kasmina.isolation.violations"] == 0 for step in steps)
 
 
+def test_the_first_step_of_a_seed_that_trains_is_measured(rig):
+    rig.grow(lifecycle.TRAINING)
+    assert not rig.host._isolation.is_healthy(rig.seed_id)
+    assert Step(rig).dot == 0.0
+    assert rig.host._isolation.is_healthy(rig.seed_id)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_norms_of_both_gradients_are_told(rig, stage):
     grown(rig, stage)

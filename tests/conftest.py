@@ -9,8 +9,6 @@ from esper_rpc.testing import TemporaryMesh
 
 # Building takes half a minute of a core for each mesh; tests/integration/test_compiled_plan.py does it once.
 os.environ["ESPER_PLAN_COMPILE"] = "false"
-# Where the environment forbids bytecode, each of the many processes that tests start would compile all of this anew.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Tests run side by side: threads of torch that wait for each other's cores are a hundred times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -55,6 +55,8 @@ def start(home, service, *options, room=ROOM):
     command = [*cli_command(), "serve", service, "--home", str(home.directory), *options]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Python 3.11 leaves bytecode behind that is cut short where there is no room.
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY)),
     )  # fmt: skip
 

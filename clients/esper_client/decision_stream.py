@@ -44,6 +44,7 @@ class DecisionStream:
         self._current: StepConnection | None = None
         self._last: tuple[int, bytes] = (0, b"")
         self._retiring: set[asyncio.Task[None]] = set()
+        self._is_told = False
         self.opened = 0
 
     @property
@@ -74,16 +75,28 @@ class DecisionStream:
         while True:
             try:
                 self._switch_to(await self._open())
-            except EsperError as error:
-                log.info("decision_stream_not_opened", address=self._address, error=str(error)[:200])
+            except Exception as error:  # noqa: BLE001  # Whatever failed, the next attempt may do.
+                self._tell(error)
                 await asyncio.sleep(backoff)
                 backoff = min(backoff * 2, longest)
                 continue
-            backoff = BACKOFF_SECONDS[0]
+            backoff, self._is_told = BACKOFF_SECONDS[0], False
             assert self._current is not None
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._current.must_be_replaced.wait(), STREAM_AGE_SECONDS)
             log.info("decision_stream_replaced", address=self._address, lost=not self._current.is_alive)
+
+    def _tell(self, error: Exception) -> None:
+        """Warn of the first failure in a row: the loop trains on, and somebody should know that it does so alone."""
+        tell = log.info if self._is_told else log.warning
+        tell(
+            "decision_stream_not_opened",
+            address=self._address,
+            error=str(error)[:200],
+            hint="training goes on without the mesh; `esper doctor` looks for what is wrong",
+            exc_info=None if isinstance(error, EsperError) or self._is_told else error,
+        )
+        self._is_told = True
 
     async def _open(self) -> StepConnection:
         connection = StepConnection(

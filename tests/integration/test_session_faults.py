@@ -371,7 +371,7 @@ def test_a_loss_that_is_no_number_is_a_step_too(session):
     ended = []
     session.host.finalize_step = lambda index: ended.append(index) or []
     session.step("none")
-    assert session.reasons["internal_error"] == 1
+    assert session.reasons["bad_argument"] == 1
     assert ended == [1]
 
 

@@ -10,7 +10,7 @@ from esper_servers.blueprints.catalogue import BlueprintFactory
 
 from .checkpoint import Checkpoint
 from .export import without_sites
-from .learning_rate import LearningRateAuthority
+from .learning_rate import RankAuthority
 from .lockstep import Lockstep, trained_tensors
 from .mirroring import Mirror
 from .progress import Progress
@@ -28,7 +28,7 @@ class FollowingSeedHost:
         model: nn.Module,
         sites: Mapping[str, Site],
         factories: Mapping[str, BlueprintFactory],
-        learning_rate: LearningRateAuthority,
+        learning_rate: RankAuthority,
         ranks: Ranks,
     ) -> None:
         self._model, self._sites, self.ranks = model, dict(sites), ranks
@@ -39,7 +39,7 @@ class FollowingSeedHost:
             for depth, (site_id, site) in enumerate(sites.items())
         }
         self._progress = Progress()
-        self._lockstep = Lockstep(ranks, self.seeds)
+        self._lockstep = Lockstep(ranks, self.seeds, learning_rate)
         self._mirror = Mirror(self.seeds, learning_rate, self._lockstep, factories)
         self._checkpoint = Checkpoint(
             seeds=self.seeds, factories=factories, learning_rate=learning_rate, progress=self._progress

@@ -14,7 +14,7 @@ from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage, Telem
 
 from . import lifecycle
 from .host import InProcessSeedHost
-from .learning_rate import LearningRateAuthority
+from .learning_rate import RankAuthority
 from .lockstep import Lockstep, trained_tensors
 from .mirroring import Announcer, RecordedAuthority
 from .ranks import Ranks, together
@@ -28,11 +28,11 @@ class LeadingSeedHost(InProcessSeedHost):
     However a step goes here it ends by telling the others, lest they wait. Only OutOfStep passes.
     """
 
-    def __init__(self, *, ranks: Ranks, learning_rate: LearningRateAuthority, **options: Any) -> None:
+    def __init__(self, *, ranks: Ranks, learning_rate: RankAuthority, **options: Any) -> None:
         authority = RecordedAuthority(learning_rate)
         super().__init__(learning_rate=authority, **options)
         self.ranks = ranks
-        self._lockstep = Lockstep(ranks, self.seeds)
+        self._lockstep = Lockstep(ranks, self.seeds, learning_rate)
         self._announcer = Announcer(self.seeds, authority, self._lockstep)
         self._observed = (math.nan, 0)
         self._is_applying = False

@@ -37,6 +37,27 @@ class LearningRateAuthority(Protocol):
         ...
 
 
+class RankAuthority(LearningRateAuthority, Protocol):
+    """One of those of several ranks, whose rates must be the same in each step."""
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """What the ranks compare; empty where the user sets the rates."""
+        ...
+
+    def follow(self, multiplier: float) -> None:
+        """Multiply every learning rate, as the first rank has decided."""
+        ...
+
+    def take_observed(self) -> tuple[int, float]:
+        """Return how many losses were observed here since the last step, and their sum."""
+        ...
+
+    def settle(self, loss: float) -> None:
+        """Go on from the mean of what all ranks observed."""
+        ...
+
+
 class OptimizerAuthority:
     """The learning rates of a user's optimizer, where the user or the user's scheduler sets them.
 
@@ -52,16 +73,27 @@ class OptimizerAuthority:
         self._followers: list[Optimizer] = []
         self.total = 1.0
         """The product of all multipliers."""
+        self.rates: tuple[float, ...] = ()
+
+    def take_observed(self) -> tuple[int, float]:
+        """Return that no loss is observed here."""
+        return 0, 0.0
+
+    def settle(self, loss: float) -> None:
+        """Do nothing: the user sets the rates."""
 
     def scale(self, multiplier: float) -> bool:
         """Multiply the learning rate of every group, within the limits."""
-        total = self.total * multiplier
-        if not LEAST_TOTAL <= total <= MOST_TOTAL:
+        if not LEAST_TOTAL <= self.total * multiplier <= MOST_TOTAL:
             return False
-        self.total = total
+        self.follow(multiplier)
+        return True
+
+    def follow(self, multiplier: float) -> None:
+        """Multiply every learning rate, as the first of several ranks has decided."""
+        self.total *= multiplier
         for group in self._optimizer.param_groups:
             group["lr"] *= multiplier
-        return True
 
     def adopt(self, module: nn.Module) -> None:
         """Train these parameters from here on."""
@@ -69,12 +101,11 @@ class OptimizerAuthority:
         if not parameters:
             return
         base = self._optimizer.param_groups[0]
-        rate = base["lr"] * JOINING_SHARE
+        rate = float(base["lr"] * JOINING_SHARE)
         if self._is_scheduled():
-            kind: Any = type(self._optimizer)
-            self._followers.append(kind([{**groups.options_of(base), "params": parameters, "lr": rate}], lr=rate))
+            self._followers.append(groups.alone(self._optimizer, parameters, like=base, rate=rate))
         else:
-            groups.join(self._optimizer, parameters, like=base, rate=float(rate))
+            groups.join(self._optimizer, parameters, like=base, rate=rate)
 
     def release(self, module: nn.Module) -> None:
         """Take these parameters out with what the optimizer remembered of them; all others keep their state."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from esper_client.seed_host import OutOfStep
 
 from . import lifecycle
+from .learning_rate import RankAuthority
 from .ranks import Ranks, together
 from .seed_slot import SeedSlot
 
@@ -19,9 +20,10 @@ FAILED_ELSEWHERE = "failed on another rank"
 class Lockstep:
     """What all ranks do at once at the start of a step, whether they have the module of a seed or not."""
 
-    def __init__(self, ranks: Ranks, seeds: Mapping[str, SeedSlot]) -> None:
+    def __init__(self, ranks: Ranks, seeds: Mapping[str, SeedSlot], learning_rate: RankAuthority) -> None:
         self._ranks = ranks
         self._seeds = seeds
+        self._learning_rate = learning_rate
         self.layout: dict[str, list[int]] = {}
         """The sizes of the parameters of each seed, as the first rank has them."""
 
@@ -29,14 +31,21 @@ class Lockstep:
         """Agree on which seeds have failed, average their gradients, and return the mean loss.
 
         Raises:
-            OutOfStep: When a rank is gone, or holds other seeds.
+            OutOfStep: When a rank is gone, or holds other seeds or learning rates.
         """
         with together():
             failed = [self._has_failed(slot) for slot in self._seeds.values()]
-            own = float(zlib.crc32(repr(self.layout).encode()))
-            loss_sum, layouts, *failures = self._ranks.total([loss, own, *map(float, failed)])
+            own = float(zlib.crc32(repr((self.layout, self._learning_rate.rates)).encode()))
+            count, observed = self._learning_rate.take_observed()
+            told = [loss, own, float(count), observed, *map(float, failed)]
+            loss_sum, layouts, counts, observed, *failures = self._ranks.total(told)
             if layouts != own * self._ranks.size:
-                raise OutOfStep("The ranks hold different seeds; a checkpoint must be restored on every rank.")
+                raise OutOfStep(
+                    "The ranks hold different seeds or learning rates; a checkpoint must be restored, and a controller"
+                    " of learning rates made alike, on every rank."
+                )
+            if counts:
+                self._learning_rate.settle(observed / counts)
             for slot, here, anywhere in zip(self._seeds.values(), failed, failures, strict=True):
                 if anywhere and not here:
                     slot.site.failure = FAILED_ELSEWHERE

@@ -20,7 +20,7 @@ from . import lifecycle
 from .alpha import gradient_clip
 from .checkpoint import digest
 from .learning import clip_gradients
-from .learning_rate import LearningRateAuthority
+from .learning_rate import LearningRateAuthority, RankAuthority
 from .lockstep import Lockstep, sizes_of
 from .seed_slot import CLIP_NORM, SeedSlot
 
@@ -110,7 +110,7 @@ class Mirror:
     def __init__(
         self,
         seeds: Mapping[str, SeedSlot],
-        authority: LearningRateAuthority,
+        authority: RankAuthority,
         lockstep: Lockstep,
         factories: Mapping[str, BlueprintFactory],
     ) -> None:
@@ -149,7 +149,7 @@ class Mirror:
 
     def _change_rate(self, kind: str, value: Any) -> None:
         if kind == SCALE:
-            self._authority.scale(value)
+            self._authority.follow(value)
             return
         slot = self._seeds[value]
         slot.optimizer = None

@@ -92,6 +92,9 @@ class UnifiedLRController:
         self.config = config or LearningRateConfig()
         self._optimizer = optimizer
         self._rules: dict[Tensor, _Rule] = {}
+        self._apart: list[Optimizer] = []
+        self._serves_ranks = False
+        self._observed: list[float] = []
         self.total = 1.0
         """The product of all multipliers."""
         self.violations = 0
@@ -112,9 +115,19 @@ class UnifiedLRController:
         """Whether somebody else keeps changing rates, so that the mesh may not."""
         return self.breaker.state != CircuitState.CIRCUIT_STATE_CLOSED
 
+    def serve_ranks(self) -> None:
+        """Serve one of several ranks that train a model, whose rates must be the same in each step.
+
+        What joins learns in an optimizer of its own, by `step`: that of the user steps before the gradients of seeds
+        are averaged. What is observed waits until the ranks agree on it.
+        """
+        self._serves_ranks = True
+
     def step(self) -> None:
         """End a step: undo what others changed, then go on to the next rates."""
         self.check()
+        for optimizer in self._apart:
+            optimizer.step()
         self._step += 1
         self._write(SCHEDULE)
 
@@ -132,7 +145,19 @@ class UnifiedLRController:
         return len(changed)
 
     def observe(self, loss: float) -> None:
-        """Let adaptive schedules know the loss of an evaluation."""
+        """Let adaptive schedules know the loss of an evaluation; of several ranks, at the end of the step its mean."""
+        if self._serves_ranks:
+            self._observed.append(loss)
+        else:
+            self.settle(loss)
+
+    def take_observed(self) -> tuple[int, float]:
+        """Return how many losses were observed on this rank since the last step, and their sum."""
+        found, self._observed = self._observed, []
+        return len(found), math.fsum(found)
+
+    def settle(self, loss: float) -> None:
+        """Go on from a loss that all ranks agree on."""
         adaptive = {rule: found for _, rule in self._governed() if (found := adaptive_of(rule.schedule))}
         if not adaptive:
             return
@@ -146,16 +171,22 @@ class UnifiedLRController:
         total = self.total * multiplier
         if self.is_conservative or not LEAST_TOTAL <= total <= MOST_TOTAL:
             return False
-        self.check()
-        self.total = total
-        self._write(MESH)
+        self.follow(multiplier)
         return True
+
+    def follow(self, multiplier: float) -> None:
+        """Multiply every learning rate, as the first of several ranks has decided."""
+        self.check()
+        self.total *= multiplier
+        self._write(MESH)
 
     def adopt(self, module: nn.Module) -> None:
         """Train the parameters of a fossilised seed, at 10 % of the base rate after a warm-up."""
-        present = groups.held(self._optimizer)
+        present = {each for optimizer in self._optimizers for each in groups.held(optimizer)}
         parameters = [each for each in groups.trainable(module) if each not in present]
-        if parameters:
+        if parameters and self._serves_ranks:
+            self._join_apart(parameters)
+        elif parameters:
             leader = self._leader()
             joining = Joining(parameters=parameters, rate=leader.base * JOINING_SHARE)
             self.rebuild(OptimizerChange(joining=[joining]))
@@ -166,6 +197,8 @@ class UnifiedLRController:
         leaving = [each for each in module.parameters() if each in present]
         if leaving:
             self.rebuild(OptimizerChange(leaving=leaving))
+        elif self._apart:
+            self._leave_apart(module)
 
     def rebuild(self, change: OptimizerChange) -> None:
         """Change which parameters are trained; all others keep what is remembered of them (L2). All or nothing.
@@ -182,11 +215,8 @@ class UnifiedLRController:
         rebuild(self._optimizer, change, like=self._place(like))
         # A group may have another first parameter than before.
         self._rules = {group["params"][0]: rule for group, rule in before if group["params"]}
-        schedule = Constant() if isinstance(leader.schedule, Frozen) else leader.schedule
         for joining in change.joining:
-            self._rules[joining.parameters[0]] = _Rule(
-                joining.rate, schedule, plateau=leader.plateau, joined_at=self._step
-            )
+            self._rules[joining.parameters[0]] = self._joined(joining.rate, leader)
         self._write(JOINED if change.joining else LEFT)
 
     def metrics(self) -> dict[str, float]:
@@ -212,6 +242,7 @@ class UnifiedLRController:
                 {"base": rule.base, "joined_at": rule.joined_at, "plateau": dataclasses.asdict(rule.plateau)}
                 for _, rule in self._governed()
             ],
+            "apart": [optimizer.state_dict() for optimizer in self._apart],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -227,6 +258,8 @@ class UnifiedLRController:
         for rule, saved in zip(rules, state["groups"], strict=True):
             rule.base, rule.joined_at = saved["base"], saved["joined_at"]
             rule.plateau, rule.rate = Plateau(**saved["plateau"]), math.nan
+        for optimizer, kept in zip(self._apart, state.get("apart", ()), strict=False):
+            optimizer.load_state_dict(kept)
         self._write(RESTORED)
 
     def _govern(self, schedule: Schedule | Sequence[Schedule] | None) -> None:
@@ -244,9 +277,10 @@ class UnifiedLRController:
             self._rules[group["params"][0]] = _Rule(base, each)
 
     def _governed(self) -> Iterator[tuple[dict[str, Any], _Rule]]:
-        for group in self._optimizer.param_groups:
-            if group["params"]:
-                yield group, self._rule_of(group)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                if group["params"]:
+                    yield group, self._rule_of(group)
 
     def _rule_of(self, group: dict[str, Any]) -> _Rule:
         rule = self._rules.get(group["params"][0])
@@ -257,6 +291,30 @@ class UnifiedLRController:
             rule = self._rules[group["params"][0]] = _Rule(base, Constant(), rate=rate)
             telemetry.group_found(base)
         return rule
+
+    @property
+    def _optimizers(self) -> tuple[Optimizer, ...]:
+        return (self._optimizer, *self._apart)
+
+    def _join_apart(self, parameters: list[nn.Parameter]) -> None:
+        self.check()
+        leader = self._leader()
+        like = next(group for group, rule in self._governed() if rule is leader)
+        self._apart.append(groups.alone(self._optimizer, parameters, like=like, rate=leader.base * JOINING_SHARE))
+        self._rules[parameters[0]] = self._joined(leader.base * JOINING_SHARE, leader)
+        self._write(JOINED)
+
+    def _leave_apart(self, module: nn.Module) -> None:
+        released = set(module.parameters())
+        for optimizer in self._apart:
+            groups.take_out(optimizer, released)
+        self._apart = [optimizer for optimizer in self._apart if optimizer.param_groups]
+        self._rules = {first: rule for first, rule in self._rules.items() if first not in released}
+        self._write(LEFT)
+
+    def _joined(self, rate: float, leader: _Rule) -> _Rule:
+        schedule = Constant() if isinstance(leader.schedule, Frozen) else leader.schedule
+        return _Rule(rate, schedule, plateau=leader.plateau, joined_at=self._step)
 
     def _leader(self) -> _Rule:
         """The rule that what joins follows: of the first group that learns."""

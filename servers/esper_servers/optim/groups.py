@@ -36,6 +36,14 @@ def join(optimizer: Optimizer, parameters: Sequence[Tensor], *, like: dict[str, 
     optimizer.add_param_group({**options_of(like), "params": members, "lr": own_rate})
 
 
+def alone(optimizer: Optimizer, parameters: Sequence[Tensor], *, like: dict[str, Any], rate: float) -> Optimizer:
+    """Return an optimizer of the same class for these parameters, with the options of a group."""
+    kind: Any = type(optimizer)
+    own_rate = torch.full_like(like["lr"], rate) if isinstance(like["lr"], Tensor) else rate
+    made: Optimizer = kind([{**options_of(like), "params": list(parameters), "lr": own_rate}], lr=own_rate)
+    return made
+
+
 def take_out(optimizer: Optimizer, released: Iterable[Tensor]) -> None:
     """Remove parameters with what is remembered of them; a group that has none left goes too."""
     released = set(released)

@@ -23,6 +23,7 @@ from esper_servers.kasmina.following_host import FollowingSeedHost
 from esper_servers.kasmina.learning_rate import LearningRateAuthority, OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.ranks import Ranks
+from esper_servers.optim.controller import UnifiedLRController
 from esper_servers.tolaria.snapshot_cache import CacheConfig
 
 from .arguments import check_arguments
@@ -68,9 +69,9 @@ def attach(
     ranks = _find_ranks(distributed)
     if ranks is None:
         return attach_here()
-    if learning_rate is not None:
-        raise ConfigError("A controller of learning rates serves one rank; leave learning_rate out for several.")
-    return _lead(attach_here, ranks) if ranks.is_first else _follow(model, optimizer, ranks)
+    if not isinstance(learning_rate, UnifiedLRController | None):
+        raise ConfigError("Only a UnifiedLRController can set the learning rates of several ranks.")
+    return _lead(attach_here, ranks) if ranks.is_first else _follow(model, optimizer, learning_rate, ranks)
 
 
 def _attach(
@@ -132,7 +133,7 @@ def _join(
         thread=thread,
     )
     if ranks is not None:
-        _keep_groups_apart(optimizer)
+        _keep_apart(optimizer, authority)
     keeper = keep_run_checkpoints(model, optimizer, session, host, member, limits)
     session.tolaria = tolaria = make_tolaria(session, host, member, settings, keeper, authority)
     breakers = breakers_of(host, tolaria.guard, authority)
@@ -174,26 +175,33 @@ def _lead(attach_here: Callable[..., TrainingSession | DetachedSession], ranks: 
     return session
 
 
-def _follow(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Session:
+def _follow(
+    model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: UnifiedLRController | None, ranks: Ranks
+) -> Session:
     """Attach on another rank: it opens no connection, and serves nothing."""
     told = orjson.loads(ranks.share())
     if "error" in told:
         raise ConfigError(f"The first rank could not attach: {told['error']}")
     if not told["run_id"]:
-        return DetachedSession(model)
+        return DetachedSession(model, learning_rate)
     sites = wrap_sites(model, told["sites"])
     for site in sites.values():
         site.keeps_graph = True
-    _keep_groups_apart(optimizer)
+    _keep_apart(optimizer, learning_rate)
+    authority = learning_rate or OptimizerAuthority(optimizer)
     host = FollowingSeedHost(
-        model=model, sites=sites, factories=load_factories(), learning_rate=OptimizerAuthority(optimizer), ranks=ranks
-    )
+        model=model, sites=sites, factories=load_factories(), learning_rate=authority, ranks=ranks
+    )  # fmt: skip
     session = FollowerSession(host, told["run_id"])
     follow_checkpoints(model, optimizer, session, host, CacheConfig(**told["snapshots"]))
     return session
 
 
-def _keep_groups_apart(optimizer: torch.optim.Optimizer) -> None:
-    # Marked as scheduled it gets no group of a kept seed: it steps before the gradients of that are averaged.
+def _keep_apart(optimizer: torch.optim.Optimizer, learning_rate: LearningRateAuthority | None) -> None:
+    """Have kept seeds join no group of the user's optimizer, which steps before their gradients are averaged."""
+    if isinstance(learning_rate, UnifiedLRController):
+        learning_rate.serve_ranks()
+        return
+    # Marked as scheduled it gets none.
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -39,7 +39,9 @@ def make_seed_host(
     sites = wrap_sites(model, site_names if site_names is not None else choose_sites(model))
     for site in sites.values():
         site.keeps_graph = ranks is not None
-    kind = InProcessSeedHost if ranks is None else partial(LeadingSeedHost, ranks=ranks)
+    kind: Callable[..., InProcessSeedHost] = (
+        InProcessSeedHost if ranks is None else partial(LeadingSeedHost, ranks=ranks)
+    )
     host = kind(
         model=model,
         sites=sites,

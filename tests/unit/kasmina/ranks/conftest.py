@@ -19,6 +19,7 @@ from esper_servers.kasmina.following_host import FollowingSeedHost
 from esper_servers.kasmina.leading_host import LeadingSeedHost
 from esper_servers.kasmina.learning_rate import OptimizerAuthority
 from esper_servers.kasmina.ranks import together
+from esper_servers.optim.controller import LearningRateConfig, UnifiedLRController
 from esper_servers.tolaria.assembly import keep_checkpoints
 from esper_servers.tolaria.rollback import RollbackConfig
 from esper_servers.tolaria.schedule import CheckpointConfig
@@ -109,6 +110,7 @@ class First:
         self.rig = make_rig(make_host=partial(LeadingSeedHost, ranks=ranks), **rig)
         self.model, self.optimizer, self.host = self.rig.model, self.rig.optimizer, self.rig.host
         self.session = Counting(self.host)
+        self.authority = self.rig.authority
         self.checkpoints = keep_checkpoints(
             self.model, self.optimizer, session=self.session, host=self.host, rollback=UNHURRIED,
             directory=directory, config=CheckpointConfig(directory=str(directory or "")),
@@ -237,6 +239,19 @@ class Crew:
         return [rank.model.state_dict(), rank.optimizer.state_dict(), rank.session.state_dict()]
 
 
+def controlled(schedule):
+    """Return what makes the controller of a rank."""
+
+    def make(optimizer):
+        controller = UnifiedLRController(
+            optimizer, schedule=schedule, config=LearningRateConfig(warm_up_epochs=4, warm_up_factor=0.5)
+        )
+        controller.serve_ranks()
+        return controller
+
+    return make
+
+
 def _flat(state):
     if isinstance(state, dict):
         return [leaf for key in state for leaf in _flat(state[key])]
@@ -248,6 +263,17 @@ def _flat(state):
 @pytest.fixture
 def make_crew(make_rig, make_plain_model):
     return partial(Crew, make_rig, make_plain_model)
+
+
+@pytest.fixture
+def make_controlled(make_crew):
+    """A function of a schedule; another one may be for the others."""
+
+    def make(schedule, of_others=None, **options):
+        other = {"authority": controlled(schedule if of_others is None else of_others)}
+        return make_crew(make_authority=controlled(schedule), other=other, **options)
+
+    return make
 
 
 @pytest.fixture

@@ -22,7 +22,11 @@ from esper_rpc.proto.tolaria.v1 import RollbackTier
 from esper_rpc.proto.urza.v1 import Blueprint
 from esper_rpc.testing import fake_mesh
 from esper_servers.blueprints.catalogue import load_factories
+from esper_servers.cli.bench import ddp
+from esper_servers.cli.home import Home
 from esper_servers.kasmina.kernel_library import Kernel
+from esper_servers.optim.controller import UnifiedLRController
+from esper_servers.optim.schedules import Cosine
 from esper_servers.trainer import orchestrate
 
 PATIENCE_SECONDS = 60.0
@@ -35,7 +39,7 @@ LIFE = {
 class Training:
     """A classifier under DistributedDataParallel; every rank draws images of its own."""
 
-    def __init__(self, rank, address, **options):
+    def __init__(self, rank, address, schedule=None, **options):
         torch.manual_seed(0)
         self.rank = rank
         self.model = nn.Sequential(
@@ -43,6 +47,8 @@ class Training:
             nn.Linear(8, 3),
         )  # fmt: skip
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        if schedule is not None:
+            options["learning_rate"] = UnifiedLRController(self.optimizer, schedule=schedule)
         self.session = esper_client.attach(
             self.model, self.optimizer, mesh=address, run_id="ranks", sites=["0", "3"], **options
         )
@@ -155,10 +161,10 @@ def stages(training):
     return [slot.stage for slot in training.session.host.seeds.values()]
 
 
-def life(rank, directory, seed=1):
+def life(rank, directory, seed=1, schedule=None):
     """A seed is born, trains, blends and is kept."""
     with mesh_of(rank, directory) as (fake, address):
-        training = Training(rank, address)
+        training = Training(rank, address, schedule)
         Orders(training, fake, LIFE, seed).run(60)
         plain = training.session.export()
         training.save(directory, stages=stages(training), exported=plain(torch.ones(2, 1, 4, 4)))
@@ -168,6 +174,11 @@ def life(rank, directory, seed=1):
 def convolution(rank, directory):
     """The same for a seed at a convolution, whose host is the first layer."""
     life(rank, directory, seed=0)
+
+
+def controlled(rank, directory):
+    """The same where a controller sets the rates."""
+    life(rank, directory, schedule=Cosine(total_steps=100))
 
 
 def operator(rank, directory):
@@ -491,3 +502,8 @@ def real(rank, directory):
         address=training.session.kasmina_address,
     )  # fmt: skip
     training.session.close()
+
+
+def measured(rank, directory):
+    """The benchmark of ranks, of the first rank beside the mesh of `real`."""
+    torch.save(ddp.compare(Home(directory.parent / "mesh"), 2, range(2)), directory / f"rank-{rank}.pt")

@@ -104,7 +104,7 @@ def test_what_an_operator_does_on_the_first_rank_happens_on_all_and_none_ends_th
     assert_alike([first, second])
 
 
-@pytest.mark.parametrize("scenario", ["life", "convolution"])
+@pytest.mark.parametrize("scenario", ["life", "convolution", "controlled"])
 def test_a_seed_grows_on_all_ranks_alike(ranks, tmp_path, scenario):
     first, second = ranks.run(scenario, tmp_path)
     assert first["results"] == [CommandOutcome.RESULT_APPLIED] * 8, first["reasons"]
@@ -207,12 +207,18 @@ def test_ranks_that_train_a_model_each_have_a_session_each(ranks, tmp_path):
     assert [result["kind"] for result in ranks.run("alone", tmp_path)] == ["TrainingSession"] * SIZE
 
 
-def test_a_real_mesh_steers_both_ranks_and_leaves_them_alike_when_it_hangs(ranks, tmp_path):
+def test_a_real_mesh_steers_both_ranks_is_measured_and_leaves_them_alike_when_it_hangs(ranks, tmp_path):
     home = Home(tmp_path / "mesh")
     home.prepare()
     subprocess.run([*cli_command(), "urza", "seed", "--home", str(home.directory)], check=True, capture_output=True)
     directory = tmp_path / "ranks"
     with Supervisor(home, dict(os.environ)) as supervisor:
+        # What they measure is not judged here.
+        first, second = ranks.run("measured", tmp_path / "measured")
+        assert first.keys() >= {"overhead_percent", "ahead_percent", "with_seeds_percent", "plain", "asking"}
+        assert first["batch"] == second["batch"]
+        assert (first["seeds"], second["seeds"], second["answers"]) == (4, 4, {})
+        assert first["answers"]
         ranks.start("real", directory)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not all((directory / f"grown-{rank}").exists() for rank in range(SIZE)):

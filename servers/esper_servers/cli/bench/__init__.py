@@ -9,6 +9,7 @@ from esper_servers.cli.console import Commands
 from . import (
     apply,
     blend,
+    ddp,
     echo,
     emergency,
     fleet,
@@ -30,6 +31,7 @@ from . import (
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Measure the mesh on this machine.")
 app.command("apply", epilog="Example: esper bench apply --json")(apply.apply)
 app.command("blend", epilog="Example: esper bench blend --seconds 18 --json")(blend.blend)
+app.command("ddp", epilog="Example: esper bench ddp --ranks 2 --json")(ddp.ddp)
 app.command("echo", epilog="Example: esper bench echo --json")(echo.echo)
 app.command("echo-server", hidden=True, epilog="Example: esper bench echo-server --home ~/.esper")(echo.echo_server)
 app.command("constant-server", hidden=True, epilog="Example: esper bench constant-server")(runtime.constant_server)

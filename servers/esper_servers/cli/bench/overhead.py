@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -69,16 +69,21 @@ def measure(home: Home, step_ms: float, seconds: float) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
-    batch = _batch_for(step_ms)
+    batch = batch_for(step_ms)
     plain, attached = Training.plain(batch), Training.attached(batch, home)
     try:
-        times = _in_turns(plain, attached, seconds)
-        session = attached.session
-        assert session is not None
-        answers, seeds = dict(session.reasons), len(session.host.export_seed_states())
+        attached.connect()
+        return row(attached, in_turns(plain, attached, rounds_for(seconds, least=LEAST_ROUNDS)), batch)
     finally:
         attached.close()
-    return {**times.figures(), "batch": batch, "seeds": seeds, "answers": answers}
+
+
+def row(attached: Training, times: Times, batch: int) -> dict[str, Any]:
+    """Return what is told of steps of one length."""
+    session = attached.session
+    assert session is not None
+    seeds = len(session.host.state_dict()["seeds"])
+    return {**times.figures(), "batch": batch, "seeds": seeds, "answers": dict(session.reasons)}
 
 
 class StepTime(NamedTuple):
@@ -147,19 +152,20 @@ def _interval(shares: list[float]) -> dict[str, float]:
     return {"low": round(low, 2), "high": round(high, 2)}
 
 
-def _in_turns(plain: Training, attached: Training, seconds: float) -> Times:
+def in_turns(plain: Training, attached: Training, rounds: Iterable[int]) -> Times:
+    """Train a block of each kind in every round."""
     kinds: list[tuple[str, Callable[[], StepTime]]] = [
         (PLAIN, plain.step), (SILENT, attached.step),
         (ASKING, attached.step_and_ask), (AHEAD, attached.ask_and_step),
     ]  # fmt: skip
     times = Times()
-    for turn in rounds_for(seconds, least=LEAST_ROUNDS):
+    for turn in rounds:
         for kind, step in in_turn(kinds, turn):
             times.add(kind, [step() for _ in range(BLOCK_STEPS)][SETTLING_STEPS:])
     return times
 
 
-def _batch_for(step_ms: float) -> int:
+def batch_for(step_ms: float) -> int:
     """Find the batch with which a step of the plain model takes about this long."""
     batch = 64
     for _ in range(6):
@@ -211,7 +217,7 @@ class Training:
 
     @classmethod
     def attached(cls, batch: int, home: Home) -> Training:
-        """One that is attached to the mesh, and connected; raises Unavailable."""
+        """One that is attached to the mesh."""
         from esper_servers.trainer import attach
 
         environ = {"ESPER_HOME": str(home.directory)}
@@ -220,8 +226,28 @@ class Training:
             training._model, training.optimizer, environ=environ, mesh=find_mesh(environ), step_budget_ms=BUDGET_MS
         )
         training.session = session  # type: ignore[assignment]  # There is a mesh.
-        training._connect()
         return training
+
+    def on_ranks(self) -> Training:
+        """Train as one of several ranks from here on."""
+        from torch.nn.parallel import DistributedDataParallel
+
+        self._model = DistributedDataParallel(self._model)
+        return self
+
+    def connect(self, is_connected: Callable[[bool], bool] = bool) -> None:
+        """Train until the mesh answers, and some steps more; raises Unavailable.
+
+        Of several ranks `is_connected` tells each whether the first one is.
+        """
+        assert self.session is not None
+        deadline = time.monotonic() + _CONNECT_SECONDS
+        while not is_connected(self.session.is_connected):
+            if time.monotonic() > deadline:
+                raise Unavailable(f"No decision stream after {_CONNECT_SECONDS:g} s.")
+            self.step_and_ask()
+        for _ in range(_WARM_UP_STEPS):
+            self.step_and_ask()
 
     def step(self) -> StepTime:
         """Train one step."""
@@ -265,16 +291,6 @@ class Training:
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-
-    def _connect(self) -> None:
-        assert self.session is not None
-        deadline = time.monotonic() + _CONNECT_SECONDS
-        while not self.session.is_connected:
-            if time.monotonic() > deadline:
-                raise Unavailable(f"No decision stream after {_CONNECT_SECONDS:g} s.")
-            self.step_and_ask()
-        for _ in range(_WARM_UP_STEPS):
-            self.step_and_ask()
 
 
 def _model() -> nn.Module:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from esper_client.seed_host import OutOfStep
 from esper_rpc.errors import FailedPrecondition
-from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage, TelemetryPacket
+from esper_rpc.proto.leyline.v1 import CommandOutcome, TelemetryPacket
 
-from . import lifecycle
 from .host import InProcessSeedHost
 from .learning_rate import RankAuthority
 from .lockstep import Lockstep, trained_tensors
@@ -127,13 +126,6 @@ class LeadingSeedHost(InProcessSeedHost):
         with self._lock:
             told = self._announcer.compose(is_last=is_last)
         self.ranks.share(told)
-
-    def terminate(self, seed_id: str) -> SeedLifecycleStage.ValueType:
-        """Take a seed out for good, on every rank; raises NotFound, and FailedPrecondition for a fossil."""
-        with self._lock:
-            if self._slot(seed_id).stage == lifecycle.FOSSILIZED:
-                raise FailedPrecondition("Several ranks train this fossil; terminate it in a run of one process.")
-            return super().terminate(seed_id)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; every rank must."""

@@ -27,7 +27,7 @@ from .seed_slot import CLIP_NORM, SeedSlot
 log = structlog.get_logger(__name__)
 
 HEADER_BYTES = 8
-SCALE, ADOPT = "scale", "adopt"
+SCALE, ADOPT, RELEASE = "scale", "adopt", "release"
 NOTHING_NEW: Mapping[str, Any] = {"is_last": True, "rates": [], "seeds": {}, "gone": [], "layout": {}}
 
 
@@ -52,6 +52,11 @@ class RecordedAuthority:
         """Train these parameters from here on."""
         self._authority.adopt(module)
         self._done.append((ADOPT, module))
+
+    def release(self, module: nn.Module) -> None:
+        """Train these parameters no longer."""
+        self._authority.release(module)
+        self._done.append((RELEASE, module))
 
     def take(self) -> list[tuple[str, Any]]:
         """Return what was done since the last call."""
@@ -101,7 +106,8 @@ class Announcer:
         return present if present != plain or slot.site.seed is not module else None
 
     def _name(self, module: nn.Module) -> str:
-        return next(i for i, slot in self._seeds.items() if slot.site.seed is module)
+        # One that was taken out is known by where it was.
+        return next(i for i, slot in self._seeds.items() if module in (slot.site.seed, self._told[i][1]))
 
 
 class Mirror:
@@ -152,6 +158,10 @@ class Mirror:
             self._authority.follow(value)
             return
         slot = self._seeds[value]
+        if kind == RELEASE:
+            if slot.site.seed is not None:
+                self._authority.release(slot.site.seed)
+            return
         slot.optimizer = None
         if slot.site.seed is not None:
             self._authority.adopt(slot.site.seed)

@@ -174,7 +174,7 @@ class KasminaServiceServicer(object):
     def TerminateSeed(self, request, context):
         """Takes a seed out for good, at the next safe point: its place is its host's alone from then on, and no command reaches
         it. A fossil is taken out of the model and of the optimizer. Calling it again changes nothing. NOT_FOUND for an
-        unknown seed, FAILED_PRECONDITION if no safe point comes, or for a fossil of a model that several ranks train.
+        unknown seed, FAILED_PRECONDITION if no safe point comes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -72,7 +72,7 @@ class KasminaServiceStub:
     TerminateSeed: _grpc.UnaryUnaryMultiCallable[_kasmina_service_pb2.TerminateSeedRequest, _kasmina_service_pb2.TerminateSeedResponse]
     """Takes a seed out for good, at the next safe point: its place is its host's alone from then on, and no command reaches
     it. A fossil is taken out of the model and of the optimizer. Calling it again changes nothing. NOT_FOUND for an
-    unknown seed, FAILED_PRECONDITION if no safe point comes, or for a fossil of a model that several ranks train.
+    unknown seed, FAILED_PRECONDITION if no safe point comes.
     """
     EmergencyCleanup: _grpc.UnaryUnaryMultiCallable[_kasmina_service_pb2.EmergencyCleanupRequest, _kasmina_service_pb2.EmergencyCleanupResponse]
     """Lets go of all that can be had again, at the next safe point: kernels, modules that wait, and what culled seeds left.
@@ -124,7 +124,7 @@ class KasminaServiceAsyncStub(KasminaServiceStub):
     TerminateSeed: _aio.UnaryUnaryMultiCallable[_kasmina_service_pb2.TerminateSeedRequest, _kasmina_service_pb2.TerminateSeedResponse]  # type: ignore[assignment]
     """Takes a seed out for good, at the next safe point: its place is its host's alone from then on, and no command reaches
     it. A fossil is taken out of the model and of the optimizer. Calling it again changes nothing. NOT_FOUND for an
-    unknown seed, FAILED_PRECONDITION if no safe point comes, or for a fossil of a model that several ranks train.
+    unknown seed, FAILED_PRECONDITION if no safe point comes.
     """
     EmergencyCleanup: _aio.UnaryUnaryMultiCallable[_kasmina_service_pb2.EmergencyCleanupRequest, _kasmina_service_pb2.EmergencyCleanupResponse]  # type: ignore[assignment]
     """Lets go of all that can be had again, at the next safe point: kernels, modules that wait, and what culled seeds left.
@@ -233,7 +233,7 @@ class KasminaServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_kasmina_service_pb2.TerminateSeedResponse, _abc.Awaitable[_kasmina_service_pb2.TerminateSeedResponse]]:
         """Takes a seed out for good, at the next safe point: its place is its host's alone from then on, and no command reaches
         it. A fossil is taken out of the model and of the optimizer. Calling it again changes nothing. NOT_FOUND for an
-        unknown seed, FAILED_PRECONDITION if no safe point comes, or for a fossil of a model that several ranks train.
+        unknown seed, FAILED_PRECONDITION if no safe point comes.
         """
 
     @_abc_1.abstractmethod

@@ -126,3 +126,23 @@ def test_ranks_whose_schedules_differ_say_so(make_controlled):
     errors = crew.step()
     assert [type(error) for error in errors] == [OutOfStep] * 2
     assert "made alike, on every rank" in str(errors[0])
+
+
+@pytest.mark.parametrize("is_controlled", [False, True])
+def test_a_kept_seed_that_is_taken_out_for_good_leaves_the_rates_of_all_ranks(
+    make_crew, make_controlled, is_controlled
+):
+    options = {"has_training_thread": True}
+    crew = make_controlled(Constant(), options=options) if is_controlled else make_crew(options=options)
+    for rank in crew.ranks:  # As attaching does where there is no controller.
+        for group in rank.optimizer.param_groups if not is_controlled else ():
+            group["initial_lr"] = group["lr"]
+    crew.grow(*KEEP)
+    done = crew.first.host.at_safe_point(lambda: crew.first.host.terminate("seed-2"))
+    crew.train(2)
+    assert done.result() == lifecycle.FOSSILIZED
+    assert [slot.stage for slot in crew.slots] == [lifecycle.TERMINATED] * 2
+    states = [rank.authority.state_dict() for rank in crew.ranks]
+    assert states[0] == states[1]
+    assert not states[1].get("apart", states[1].get("followers"))
+    crew.assert_alike()

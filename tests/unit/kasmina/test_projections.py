@@ -8,7 +8,7 @@ from torch import nn
 
 from esper_servers.kasmina.isolation import projection
 from esper_servers.kasmina.isolation.host_sample import BLOCK, BLOCKS, HostSample
-from esper_servers.kasmina.isolation.projection import BUCKETS, WINDOW, Projection, as_it_lies
+from esper_servers.kasmina.isolation.projection import BUCKETS, WINDOW, Projection, as_it_lies, part_as_it_lies
 from esper_servers.kasmina.isolation.spans import MemoryMap, span_of
 
 
@@ -79,6 +79,25 @@ def test_a_gradient_is_brought_into_the_order_of_its_parameter(layout, is_contig
     flat = as_it_lies(gradient, parameter)
     assert torch.equal(flat.as_strided(parameter.shape, parameter.stride()), gradient)
     assert flat.abs().sum() == pytest.approx(float(gradient.abs().sum()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("first", "last"), [(0, 24), (-9, 5), (7, 8), (13, 99), (30, 40), (-9, -2)])
+def test_a_part_of_a_gradient_lies_where_it_is_said_to(layout, first, last):
+    parameter = LAYOUTS[layout]
+    gradient = drawn(*parameter.shape)
+    whole = as_it_lies(gradient, parameter)
+    part, begins = part_as_it_lies(gradient, parameter, first, last)
+    assert torch.equal(part, whole[begins : begins + len(part)])
+    low, high = max(first, 0), min(last, len(whole))
+    assert low >= high or (begins <= low and begins + len(part) >= high)
+
+
+def test_of_a_gradient_in_another_order_only_the_rows_that_are_wanted_are_copied():
+    parameter, gradient = torch.zeros(100, 10), drawn(10, 100).T
+    part, begins = part_as_it_lies(gradient, parameter, 205, 222)
+    assert (begins, len(part)) == (200, 30)
+    assert torch.equal(part.view(3, 10), gradient[20:23])
 
 
 def test_the_gradient_of_an_embedding_may_be_sparse():

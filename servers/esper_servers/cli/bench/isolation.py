@@ -146,7 +146,7 @@ def _cnn(width: int) -> tuple[nn.Module, str, str, torch.Tensor]:
         nn.Conv2d(4 * width, 4 * width, 3, padding=1), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10),
     )  # fmt: skip
-    return model, "4", "depthwise_conv", torch.randn(BATCH, 3, 16, 16)
+    return model, "4", "depthwise_conv", torch.randn(BATCH, 3, 8, 8)
 
 
 def _transformer(width: int) -> tuple[nn.Module, str, str, torch.Tensor]:

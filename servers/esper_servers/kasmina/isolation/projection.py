@@ -30,9 +30,15 @@ class Projection:
         self._first = 0
         self._sum: Tensor | None = None
 
+    @property
+    def window(self) -> tuple[int, int]:
+        """From where to where what is added counts at present."""
+        return self._first, min(self._first + WINDOW, self._extent)
+
     def add(self, flat: Tensor, at: int) -> None:
         """Add elements that lie `at` so many behind the beginning; those that lie elsewhere are left out."""
-        low, high = max(at, self._first), min(at + len(flat), self._first + WINDOW, self._extent)
+        first, last = self.window
+        low, high = max(at, first), min(at + len(flat), last)
         if low >= high:
             return
         signs = _signs(flat.device)[low - self._first : high - self._first]
@@ -58,6 +64,15 @@ def as_it_lies(gradient: Tensor, parameter: Tensor) -> Tensor:
     flat = gradient.new_zeros(extent)
     flat.as_strided(parameter.shape, parameter.stride()).copy_(gradient)
     return flat
+
+
+def part_as_it_lies(gradient: Tensor, parameter: Tensor, first: int, last: int) -> tuple[Tensor, int]:
+    """Return at least what lies from one place to another, and where that begins: a copy costs what it holds."""
+    if parameter.dim() < 2 or not parameter.is_contiguous() or gradient.layout != torch.strided:
+        return as_it_lies(gradient, parameter), 0
+    row = parameter.numel() // len(parameter)
+    begin, end = max(first, 0) // row, max(-(-last // row), 0)
+    return gradient[begin:end].reshape(-1), begin * row
 
 
 @cache

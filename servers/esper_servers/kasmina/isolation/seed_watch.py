@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .projection import Projection, as_it_lies
+from .projection import Projection, part_as_it_lies
 from .spans import MemoryMap, extent_of, span_of
 
 
@@ -53,7 +53,10 @@ class _Place:
         if of.element_size() != self.parameter.element_size():
             raise TypeError(f"{of.dtype} and {self.parameter.dtype} lie in the same memory")
         at = (of.data_ptr() - self._lies[0]) // of.element_size()
-        (self._host if by_host else self._seed).add(as_it_lies(gradient.detach(), of), at)
+        side = self._host if by_host else self._seed
+        first, last = side.window
+        flat, begins = part_as_it_lies(gradient.detach(), of, first - at, last - at)
+        side.add(flat, at + begins)
 
     def take_dot(self) -> Tensor | None:
         host, seed = self._host.take(), self._seed.take()

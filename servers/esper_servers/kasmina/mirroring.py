@@ -19,7 +19,7 @@ from esper_servers.blueprints.kernel import instantiate
 from . import lifecycle
 from .alpha import gradient_clip
 from .checkpoint import digest
-from .learning import clip_gradients
+from .learning import clip_gradients, learn
 from .learning_rate import LearningRateAuthority, RankAuthority
 from .lockstep import Lockstep, sizes_of
 from .seed_slot import CLIP_NORM, SeedSlot
@@ -172,7 +172,7 @@ class Mirror:
             is_blending = plain["stage"] == lifecycle.BLENDING
             most = gradient_clip(plain["alpha"]) if is_blending else CLIP_NORM
             clip_gradients(slot.site.own_parameters, most)
-            slot.optimizer.step()
+            learn(slot.optimizer)
 
     def _rebuild(self, slot: SeedSlot, state: dict[str, Any], told_digest: str) -> None:
         """Build what the first rank has planted. What cannot be built here is missing, and culled on all ranks."""

@@ -18,7 +18,7 @@ from esper_servers.blueprints.kernel import dtype_name
 from . import lifecycle
 from .alpha import AlphaSchedule, band_after, gradient_clip
 from .blend_config import BlendConfig, read_blend_config
-from .learning import clip_gradients, optimizer_of
+from .learning import clip_gradients, learn, optimizer_of
 from .site import Site
 from .steadiness import Steadiness
 
@@ -179,7 +179,7 @@ class SeedSlot:
             self.violations += 1
             return
         self.violations, self.updates = 0, self.updates + 1
-        optimizer.step()
+        learn(optimizer)
 
     def clear_gradients(self) -> None:
         """Forget gradients, which the user's zero_grad may not see."""

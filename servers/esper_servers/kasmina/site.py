@@ -184,7 +184,7 @@ class Site(nn.Module):
         is_finite = finite_mask(s.detach())
         if is_finite is not None:
             self._note(is_finite)
-        if self.stage == lifecycle.BLENDING:
+        if self.stage == lifecycle.BLENDING and h.numel():
             self._strength = strength(s, h)
         return self._blend(h, s, is_finite)  # type: ignore[no-any-return]  # As torch types a call.
 
@@ -275,6 +275,8 @@ class Site(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self._host._apply(fn, recurse)  # type: ignore[no-untyped-call]  # Untyped in torch.
         self._blend._apply(fn)
+        moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        self.dtype, self.device = moved.dtype, moved.device
         if self._seed is not None:
             self._seed._apply(fn)  # type: ignore[no-untyped-call]  # Untyped in torch.
         return self
@@ -289,6 +291,10 @@ class Site(nn.Module):
         """Restore the host."""
         keys: _IncompatibleKeys = self._host.load_state_dict(*args, **kwargs)
         return keys
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of a copy, which is the user's, nobody watches the gradients; what watches them here cannot be copied.
+        return {**self.__dict__, "around_backward": nullcontext, "_foreign": []}
 
     def extra_repr(self) -> str:
         """Name what stands here."""

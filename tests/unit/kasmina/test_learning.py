@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from esper_servers.kasmina.learning import SEED_LEARNING_RATE, clip_gradients, optimizer_of
+from esper_servers.kasmina.learning import SEED_LEARNING_RATE, clip_gradients, learn, optimizer_of
 
 
 def module_with_gradients(scale):
@@ -51,6 +51,28 @@ def test_it_learns_what_plain_adamw_learns():
         other.step()
     for a, b in zip(module.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_complex_parameters_learn_too():
+    module = nn.Linear(3, 3, dtype=torch.complex64)
+    before = module.weight.detach().clone()
+    optimizer = optimizer_of(list(module.parameters()))
+    module(torch.ones(2, 3, dtype=torch.complex64)).abs().sum().backward()
+    learn(optimizer)
+    assert not torch.equal(module.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_it_goes_on_after_a_cast(dtype):
+    module = module_with_gradients(1.0)
+    optimizer = optimizer_of(list(module.parameters()))
+    learn(optimizer)
+    module.to(dtype)
+    before = module.weight.detach().clone()
+    learn(optimizer)
+    assert not torch.equal(module.weight, before)
+    assert optimizer.state[module.weight]["exp_avg"].dtype == dtype
+    assert optimizer.state[module.weight]["step"] == 2
 
 
 def test_where_nothing_learns_there_is_no_optimizer():

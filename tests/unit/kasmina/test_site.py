@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -226,6 +227,54 @@ def test_a_cast_model_casts_its_seed(rig):
     rig.train(3)
     rig.model.double()
     assert rig.model(rig.x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("stage", [lifecycle.TRAINING, lifecycle.BLENDING, lifecycle.SHADOWING])
+def test_a_seed_goes_on_in_a_model_that_was_cast(rig, stage):
+    rig.grow(stage)
+    rig.train(3)
+    rig.model.double()
+    rig.x = rig.x.double()
+    rig.train(2)
+    assert (rig.slot.stage, rig.slot.site.failure, rig.slot.site.dtype) == (stage, "", torch.float64)
+
+
+def test_a_seed_of_a_model_that_was_cast_passes_its_gates(rig):
+    rig.grow(lifecycle.SHADOWING)
+    rig.model.double()
+    rig.x = rig.x.double()
+    rig.train(2)
+    assert rig.do("EVALUATE").result == CommandOutcome.RESULT_APPLIED
+    rig.order(rig.pause(rig.seed_id))
+    rig.clock.advance(2.0)
+    rig.train(2)
+    assert (rig.slot.stage, rig.slot.site.paused) == (lifecycle.PROBATIONARY, False)
+
+
+def test_a_fossil_is_restored_into_a_model_that_was_cast(rig):
+    rig.grow(lifecycle.FOSSILIZED)
+    rig.model.bfloat16()
+    before = rig.model(rig.x.bfloat16())
+    rig.host.load_state_dict(rig.host.state_dict())
+    assert torch.equal(before, rig.model(rig.x.bfloat16()))
+
+
+@pytest.mark.parametrize("stage", [lifecycle.TRAINING, lifecycle.BLENDING, lifecycle.FOSSILIZED])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_can_be_copied_while_seeds_learn(rig, stage, copied):
+    rig.grow(stage)
+    rig.train(3)
+    twin = copied(rig.model)
+    before = {name: p.clone() for name, p in rig.model.named_parameters()}
+    assert torch.equal(twin(rig.x), rig.model(rig.x))
+    twin(rig.x).sum().backward()
+    assert all(p.grad is None for p in rig.slot.site.own_parameters)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert all(torch.equal(p, before[name]) for name, p in rig.model.named_parameters())
+    rig.train(2)
+    assert rig.slot.stage == stage
 
 
 # Dynamo looks at .grad of every graph input.

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from esper_rpc.errors import InvalidRequest
@@ -158,5 +159,5 @@ def _tensors_of(module: nn.Module) -> Iterable[Tensor]:
 
 
 def _key(tensor: Tensor) -> int:
-    """Return where a tensor lies, 0 when it takes no memory."""
-    return tensor.untyped_storage().data_ptr()
+    """Return where a tensor lies, 0 when it takes no memory, or none that another could share, as a sparse one."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0

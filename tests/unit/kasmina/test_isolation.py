@@ -10,6 +10,7 @@ from torch import nn
 from esper_rpc.proto.leyline.v1 import CircuitState, CommandOutcome, TelemetryLevel
 from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.isolation.isolation import Isolation
+from esper_servers.kasmina.isolation.spans import MemoryMap, span_of
 from esper_servers.kasmina.live_seeds import LiveSeeds
 from esper_servers.kasmina.seed_slot import SeedSlot
 from esper_servers.kasmina.site import Site
@@ -380,9 +381,10 @@ def test_a_seed_with_nothing_that_learns_has_nothing_to_measure(rig):
 
 def test_memory_of_another_type_cannot_be_measured_and_the_training_goes_on(make_rig):
     rig = make_rig()
-    rig.model.double()
-    rig.x = rig.x.double()
     isolation = grown(rig)
+    for parameter in rig.model.parameters():
+        parameter.data = parameter.data.double()
+    rig.x = rig.x.double()
     rig.slot.site.own_parameters[0].data = rig.model[4].weight.data[0].view(torch.float32)[:8]
     before = rig.model[4].weight.clone()
     for _ in range(2):
@@ -491,3 +493,11 @@ def test_under_a_loss_scale_products_are_scaled_and_what_overflows_is_no_violati
     overflown = Step(rig, model=in_bfloat16, scale=math.inf)
     assert "isolation.dot" not in overflown.of_seed
     assert isolation.violations_of(rig.seed_id) == 1
+
+
+def test_sparse_parameters_of_a_host_lie_on_nothing():
+    dense = torch.ones(4)
+    found = MemoryMap([torch.eye(4).to_sparse(), dense])
+    assert found.is_current
+    assert [each is dense for each in found.over(span_of(dense))] == [True]
+    assert span_of(torch.eye(4).to_sparse()) is None

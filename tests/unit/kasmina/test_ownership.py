@@ -207,3 +207,13 @@ def test_a_restored_host_knows_its_seeds(make_rig):
     stolen = next(second.slot.site.seed.parameters())
     second.install("thief", lambda shape: Scale(parameter=stolen))
     assert germinate(second, "thief", second.seed_ids[0]).reason == "parameter_violation"
+
+
+def test_seeds_grow_in_a_model_with_sparse_tensors(make_rig):
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    model[4].register_buffer("neighbours", torch.eye(4).to_sparse())
+    rig = make_rig(model=model)
+    rig.grow(lifecycle.TRAINING)
+    rig.train(3)
+    assert rig.slot.updates > 0
+    assert rig.do("START_GRAFTING").result == CommandOutcome.RESULT_APPLIED

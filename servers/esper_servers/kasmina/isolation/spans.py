@@ -6,6 +6,7 @@ import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -24,7 +25,7 @@ def extent_of(tensor: Tensor) -> int:
 
 def span_of(tensor: Tensor) -> Span | None:
     """Return where a tensor lies, None when it takes no memory."""
-    if is_lazy(tensor) or tensor.is_meta or not tensor.numel():
+    if not _has_address(tensor) or tensor.is_meta or not tensor.numel():
         return None
     start = tensor.data_ptr()
     return Span(start, start + extent_of(tensor) * tensor.element_size())
@@ -34,7 +35,7 @@ class MemoryMap:
     """Tensors by where they lie. Asking costs a search, however many there are."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._tensors = [tensor for tensor in tensors if not is_lazy(tensor)]
+        self._tensors = [tensor for tensor in tensors if _has_address(tensor)]
         self._addresses = _addresses_of(self._tensors)
         known = [(span, tensor) for tensor in self._tensors if (span := span_of(tensor)) is not None]
         self._known = sorted(known, key=lambda each: each[0])
@@ -52,6 +53,10 @@ class MemoryMap:
         for known, tensor in self._known[first : bisect.bisect_left(self._starts, span.end)]:
             if known.end > span.start:
                 yield tensor
+
+
+def _has_address(tensor: Tensor) -> bool:
+    return not is_lazy(tensor) and tensor.layout == torch.strided
 
 
 def _addresses_of(tensors: Sequence[Tensor]) -> list[int]:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+import structlog
+
 from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedLifecycleGate, SeedLifecycleStage
 from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY, describe
@@ -10,7 +12,7 @@ from . import lifecycle, verdict
 from .alpha import schedule_of
 from .events import SeedEvents
 from .gatekeeper import KERNEL_LATE, Gatekeeper
-from .gates.health import why_failed
+from .gates.health import SEED_FAILED, why_failed
 from .gates.report import FAILED, PASSED
 from .germination import Nursery
 from .inbox import Queued
@@ -27,6 +29,8 @@ from .progress import Progress
 from .rollback_payloads import NO_GATE, RollbackPayloads
 from .seed_slot import SeedSlot
 from .verdict import Verdict
+
+log = structlog.get_logger(__name__)
 
 KERNEL_WAIT_STEPS = 200
 ILLEGAL_TRANSITION = "illegal_transition"
@@ -93,8 +97,19 @@ class Surgeon:
         if command.command_type == CommandType.COMMAND_TYPE_OPTIMIZER:
             return self._adjust_optimizer(command)
         slot = self._seeds.get(command.target_seed_id)
-        if slot is None:
-            return verdict.failed(UNKNOWN_SEED)
+        return self._operate_or_fail(slot, queued) if slot is not None else verdict.failed(UNKNOWN_SEED)
+
+    def _operate_or_fail(self, slot: SeedSlot, queued: Queued) -> Verdict | None:
+        try:
+            return self._operate(slot, queued)
+        except Exception as error:  # Seeds and the user's optimizer are foreign code: no command ends the user's step.
+            log.error("command_failed", seed_id=slot.seed_id, exc_info=error)
+            if slot.stage in lifecycle.LIVE:
+                slot.site.failure = describe(error)
+            return verdict.failed(SEED_FAILED)
+
+    def _operate(self, slot: SeedSlot, queued: Queued) -> Verdict | None:
+        command = queued.command
         target = lifecycle.target_of(command.seed_operation.operation, slot.stage)
         if target is None:
             return verdict.rejected(ILLEGAL_TRANSITION)
@@ -129,7 +144,7 @@ class Surgeon:
     def _step_optimizer(self, slot: SeedSlot) -> None:
         try:
             slot.step_optimizer()
-        except RuntimeError as error:
+        except Exception as error:  # noqa: BLE001  # A seed is foreign code, and its parameters may be of any kind.
             # Its first step allocates the optimizer's state; what is short there must not end the user's step.
             slot.site.failure = describe(error)
 

@@ -248,6 +248,38 @@ def test_a_fossil_joins_the_optimizer_at_a_tenth_of_the_rate(rig):
     assert any(not torch.equal(a, b) for a, b in zip(before, rig.slot.site.seed.parameters(), strict=True))
 
 
+def test_a_command_that_raises_has_failed_and_ends_neither_the_step_nor_the_next_command(rig, monkeypatch):
+    rig.grow(lifecycle.PROBATIONARY)
+    rig.train(2)
+
+    def refuse(_module):
+        raise ValueError("this optimizer takes no groups")
+
+    monkeypatch.setattr(rig.authority, "adopt", refuse)
+    for command in (
+        rig.command("FOSSILIZE"),
+        rig.command("GERMINATE", blueprint="residual_mlp", seed_id=rig.seed_ids[0]),
+    ):
+        rig.host.submit(rig.envelope(command))
+    first, second = rig.host.apply_pending()
+    assert (first.result, first.reason) == (CommandOutcome.RESULT_FAILED, "seed_failed")
+    assert second.result == CommandOutcome.RESULT_APPLIED
+    assert rig.host.outcomes_of([first.command_id]) == [first]
+
+
+def test_a_seed_that_a_command_could_not_move_is_culled(rig, monkeypatch):
+    rig.grow(lifecycle.TRAINING)
+    rig.train(2)
+
+    def refuse():
+        raise TypeError("these weights cannot be looked at")
+
+    monkeypatch.setattr(rig.slot, "has_finite_weights", refuse)
+    assert rig.do("START_GRAFTING").reason == "seed_failed"
+    rig.train(1)
+    assert rig.slot.stage == lifecycle.CULLED
+
+
 def test_a_fossil_never_breaks_the_scheduler_of_the_user(rig):
     scheduler = torch.optim.lr_scheduler.LambdaLR(rig.optimizer, lambda step: 0.99**step)
     rig.grow(lifecycle.FOSSILIZED)

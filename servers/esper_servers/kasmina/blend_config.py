@@ -77,7 +77,7 @@ def _read(annotations: Mapping[str, str], source: str, channels: int) -> BlendCo
         gate_tau=_number(annotations, "gate_tau", GATE_TAU, GATE_TAU_RANGE),
         alpha_lo=bounds[0],
         alpha_hi=bounds[1],
-        alpha_vec=_capped(alpha_vec),
+        alpha_vec=_capped(alpha_vec) if mode == CHANNEL else (),
     )
 
 

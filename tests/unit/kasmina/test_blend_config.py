@@ -97,6 +97,11 @@ def test_a_vector_is_json_or_csv(text):
     assert (config.alpha_vec, problem) == ((0.1, 0.2, 0.3), "")
 
 
+def test_a_vector_is_kept_by_the_mode_that_uses_it_only():
+    assert read(blend_mode="CHANNEL", alpha_vec="0.5")[0].alpha_vec
+    assert read(blend_mode="RESIDUAL", alpha_vec=json.dumps([0.5] * 10_000)) == (BlendConfig(mode="RESIDUAL"), "")
+
+
 def test_a_single_number_is_a_vector_of_one():
     assert read(blend_mode="CHANNEL", alpha_vec="0.5")[0].alpha_vec == (0.5,)
 

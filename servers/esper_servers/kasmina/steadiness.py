@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import statistics
 from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,17 +12,19 @@ WINDOW = 8
 """Steps that are compared: the second half with the first."""
 MOST_SWINGS = 3
 """Changes of direction within a window; more is an oscillation."""
-SMOOTHING = 0.1
-_SAMPLES = 4
+_LEAST_SAMPLES = 4
+_ELEMENTS = 2**16
 _LEAST = 1e-12
 
 
 def strength(s: Tensor, h: Tensor) -> Tensor:
     """Return how strong the output of a seed is beside that of its host, a scalar on their device.
 
-    Taken of a few samples of the batch, since a pass over a whole feature map costs as much as blending it.
+    Taken of a part of the batch where that is large, since a pass over a whole feature map costs as much as blending
+    it. Of few numbers the strength would be the noise of the batch.
     """
-    s, h = s.detach()[:_SAMPLES].float(), h.detach()[:_SAMPLES].float()
+    samples = max(_LEAST_SAMPLES, _ELEMENTS // max(h.shape[1:].numel(), 1))
+    s, h = s.detach()[:samples].float(), h.detach()[:samples].float()
     norm = torch.linalg.vector_norm
     beside: Tensor = norm(s) / (norm(h) + _LEAST)
     return beside
@@ -32,12 +35,19 @@ class Steadiness:
 
     def __init__(self, strengths: Sequence[float] = ()) -> None:
         self.strengths = deque(strengths, maxlen=WINDOW)
-        self.hook_ms = 0.0
-        """Smoothed, in milliseconds; on a device what it takes to launch."""
+        self._passes: deque[float] = deque(maxlen=WINDOW)
+
+    @property
+    def hook_ms(self) -> float:
+        """The median of the last passes in milliseconds; on a device what they take to launch.
+
+        One that compiled, or waited for the machine, does not count.
+        """
+        return statistics.median(self._passes) if self._passes else 0.0
 
     def note(self, strength: float, hook_ms: float) -> None:
         """Note a step."""
-        self.hook_ms += (SMOOTHING if self.hook_ms else 1.0) * (hook_ms - self.hook_ms)
+        self._passes.append(hook_ms)
         self.strengths.append(strength)
 
     def drift(self) -> float:

@@ -13,7 +13,7 @@ class GateConfig:
     output_drift: Annotated[float, Range(0, 10)] = 0.12
     """By what share the strength of its output may change within eight steps of blending."""
     hook_ms: Annotated[float, Range(0.001, 60_000)] = 50.0
-    """What it may take of a forward pass, smoothed."""
+    """What it may take of a forward pass: the median of eight steps."""
     loss_tolerance: Annotated[float, Range(0, 10)] = 0.1
     """By what share of the loss before the graft the loss may be worse when the seed becomes a fossil."""
     loss_margin: Annotated[float, Range(0, 1_000)] = 0.02

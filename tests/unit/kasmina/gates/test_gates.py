@@ -14,7 +14,7 @@ from esper_rpc.proto.leyline.v1 import BlueprintDescriptor, CommandOutcome, Comm
 from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.gates import interface, reset, sanity, stability
 from esper_servers.kasmina.gates.config import GateConfig
-from esper_servers.kasmina.steadiness import WINDOW, Steadiness
+from esper_servers.kasmina.steadiness import WINDOW, Steadiness, strength
 
 PASSED, NOT_YET, FAILED = (
     GateResult.GATE_RESULT_PASSED,
@@ -179,8 +179,8 @@ def test_g1_waits_until_gradients_were_measured(rig, seen):
 
 def steady(strengths, hook_ms=1.0):
     steadiness = Steadiness()
-    for strength in strengths:
-        steadiness.note(strength, hook_ms)
+    for each in strengths:
+        steadiness.note(each, hook_ms)
     return steadiness
 
 
@@ -202,6 +202,41 @@ def test_g2_waits_until_outputs_are_steady_and_in_time(rig, steadiness, wrong):
     gate = stability.judge(rig.slot, GateConfig())
     assert set(shut(gate)) == wrong
     assert gate.result == (NOT_YET if wrong else PASSED)
+
+
+def test_one_pass_that_compiled_or_waited_does_not_count_as_slow():
+    steadiness = Steadiness()
+    for hook_ms in (60_000.0, 1.0, 2.0, 900.0, 3.0):
+        steadiness.note(1.0, hook_ms)
+    assert steadiness.hook_ms == 3.0
+
+
+def test_a_small_head_is_steady_over_batches_that_are_never_the_same():
+    drawn = torch.Generator().manual_seed(0)
+    steadiness = Steadiness()
+    swung = 0
+    for _ in range(100):
+        h = torch.randn(64, 3, generator=drawn)
+        steadiness.note(float(strength(torch.relu(h), h)), 1.0)
+        swung += steadiness.swings(GateConfig().output_drift)
+    assert swung == 0
+
+
+def test_of_large_maps_a_few_samples_are_taken():
+    h = torch.ones(8, 2**17)
+    s = h.clone()
+    s[4:] = 9.0
+    assert float(strength(s, h)) == pytest.approx(1.0)
+
+
+def test_an_empty_batch_tells_nothing_of_the_strength(rig):
+    rig.grow(lifecycle.BLENDING)
+    rig.train(3)
+    before = list(rig.slot.steadiness.strengths)
+    rig.model(rig.x[:0])
+    rig.host.finalize_step(rig.step_index + 1)
+    assert list(rig.slot.steadiness.strengths) == before
+    assert not rig.slot.site.failure
 
 
 def test_the_strength_of_the_output_is_measured_while_a_seed_blends_and_at_no_other_time(rig):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .projection import Projection, part_as_it_lies
-from .spans import MemoryMap, extent_of, span_of
+from .spans import MemoryMap, address_of, extent_of, span_of
 
 
 class Found(NamedTuple):
@@ -76,6 +76,8 @@ class SeedWatch:
         self._on_backward = on_backward
         self._places = [_Place(parameter) for parameter in parameters]
         self._handles = [_put(place.parameter, self._hook(place)) for place in self._places]
+        self._seen: tuple[MemoryMap, list[int]] | None = None
+        """The host and where the seed lay, at the last look."""
         self._is_own = self._has_run = self._has_arrived = False
         self._problem = ""
 
@@ -96,6 +98,10 @@ class SeedWatch:
 
     def look(self, host: MemoryMap) -> None:
         """See which parameters of the host lie where the seed's do, and hook them."""
+        seen = (host, [address_of(place.parameter) for place in self._places])
+        if seen == self._seen:
+            return
+        self._seen = seen
         for place in self._places:
             span = span_of(place.parameter)
             over = list(host.over(span)) if span is not None else []

@@ -23,6 +23,11 @@ def extent_of(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
+def address_of(tensor: Tensor) -> int:
+    """Return where a tensor begins, 0 when it has no address."""
+    return tensor.data_ptr() if _has_address(tensor) else 0
+
+
 def span_of(tensor: Tensor) -> Span | None:
     """Return where a tensor lies, None when it takes no memory."""
     if not _has_address(tensor) or tensor.is_meta or not tensor.numel():

@@ -20,7 +20,7 @@ from esper_rpc.proto.urza.v1 import Blueprint
 from esper_rpc.server import MeshServer, ServerConfig, announce
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina.host import InProcessSeedHost
-from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
+from esper_servers.kasmina.kernels.library import Kernel, KernelLibrary
 from esper_servers.kasmina.learning_rate import OptimizerAuthority
 from esper_servers.kasmina.service import KasminaServicer
 from esper_servers.trainer import wrap_sites

@@ -23,11 +23,11 @@ from esper_rpc.testing import serving
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.host import InProcessSeedHost
-from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
+from esper_servers.kasmina.kernels.library import Kernel, KernelLibrary
 from esper_servers.kasmina.learning_rate import OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
-from esper_servers.kasmina.rejections import TOLD_EACH
 from esper_servers.kasmina.service import KasminaServicer
+from esper_servers.kasmina.telemetry.rejections import TOLD_EACH
 from esper_servers.trainer import wrap_sites
 
 KASMINA = kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"]

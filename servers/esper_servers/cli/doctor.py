@@ -137,7 +137,7 @@ def settings_sections() -> dict[str, type]:
     from esper_client.session import SessionConfig
     from esper_rpc.pause_quota import PauseConfig
     from esper_servers.kasmina.gates.config import GateConfig
-    from esper_servers.kasmina.kernel_library import KernelConfig
+    from esper_servers.kasmina.kernels.library import KernelConfig
     from esper_servers.kasmina.limits import LocalLimits
     from esper_servers.kasmina.memory import MemoryConfig
     from esper_servers.policy.prior import PriorConfig

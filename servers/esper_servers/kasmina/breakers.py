@@ -5,7 +5,7 @@ from collections.abc import Callable
 from esper_rpc.breaker import BreakerConfig, CircuitBreaker
 from esper_rpc.proto.leyline.v1 import CircuitState, MetricPoint
 
-from .notices import INFO, WARNING, Tell
+from .telemetry.notices import INFO, WARNING, Tell
 
 _TOLD_AS = {
     CircuitState.CIRCUIT_STATE_OPEN: ("breaker_open", WARNING),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import lifecycle
-from .blending import Mixing
+from .blending.mixing import Mixing
 from .site import Site
 
 

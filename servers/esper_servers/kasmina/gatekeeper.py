@@ -3,17 +3,18 @@ from __future__ import annotations
 from esper_rpc.proto.kasmina.v1 import GateEvent, GateResult
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, SeedLifecycleGate, SeedLifecycleStage
 
-from . import lifecycle, step_packets
-from .events import SeedEvents
+from . import lifecycle
 from .gates import gradient_health, inputs, interface, reset, sanity, stability, system_impact
 from .gates.config import GateConfig
 from .gates.report import FAILED
 from .isolation.isolation import Isolation
-from .kernel_library import UNAVAILABLE, UNKNOWN_BLUEPRINT, Kernel
-from .notices import INFO, WARNING, Tell
+from .kernels.library import UNAVAILABLE, UNKNOWN_BLUEPRINT, Kernel
 from .ownership import Ownership
 from .progress import Progress
 from .seed_slot import SeedSlot
+from .telemetry import step_packets
+from .telemetry.events import SeedEvents
+from .telemetry.notices import INFO, WARNING, Tell
 
 KERNEL_LATE = "kernel_late"
 NOT_TO_BE_HAD = frozenset({UNKNOWN_BLUEPRINT, UNAVAILABLE, KERNEL_LATE})

@@ -29,32 +29,33 @@ from esper_rpc.proto.leyline.v1 import (
 from esper_servers.blueprints.catalogue import BlueprintFactory
 from esper_servers.blueprints.extras import describe_module
 
-from . import lifecycle, step_packets, verdict
-from .background import Work
+from . import lifecycle, verdict
 from .checkpoint import Checkpoint
-from .events import Listener, SeedEvents
 from .export import without_sites
 from .gatekeeper import Gatekeeper
 from .gates.config import GateConfig
-from .germination import Nursery
-from .health import HostHealth
 from .inbox import CommandInbox, Queued
 from .isolation.isolation import Isolation
-from .kernel_library import KernelLibrary
+from .kernels.background import Work
+from .kernels.germination import Nursery
+from .kernels.library import KernelLibrary
+from .kernels.prewarm import Prewarmer
 from .learning_rate import LearningRateAuthority
 from .limits import LocalLimits
 from .live_seeds import LiveSeeds
 from .memory import MemoryConfig, MemoryGovernor, MemoryReader
-from .notices import WARNING, Notices
 from .ownership import Ownership
 from .parameter_names import foreign_parameters
 from .pausing import Pauses
-from .prewarm import Prewarmer
 from .progress import Progress
 from .safe_point import SafePoint
 from .seed_slot import SeedSlot
 from .site import Site
 from .surgery import Route, Surgeon
+from .telemetry import step_packets
+from .telemetry.events import Listener, SeedEvents
+from .telemetry.health import HostHealth
+from .telemetry.notices import WARNING, Notices
 
 ROLLED_BACK = "rolled_back"
 

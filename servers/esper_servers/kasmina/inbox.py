@@ -12,10 +12,10 @@ from esper_rpc.errors import InvalidRequest
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, SeedOperation, SignedEnvelope
 
 from . import verdict
-from .events import SeedEvents
-from .kernel_library import KernelLibrary
-from .notices import WARNING, Tell
+from .kernels.library import KernelLibrary
 from .progress import Progress
+from .telemetry.events import SeedEvents
+from .telemetry.notices import WARNING, Tell
 
 MALFORMED = "malformed_payload"
 MOST_QUEUED = 10_000

@@ -16,7 +16,7 @@ from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY
 
 from .breakers import TellingBreaker
 from .host_memory import used_share
-from .notices import ERROR, INFO, WARNING, Tell, tell_nobody
+from .telemetry.notices import ERROR, INFO, WARNING, Tell, tell_nobody
 
 BREAKER = "memory_bounds"
 BREAKER_CONFIG = BreakerConfig(failures=5, cool_down_seconds=60.0)

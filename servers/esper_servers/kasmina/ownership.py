@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from esper_rpc.errors import InvalidRequest
 
-from .notices import INFO, WARNING, Tell, tell_nobody
+from .telemetry.notices import INFO, WARNING, Tell, tell_nobody
 
 HOST: Final = "host"
 PARAMETER_VIOLATION = "parameter_violation"

@@ -12,8 +12,8 @@ from .gates import interface
 from .gates.health import why_failed
 from .inbox import Queued
 from .limits import LocalLimits
-from .notices import INFO, WARNING, Tell, tell_nobody
 from .seed_slot import SeedSlot
+from .telemetry.notices import INFO, WARNING, Tell, tell_nobody
 from .verdict import Verdict
 
 UNKNOWN_SEED = "unknown_seed"

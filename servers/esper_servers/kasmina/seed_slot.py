@@ -16,11 +16,11 @@ from esper_rpc.proto.tamiyo.v1 import RunSeed, RunSite
 from esper_servers.blueprints.kernel import dtype_name
 
 from . import lifecycle
-from .alpha import AlphaSchedule, band_after, gradient_clip
-from .blend_config import BlendConfig, read_blend_config
+from .blending.alpha import AlphaSchedule, band_after, gradient_clip
+from .blending.config import BlendConfig, read_blend_config
+from .blending.steadiness import Steadiness
 from .learning import clip_gradients, learn, optimizer_of
 from .site import Site
-from .steadiness import Steadiness
 
 CLIP_NORM = 1.0
 # A gradient scaler makes single infinite gradients; this many in a row are the seed's own (requirements 4.4).

@@ -14,13 +14,13 @@ from esper_rpc.proto.leyline.v1 import SeedLifecycleStage
 from esper_servers.blueprints.out_of_memory import describe
 
 from . import lifecycle
-from .blend_config import BlendConfig
-from .blending import Blend, Mixing, mixing_of, shadow
-from .channels import channel_count, channel_dim
-from .finite import finite_mask
+from .blending.channels import channel_count, channel_dim
+from .blending.config import BlendConfig
+from .blending.finite import finite_mask
+from .blending.mixing import Blend, Mixing, mixing_of, shadow
+from .blending.steadiness import strength
+from .blending.zero_gradient import tie
 from .guarded_branch import anchored, guard, leaves
-from .steadiness import strength
-from .zero_gradient import tie
 
 log = structlog.get_logger(__name__)
 

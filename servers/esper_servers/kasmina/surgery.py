@@ -9,25 +9,25 @@ from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedLifec
 from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY, describe
 
 from . import lifecycle, verdict
-from .alpha import schedule_of
-from .events import SeedEvents
+from .blending.alpha import schedule_of
 from .gatekeeper import KERNEL_LATE, Gatekeeper
 from .gates.health import SEED_FAILED, why_failed
 from .gates.report import FAILED, PASSED
-from .germination import Nursery
 from .inbox import Queued
 from .isolation.isolation import ISOLATION_BREAKER_OPEN, ISOLATION_VIOLATIONS, Isolation
+from .kernels.germination import Nursery
+from .kernels.prewarm import Prepared
 from .learning_rate import LearningRateAuthority
 from .limits import LocalLimits
 from .live_seeds import LiveSeeds
 from .memory import MemoryGovernor
-from .notices import INFO, WARNING, Tell
 from .ownership import PARAMETER_VIOLATION, Ownership
 from .pausing import UNKNOWN_SEED, Pauses
-from .prewarm import Prepared
 from .progress import Progress
 from .rollback_payloads import NO_GATE, RollbackPayloads
 from .seed_slot import SeedSlot
+from .telemetry.events import SeedEvents
+from .telemetry.notices import INFO, WARNING, Tell
 from .verdict import Verdict
 
 log = structlog.get_logger(__name__)

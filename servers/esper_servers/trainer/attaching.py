@@ -19,10 +19,10 @@ from esper_client.session import SessionConfig, TrainingSession
 from esper_rpc.errors import ConfigError
 from esper_rpc.logging import log_warnings_to_stderr
 from esper_servers.blueprints.catalogue import load_factories
-from esper_servers.kasmina.following_host import FollowingSeedHost
 from esper_servers.kasmina.learning_rate import LearningRateAuthority, OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
-from esper_servers.kasmina.ranks import Ranks
+from esper_servers.kasmina.ranks.following_host import FollowingSeedHost
+from esper_servers.kasmina.ranks.ranks import Ranks
 from esper_servers.optim.controller import UnifiedLRController
 from esper_servers.tolaria.snapshot_cache import CacheConfig
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from esper_client.follower_session import FollowerSession
 from esper_client.session import TrainingSession
 from esper_rpc.proto.leyline.v1 import CommandType
-from esper_servers.kasmina.following_host import FollowingSeedHost
 from esper_servers.kasmina.host import InProcessSeedHost
 from esper_servers.kasmina.inbox import Queued
-from esper_servers.kasmina.leading_host import LeadingSeedHost
 from esper_servers.kasmina.limits import LocalLimits
+from esper_servers.kasmina.ranks.following_host import FollowingSeedHost
+from esper_servers.kasmina.ranks.leading_host import LeadingSeedHost
 from esper_servers.kasmina.verdict import Verdict
 from esper_servers.tolaria.assembly import keep_checkpoints
 from esper_servers.tolaria.checkpoint_keeper import CheckpointKeeper

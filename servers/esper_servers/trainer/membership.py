@@ -16,7 +16,7 @@ from esper_rpc.identity import Identity
 from esper_rpc.pause_quota import PauseConfig
 from esper_rpc.telemetry.tracing import configure_tracing
 from esper_servers.kasmina.gates.config import GateConfig
-from esper_servers.kasmina.kernel_library import KernelConfig
+from esper_servers.kasmina.kernels.library import KernelConfig
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.memory import MemoryConfig
 from esper_servers.tolaria.epoch_guard import EpochGuardConfig

@@ -14,8 +14,8 @@ from esper_client.discovery import home_directory
 from esper_client.follower_session import FollowerSession
 from esper_client.session import TrainingSession
 from esper_servers.kasmina.host import InProcessSeedHost
-from esper_servers.kasmina.leading_host import LeadingSeedHost
 from esper_servers.kasmina.learning_rate import LearningRateAuthority
+from esper_servers.kasmina.ranks.leading_host import LeadingSeedHost
 from esper_servers.optim.controller import UnifiedLRController
 from esper_servers.tolaria.aggregation.aggregator import GradientAggregator
 from esper_servers.tolaria.checkpoint_keeper import CheckpointKeeper

@@ -8,15 +8,15 @@ from torch import nn
 
 from esper_client.event_loop import LoopThread
 from esper_servers.blueprints.catalogue import load_factories
-from esper_servers.kasmina.background import BackgroundWorker
 from esper_servers.kasmina.host import InProcessSeedHost
-from esper_servers.kasmina.kernel_library import KernelLibrary
-from esper_servers.kasmina.kernel_source import KernelSource
-from esper_servers.kasmina.leading_host import LeadingSeedHost
+from esper_servers.kasmina.kernels.background import BackgroundWorker
+from esper_servers.kasmina.kernels.library import KernelLibrary
+from esper_servers.kasmina.kernels.source import KernelSource
 from esper_servers.kasmina.learning_rate import LearningRateAuthority
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.memory import reader_for
-from esper_servers.kasmina.ranks import Ranks
+from esper_servers.kasmina.ranks.leading_host import LeadingSeedHost
+from esper_servers.kasmina.ranks.ranks import Ranks
 
 from .membership import Membership
 from .sites import choose_sites, wrap_sites

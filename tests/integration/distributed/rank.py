@@ -24,7 +24,7 @@ from esper_rpc.testing import fake_mesh
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.cli.bench import ddp
 from esper_servers.cli.home import Home
-from esper_servers.kasmina.kernel_library import Kernel
+from esper_servers.kasmina.kernels.library import Kernel
 from esper_servers.optim.controller import UnifiedLRController
 from esper_servers.optim.schedules import Cosine
 from esper_servers.trainer import orchestrate

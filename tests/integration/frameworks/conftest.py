@@ -11,7 +11,7 @@ from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedOpera
 from esper_rpc.proto.urza.v1 import Blueprint
 from esper_rpc.testing import fake_mesh
 from esper_servers.blueprints.catalogue import load_factories
-from esper_servers.kasmina.kernel_library import Kernel
+from esper_servers.kasmina.kernels.library import Kernel
 
 
 class Orders:

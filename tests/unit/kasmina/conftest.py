@@ -21,7 +21,7 @@ from esper_rpc.testing import FakeClock
 from esper_servers.blueprints.catalogue import BlueprintFactory, ModuleFactory, load_factories
 from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.host import InProcessSeedHost
-from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
+from esper_servers.kasmina.kernels.library import Kernel, KernelLibrary
 from esper_servers.kasmina.learning_rate import LearningRateAuthority, OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.trainer import wrap_sites

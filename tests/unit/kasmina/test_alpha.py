@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from esper_rpc.blending import BLENDING_METHODS
 from esper_rpc.proto.leyline.v1 import AdaptationCommand
-from esper_servers.kasmina.alpha import AlphaSchedule, schedule_of
+from esper_servers.kasmina.blending.alpha import AlphaSchedule, schedule_of
 
 fraction = st.floats(0, 1)
 

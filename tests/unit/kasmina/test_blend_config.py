@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper_rpc.blending import BLEND_MODES
-from esper_servers.kasmina.blend_config import BlendConfig, read_blend_config
+from esper_servers.kasmina.blending.config import BlendConfig, read_blend_config
 
 CHANNELS = 12
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper_rpc.blending import BLEND_MODES
-from esper_servers.kasmina import blending
-from esper_servers.kasmina.alpha import band_after, gradient_clip
-from esper_servers.kasmina.blend_config import BlendConfig
-from esper_servers.kasmina.blending import Blend, mixing_of
-from esper_servers.kasmina.finite import finite_mask
+from esper_servers.kasmina.blending import mixing as blending
+from esper_servers.kasmina.blending.alpha import band_after, gradient_clip
+from esper_servers.kasmina.blending.config import BlendConfig
+from esper_servers.kasmina.blending.finite import finite_mask
+from esper_servers.kasmina.blending.mixing import Blend, mixing_of
 
 BATCH, CHANNELS = 3, 6
 LAYOUTS = {

@@ -18,7 +18,7 @@ from esper_rpc.blending import BLEND_MODES
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage, TelemetryLevel
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina import lifecycle, seed_slot
-from esper_servers.kasmina.alpha import gradient_clip
+from esper_servers.kasmina.blending.alpha import gradient_clip
 from esper_servers.kasmina.export import without_sites
 from esper_servers.kasmina.seed_slot import CLIP_NORM, SeedSlot
 from esper_servers.trainer import wrap_sites

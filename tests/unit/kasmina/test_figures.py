@@ -7,11 +7,12 @@ import pytest
 from esper_rpc.breaker import BreakerConfig
 from esper_rpc.envelope import authenticity, verification
 from esper_rpc.pause_quota import PauseConfig
-from esper_servers.kasmina import kernel_library, memory
-from esper_servers.kasmina.alpha import BANDS, HYSTERESIS, AlphaSchedule, gradient_clip
+from esper_servers.kasmina import memory
+from esper_servers.kasmina.blending.alpha import BANDS, HYSTERESIS, AlphaSchedule, gradient_clip
 from esper_servers.kasmina.gates.config import GateConfig
 from esper_servers.kasmina.isolation import isolation
-from esper_servers.kasmina.kernel_library import KernelConfig
+from esper_servers.kasmina.kernels import library as kernel_library
+from esper_servers.kasmina.kernels.library import KernelConfig
 from esper_servers.kasmina.memory import MemoryConfig
 
 SECOND_NS = 10**9

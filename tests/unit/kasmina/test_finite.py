@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esper_servers.kasmina.finite import finite_mask
+from esper_servers.kasmina.blending.finite import finite_mask
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

@@ -8,7 +8,7 @@ import pytest
 from esper_rpc.errors import DataLoss, NotFound, Unavailable
 from esper_rpc.proto.leyline.v1 import CircuitState
 from esper_rpc.testing import FakeClock
-from esper_servers.kasmina.kernel_library import DIGESTED_AT_ONCE, Kernel, KernelConfig, KernelLibrary
+from esper_servers.kasmina.kernels.library import DIGESTED_AT_ONCE, Kernel, KernelConfig, KernelLibrary
 
 
 class Library:

@@ -6,9 +6,9 @@ import pytest
 
 from esper_rpc.errors import DataLoss, Unavailable
 from esper_rpc.proto.urza.v1 import FetchKernelResponse, GetBlueprintResponse, KernelHeader, ListBlueprintsResponse
-from esper_servers.kasmina import kernel_source
-from esper_servers.kasmina.kernel_library import Kernel, KernelConfig, KernelLibrary
-from esper_servers.kasmina.kernel_source import MOST_PAGES, RETRY_SECONDS, KernelSource
+from esper_servers.kasmina.kernels import source as kernel_source
+from esper_servers.kasmina.kernels.library import Kernel, KernelConfig, KernelLibrary
+from esper_servers.kasmina.kernels.source import MOST_PAGES, RETRY_SECONDS, KernelSource
 
 
 class FakeUrza:

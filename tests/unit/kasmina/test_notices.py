@@ -3,7 +3,7 @@ from __future__ import annotations
 from structlog.testing import capture_logs
 
 from esper_rpc.telemetry.events import listen
-from esper_servers.kasmina.notices import CRITICAL, ERROR, INFO, LONGEST_DETAIL, TOLD_EACH, WARNING, Notices
+from esper_servers.kasmina.telemetry.notices import CRITICAL, ERROR, INFO, LONGEST_DETAIL, TOLD_EACH, WARNING, Notices
 
 
 def test_what_happened_is_told_once_with_reason_priority_and_step():

@@ -7,7 +7,7 @@ import torch
 
 from esper_rpc.proto.leyline.v1 import CommandOutcome
 from esper_servers.kasmina import lifecycle
-from esper_servers.kasmina.background import BackgroundWorker
+from esper_servers.kasmina.kernels.background import BackgroundWorker
 from esper_servers.kasmina.limits import LocalLimits
 
 APPLIED, FAILED, REJECTED = (

@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SignedEnvelope
 from esper_rpc.telemetry import record_packets
-from esper_servers.kasmina.rejections import LONGEST_ID, TOLD_EACH, Rejections
+from esper_servers.kasmina.telemetry.rejections import LONGEST_ID, TOLD_EACH, Rejections
 
 
 def outcome(reason="stale_command", command_id="c"):

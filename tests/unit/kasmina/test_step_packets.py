@@ -6,7 +6,8 @@ import pytest
 
 from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import CommandOutcome, HealthStatus
-from esper_servers.kasmina import inbox, lifecycle, step_packets
+from esper_servers.kasmina import inbox, lifecycle
+from esper_servers.kasmina.telemetry import step_packets
 
 HEALTHY, DEGRADED, UNHEALTHY = (
     HealthStatus.HEALTH_STATUS_HEALTHY,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from esper_rpc.testing import FakeClock
-from esper_servers.kasmina.timed_lru import TimedLru
+from esper_servers.kasmina.kernels.timed_lru import TimedLru
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from esper_rpc import disk
 from esper_rpc.proto.leyline.v1 import HazardBand
-from esper_servers.kasmina import alpha
+from esper_servers.kasmina.blending import alpha
 from esper_servers.policy import registries as module
 from esper_servers.policy import vocabularies
 from esper_servers.policy.registries import Registries, Registry, mismatches

@@ -8,7 +8,7 @@ from esper_rpc.errors import ConfigError
 from esper_rpc.proto.leyline.v1 import SeedLifecycleStage as Stage
 from esper_rpc.proto.leyline.v1 import SeedOperation
 from esper_rpc.proto.tamiyo.v1 import RunSite
-from esper_servers.kasmina.blend_config import read_blend_config
+from esper_servers.kasmina.blending.config import read_blend_config
 from esper_servers.policy import sample, schema
 from esper_servers.policy.masks import Choice
 from esper_servers.tamiyo.blend_modes import KEYS, BlendModeConfig, blend_annotations

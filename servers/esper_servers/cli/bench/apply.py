@@ -27,7 +27,7 @@ from esper_servers.cli.home import Home
 from .measure import CountOption, machine, percentiles, scratch_home, show, timed_ms
 
 if TYPE_CHECKING:
-    from esper_servers.kasmina.kernel_library import KernelLibrary
+    from esper_servers.kasmina.kernels.library import KernelLibrary
 
 KASMINA = kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"]
 EPOCH = bytes(range(16))
@@ -128,9 +128,9 @@ class HostBench:
         import torch
 
         from esper_servers.blueprints.catalogue import load_factories
-        from esper_servers.kasmina.background import BackgroundWorker
         from esper_servers.kasmina.gates.config import GateConfig
         from esper_servers.kasmina.host import InProcessSeedHost
+        from esper_servers.kasmina.kernels.background import BackgroundWorker
         from esper_servers.kasmina.learning_rate import OptimizerAuthority
         from esper_servers.kasmina.limits import LocalLimits
         from esper_servers.trainer import wrap_sites
@@ -232,7 +232,7 @@ class HostBench:
 
 
 def _kernels() -> KernelLibrary:
-    from esper_servers.kasmina.kernel_library import Kernel, KernelLibrary
+    from esper_servers.kasmina.kernels.library import Kernel, KernelLibrary
     from esper_servers.urza.seeding import installed_blueprints
 
     async def fetch(blueprint_id: str) -> Kernel:

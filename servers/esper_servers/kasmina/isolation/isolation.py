@@ -13,9 +13,9 @@ from esper_rpc.breaker import BreakerConfig
 from esper_rpc.proto.leyline.v1 import CircuitState, MetricPoint, SeedOperation
 from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.breakers import TellingBreaker
-from esper_servers.kasmina.notices import CRITICAL, WARNING, Tell, tell_nobody
 from esper_servers.kasmina.seed_slot import SeedSlot
 from esper_servers.kasmina.site import Site
+from esper_servers.kasmina.telemetry.notices import CRITICAL, WARNING, Tell, tell_nobody
 
 from .host_watch import HostWatch
 from .seed_watch import SeedWatch

@@ -12,9 +12,9 @@ from torch import nn
 from esper_rpc.proto.kasmina.v1 import GateResult
 from esper_rpc.proto.leyline.v1 import BlueprintDescriptor, CommandOutcome, CommandSeedOperation, SeedLifecycleGate
 from esper_servers.kasmina import lifecycle
+from esper_servers.kasmina.blending.steadiness import WINDOW, Steadiness, strength
 from esper_servers.kasmina.gates import interface, reset, sanity, stability
 from esper_servers.kasmina.gates.config import GateConfig
-from esper_servers.kasmina.steadiness import WINDOW, Steadiness, strength
 
 PASSED, NOT_YET, FAILED = (
     GateResult.GATE_RESULT_PASSED,

@@ -15,10 +15,10 @@ from torch import nn
 from esper_client.follower_session import FollowerSession
 from esper_rpc.proto.leyline.v1 import CommandOutcome
 from esper_servers.blueprints.catalogue import load_factories
-from esper_servers.kasmina.following_host import FollowingSeedHost
-from esper_servers.kasmina.leading_host import LeadingSeedHost
 from esper_servers.kasmina.learning_rate import OptimizerAuthority
-from esper_servers.kasmina.ranks import together
+from esper_servers.kasmina.ranks.following_host import FollowingSeedHost
+from esper_servers.kasmina.ranks.leading_host import LeadingSeedHost
+from esper_servers.kasmina.ranks.ranks import together
 from esper_servers.optim.controller import LearningRateConfig, UnifiedLRController
 from esper_servers.tolaria.assembly import keep_checkpoints
 from esper_servers.tolaria.rollback import RollbackConfig

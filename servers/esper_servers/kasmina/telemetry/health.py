@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.proto.leyline.v1 import CircuitState, HealthStatus, SystemHealth
-
-from . import lifecycle
-from .seed_slot import SeedSlot
+from esper_servers.kasmina import lifecycle
+from esper_servers.kasmina.seed_slot import SeedSlot
 
 HEALTHY, DEGRADED, UNHEALTHY = (
     HealthStatus.HEALTH_STATUS_HEALTHY,

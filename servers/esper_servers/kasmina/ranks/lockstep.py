@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from esper_client.seed_host import OutOfStep
+from esper_servers.kasmina import lifecycle
+from esper_servers.kasmina.learning_rate import RankAuthority
+from esper_servers.kasmina.seed_slot import SeedSlot
 
-from . import lifecycle
-from .learning_rate import RankAuthority
 from .ranks import Ranks, together
-from .seed_slot import SeedSlot
 
 FAILED_ELSEWHERE = "failed on another rank"
 

@@ -15,13 +15,13 @@ from esper_servers.blueprints.catalogue import BlueprintFactory
 from esper_servers.blueprints.kernel import KernelRejected, instantiate
 from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from esper_servers.blueprints.seeded_draws import SeededDraws
+from esper_servers.kasmina.site import Site
+from esper_servers.kasmina.trial import trial
 
 from .background import Work
-from .kernel_library import Kernel
 from .latencies import Latencies
-from .site import Site
+from .library import Kernel
 from .timed_lru import TimedLru
-from .trial import trial
 
 log = structlog.get_logger(__name__)
 

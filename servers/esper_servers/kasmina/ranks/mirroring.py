@@ -15,14 +15,14 @@ from esper_rpc.errors import DataLoss
 from esper_rpc.proto.urza.v1 import KernelManifest
 from esper_servers.blueprints.catalogue import BlueprintFactory
 from esper_servers.blueprints.kernel import instantiate
+from esper_servers.kasmina import lifecycle
+from esper_servers.kasmina.blending.alpha import gradient_clip
+from esper_servers.kasmina.checkpoint import digest
+from esper_servers.kasmina.learning import clip_gradients, learn
+from esper_servers.kasmina.learning_rate import LearningRateAuthority, RankAuthority
+from esper_servers.kasmina.seed_slot import CLIP_NORM, SeedSlot
 
-from . import lifecycle
-from .alpha import gradient_clip
-from .checkpoint import digest
-from .learning import clip_gradients, learn
-from .learning_rate import LearningRateAuthority, RankAuthority
 from .lockstep import Lockstep, sizes_of
-from .seed_slot import CLIP_NORM, SeedSlot
 
 log = structlog.get_logger(__name__)
 

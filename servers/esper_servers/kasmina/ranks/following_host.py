@@ -7,16 +7,16 @@ import orjson
 from torch import Tensor, nn
 
 from esper_servers.blueprints.catalogue import BlueprintFactory
+from esper_servers.kasmina.checkpoint import Checkpoint
+from esper_servers.kasmina.export import without_sites
+from esper_servers.kasmina.learning_rate import RankAuthority
+from esper_servers.kasmina.progress import Progress
+from esper_servers.kasmina.seed_slot import SeedSlot
+from esper_servers.kasmina.site import Site
 
-from .checkpoint import Checkpoint
-from .export import without_sites
-from .learning_rate import RankAuthority
 from .lockstep import Lockstep, trained_tensors
 from .mirroring import Mirror
-from .progress import Progress
 from .ranks import Ranks, together
-from .seed_slot import SeedSlot
-from .site import Site
 
 
 class FollowingSeedHost:

@@ -10,7 +10,7 @@ from esper_rpc.errors import DataLoss, EsperError
 from esper_rpc.identity import Identity
 from esper_rpc.proto.urza.v1 import FetchKernelRequest, GetBlueprintRequest, ListBlueprintsRequest
 
-from .kernel_library import Kernel, KernelLibrary
+from .library import Kernel, KernelLibrary
 
 log = structlog.get_logger(__name__)
 

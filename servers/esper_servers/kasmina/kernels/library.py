@@ -16,10 +16,10 @@ from esper_rpc.config import Range, validate
 from esper_rpc.errors import DataLoss, NotFound
 from esper_rpc.proto.leyline.v1 import MetricPoint
 from esper_rpc.proto.urza.v1 import Blueprint
+from esper_servers.kasmina.breakers import TellingBreaker
+from esper_servers.kasmina.telemetry.notices import Tell, tell_nobody
 
-from .breakers import TellingBreaker
 from .latencies import Latencies
-from .notices import Tell, tell_nobody
 from .timed_lru import TimedLru
 
 log = structlog.get_logger(__name__)

@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping
 
 from esper_rpc.proto.kasmina.v1 import GateEvent, RollbackPayload, SeedEvent
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage
+from esper_servers.kasmina import lifecycle
+from esper_servers.kasmina.progress import Progress
+from esper_servers.kasmina.seed_slot import SeedSlot
 
-from . import lifecycle
 from .notices import INFO, Tell, tell_nobody
-from .progress import Progress
 from .rejections import Rejections
-from .seed_slot import SeedSlot
 
 REMEMBERED_OUTCOMES = 64
 

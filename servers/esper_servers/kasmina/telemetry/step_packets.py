@@ -4,9 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from esper_rpc.proto.leyline.v1 import MetricPoint, SystemHealth, TelemetryEvent, TelemetryLevel, TelemetryPacket
-
-from . import lifecycle
-from .seed_slot import SeedSlot
+from esper_servers.kasmina import lifecycle
+from esper_servers.kasmina.seed_slot import SeedSlot
 
 MetricsOf = Callable[[SeedSlot], Iterable[MetricPoint]]
 SEED_METRICS = ("stage", "alpha", "alpha_steps", "kernel_attached", "last_kernel_latency_ms", "fallback_used")

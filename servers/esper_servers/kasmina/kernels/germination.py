@@ -6,11 +6,11 @@ from torch import nn
 
 from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, MetricPoint
+from esper_servers.kasmina.ownership import PARAMETER_VIOLATION, Ownership
+from esper_servers.kasmina.seed_slot import SeedSlot
 
-from .kernel_library import Kernel, KernelLibrary
-from .ownership import PARAMETER_VIOLATION, Ownership
+from .library import Kernel, KernelLibrary
 from .prewarm import Prepared, Prewarmer
-from .seed_slot import SeedSlot
 
 
 class Nursery:

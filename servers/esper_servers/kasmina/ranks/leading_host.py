@@ -11,9 +11,9 @@ from torch import Tensor
 from esper_client.seed_host import OutOfStep
 from esper_rpc.errors import FailedPrecondition
 from esper_rpc.proto.leyline.v1 import CommandOutcome, TelemetryPacket
+from esper_servers.kasmina.host import InProcessSeedHost
+from esper_servers.kasmina.learning_rate import RankAuthority
 
-from .host import InProcessSeedHost
-from .learning_rate import RankAuthority
 from .lockstep import Lockstep, trained_tensors
 from .mirroring import Announcer, RecordedAuthority
 from .ranks import Ranks, together

@@ -15,7 +15,7 @@ from torch.nn.functional import mse_loss
 
 from esper_rpc.blending import CHANNEL, CONFIDENCE, RESIDUAL
 
-from .blend_config import BlendConfig
+from .config import BlendConfig
 
 _LEAST_SQUARE = 1e-24
 _PART = 2**16

@@ -67,6 +67,9 @@ class QuietTrainer:
         self.profiler.next_step()
         return outcomes
 
+    def judge(self) -> None:
+        """Do nothing: without a mesh, and on other ranks than the first, nobody looks back on a step."""
+
     def end_epoch(self, *, failed: bool = False, accuracy: float | None = None) -> None:
         """Begin the next epoch; how this one was is judged by the first rank."""
         self._session.start_epoch(self._session.epoch + 1)

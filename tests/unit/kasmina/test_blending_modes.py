@@ -354,8 +354,9 @@ def test_a_command_says_the_mode_and_a_packet_tells_it(rig, mode):
     [(name, level, attributes)] = events_of(rig)
     assert (name, level) == ("blend_config", TelemetryLevel.TELEMETRY_LEVEL_INFO)
     assert int(attributes.pop("step_index")) in (rig.step_index - 1, rig.step_index)
+    length = "8" if mode == "CHANNEL" else "0"
     assert attributes == {
-        "mode": mode, "source": "override", "alpha_vec_len": "8", "seed_id": rig.seed_id, "reason": "commanded",
+        "mode": mode, "source": "override", "alpha_vec_len": length, "seed_id": rig.seed_id, "reason": "commanded",
         "priority": "NORMAL",
     }  # fmt: skip
     assert events_of(rig) == []

@@ -6,7 +6,8 @@ from typing import NamedTuple
 from esper_rpc.envelope.reasons import STALE_COMMAND
 from esper_rpc.proto.leyline.v1 import CommandOutcome
 
-MOST_DOUBLINGS = 20
+LONGEST_REST = 8
+"""Steps. A seed that blends holds back what lies below it; where most commands are late it must not wait for long."""
 _LATE = frozenset({CommandOutcome.RESULT_LATE, CommandOutcome.RESULT_LOCAL_FALLBACK})
 
 
@@ -39,7 +40,7 @@ class CommandRest:
     def hear(self, outcomes: Sequence[CommandOutcome], *, step: int, longest: int) -> Marks | None:
         """Take in what a step tells; how the run was before its last command if that came too late, else None.
 
-        After each one in a row it rests twice as long, at most `longest` steps.
+        After each one in a row it rests twice as long, at most eight steps or `longest`.
         """
         if self._unheard is None:
             return None
@@ -52,7 +53,7 @@ class CommandRest:
             self.late = 0
             return None
         self.late += 1
-        self.until = step + min(2 ** min(self.late, MOST_DOUBLINGS), longest)
+        self.until = step + min(2 ** min(self.late, LONGEST_REST), LONGEST_REST, longest)
         return before
 
 

@@ -21,6 +21,8 @@ MISSED, UNREACHABLE, BREAKER_OPEN, PUSHED_BACK = (
 LONGEST_PUSHBACK_SECONDS = 10.0
 LATE_COMMANDS_KEPT = 64
 LONGEST_COMMAND_ID = 128
+LEADS = 8
+LONGEST_BUDGET_SECONDS = 0.05
 
 
 class StepExchange:
@@ -33,8 +35,10 @@ class StepExchange:
         budget_seconds: float,
         breaker: BreakerConfig,
         on_sent: Callable[[], object] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.guard: StepGuard[StepDecision] = StepGuard()
+        self.guard: StepGuard[StepDecision] = StepGuard(clock)
+        self._clock = clock
         self._thread = thread
         self._budget_seconds = budget_seconds
         self._on_sent = on_sent
@@ -44,12 +48,22 @@ class StepExchange:
         self._last_command = ""
         self._late_commands: deque[str] = deque(maxlen=LATE_COMMANDS_KEPT)
         self._sequence, self._sent_at = 0, 0.0
+        self._leads: deque[float] = deque([0.0], maxlen=LEADS)
         self.last_answered = 0
 
     @property
     def is_connected(self) -> bool:
         """Whether a question can be sent."""
         return self._stream is not None and self._stream.is_open
+
+    @property
+    def useful_seconds(self) -> float:
+        """How long after it was sent the answer to the next question will be of use.
+
+        A loop that asks before its backward pass comes for the answer later than it would wait for it: at the
+        earliest after the shortest of the last leads.
+        """
+        return max(self._budget_seconds, min(LONGEST_BUDGET_SECONDS, *self._leads))
 
     def start(self, stream: DecisionStream) -> None:
         """Ask over this stream from now on."""
@@ -75,7 +89,7 @@ class StepExchange:
         """Send a question; why that cannot be, empty when it was done. `receive` must follow then."""
         if self._stream is None or not self._stream.is_open:
             return UNREACHABLE
-        if time.monotonic() < self._not_before:
+        if self._clock() < self._not_before:
             return PUSHED_BACK
         if not self._breaker.allow():
             return BREAKER_OPEN
@@ -89,6 +103,7 @@ class StepExchange:
 
     def receive(self) -> StepDecision | None:
         """Return the answer to what was sent last, waiting for it until the budget has passed since; None is a miss."""
+        self._leads.append(self._clock() - self._sent_at)
         decision = self.guard.wait(self._sent_at, self._budget_seconds)
         if decision is None:
             self._breaker.record_failure()
@@ -103,4 +118,4 @@ class StepExchange:
         """An overloaded server says when to ask again; asking sooner would only cost both sides."""
         error = from_status(Status.FromString(status.SerializeToString()))
         if isinstance(error, ResourceExhausted):
-            self._not_before = time.monotonic() + min(error.retry_after_ms / 1000, LONGEST_PUSHBACK_SECONDS)
+            self._not_before = self._clock() + min(error.retry_after_ms / 1000, LONGEST_PUSHBACK_SECONDS)

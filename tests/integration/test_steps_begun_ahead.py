@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -24,17 +25,23 @@ def mesh(tmp_path):
         yield running
 
 
-@pytest.fixture
-def session(mesh):
+@contextmanager
+def attached(mesh, budget_ms):
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     model(torch.zeros(1, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     address = esper_client.find_mesh(mesh.environ)
-    with esper_client.attach(model, optimizer, mesh=address, step_budget_ms=BUDGET_MS) as running:
+    with esper_client.attach(model, optimizer, mesh=address, step_budget_ms=budget_ms) as running:
         running.step(0.5)
         wait_until(lambda: running.is_connected)
         while not running.reasons["nominal"]:
             running.step(0.5)
+        yield running
+
+
+@pytest.fixture
+def session(mesh):
+    with attached(mesh, BUDGET_MS) as running:
         yield running
 
 
@@ -58,6 +65,18 @@ def test_an_answer_that_came_while_the_loop_worked_is_carried_out_though_the_bud
     [queued, applied] = session.finish_step()
     assert (queued.result, applied.result) == (CommandOutcome.RESULT_QUEUED, CommandOutcome.RESULT_APPLIED)
     assert session.guard.misses == misses
+
+
+def test_tamiyo_is_told_that_it_may_take_as_long_as_the_loop_is_busy(mesh):
+    def is_told_after_a_busy_step():
+        session.begin_step(0.5)
+        time.sleep(0.02)
+        session.finish_step()
+        return mesh.tamiyo.steps[-1].budget_us >= 20_000
+
+    with attached(mesh, budget_ms=2) as session:
+        assert mesh.tamiyo.steps[-1].budget_us == 2_000
+        wait_until(is_told_after_a_busy_step)
 
 
 def test_a_step_begun_ahead_that_nobody_answers_is_missed_and_changes_nothing(mesh, session):

@@ -85,7 +85,7 @@ class Questions:
             seeds=model.seeds,
             optimizer_family=self._config.optimizer_family,
             world_size=self._config.world_size,
-            step_budget_us=self._budget_us,
+            step_budget_us=int(self._config.step_budget_ms * 1000),
             last_sequence=last_sequence,
         )
 
@@ -114,13 +114,13 @@ class Questions:
         points = [point for packet in packets for point in packet.metrics]
         self._of_host = {point.name: point.value for point in points if _is_for_tamiyo(point)}
 
-    def step(self, packet: SystemStatePacket) -> bytes:
+    def step(self, packet: SystemStatePacket, *, budget_seconds: float) -> bytes:
         """Ask what to do after a step, and tell what became of commands."""
         self._number()
         step = Step(
             run_id=self._run_id,
             sequence=self.sequence,
-            budget_us=self._budget_us,
+            budget_us=round(budget_seconds * 1e6),
             traceparent=current_traceparent(),
             packet=packet,
             outcomes=self.untold,
@@ -131,10 +131,6 @@ class Questions:
         """Ask what to do at the end of an epoch."""
         self._number()
         return EvaluateEpochRequest(run_id=self._run_id, packet=packet, sequence=self.sequence)
-
-    @property
-    def _budget_us(self) -> int:
-        return int(self._config.step_budget_ms * 1000)
 
     def _number(self) -> None:
         # A host in another process may have answered an earlier session of this run.

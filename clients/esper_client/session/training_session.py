@@ -296,7 +296,7 @@ class TrainingSession:
         span = TRACER.start_span("esper.step")
         with trace.use_span(span):
             packet = self._questions.packet(measured, epoch=self.epoch, global_step=self.global_step)
-            question = self._questions.step(packet)
+            question = self._questions.step(packet, budget_seconds=self._exchange.useful_seconds)
         for listener in self._step_listeners:
             listener(self.global_step, self.epoch, packet.training_metrics)
         times.built = time.perf_counter()

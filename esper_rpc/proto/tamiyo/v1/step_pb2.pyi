@@ -41,7 +41,9 @@ class Step(_message.Message):
     sent again after a broken stream; it is answered again.
     """
     budget_us: _builtins.int
-    """The time left to answer in, in microseconds, measured from the arrival of this message."""
+    """The time left to answer in, in microseconds, measured from the arrival of this message. More than the budget of the
+    run where the training step goes on meanwhile and comes for the answer later.
+    """
     traceparent: _builtins.str
     """W3C trace context of the step, empty when it is not traced."""
     @_builtins.property

@@ -51,7 +51,7 @@ class History:
     work_ms: list[float] = field(default_factory=list)
     """Forward, backward and optimizer of each step."""
     mesh_ms: list[float] = field(default_factory=list)
-    """session.step() of each step."""
+    """session.begin_step() and finish_step() of each step."""
     seeds: list[tuple[int, str, str, float]] = field(default_factory=list)
     """Step, seed, stage, alpha."""
     outcomes: list[tuple[int, str, str, str, str]] = field(default_factory=list)
@@ -153,21 +153,27 @@ def _timed_step(
     history: History,
     step: int,
 ) -> float:
-    begun = time.perf_counter()
+    begun, asking = time.perf_counter(), 0.0
     images, labels = data.batch(config.batch)
     loss = F.cross_entropy(model(images), labels)
+    value = float(loss.item())
+    if mesh is not None:
+        asking += _seconds(lambda: mesh.begin_step(value, samples=config.batch))
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    value = float(loss.item())
-    worked = time.perf_counter()
     if mesh is not None:
-        outcomes = mesh.step(value, samples=config.batch)
-        history.mesh_ms.append(round((time.perf_counter() - worked) * 1e3, 3))
-        _note_outcomes(history, step, outcomes)
-    history.work_ms.append(round((worked - begun) * 1e3, 3))
+        asking += _seconds(lambda: _note_outcomes(history, step, mesh.finish_step()))
+        history.mesh_ms.append(round(asking * 1e3, 3))
+    history.work_ms.append(round((time.perf_counter() - begun - asking) * 1e3, 3))
     history.losses.append(round(value, 5))
     return value
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
 
 
 def _note_outcomes(history: History, step: int, outcomes: Sequence[CommandOutcome]) -> None:

@@ -16,7 +16,7 @@ from esper_rpc.proto.tolaria.v1 import Checkpoint, RollbackTier, tolaria_service
 from esper_servers.kasmina.safe_point import SafePoint
 from esper_servers.tolaria.checkpoint_keeper import RolledBack
 from esper_servers.tolaria.conservative_mode import ConservativeMode
-from esper_servers.tolaria.emergency import Emergencies
+from esper_servers.tolaria.emergency.emergencies import Emergencies
 from esper_servers.tolaria.epoch_guard import EpochGuard
 from esper_servers.tolaria.metrics_feed import MetricsFeed
 from esper_servers.tolaria.service import TolariaServicer

@@ -9,8 +9,8 @@ from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CircuitState, EmergencyLevel, TelemetryLevel
 
 from .answer import APPLIED, MALFORMED, Answer, failed, rejected
-from .emergency import OPERATOR, Emergencies
-from .emergency_levels import NONE, Level
+from .emergency.emergencies import OPERATOR, Emergencies
+from .emergency.levels import NONE, Level
 from .epoch_guard import BREAKER
 from .telemetry import tell
 

@@ -25,8 +25,8 @@ from esper_rpc.server import Call
 
 from .checkpoint_keeper import CheckpointKeeper
 from .conservative_mode import ConservativeMode
-from .emergency import LOWERS, Announcement, Emergencies
-from .emergency_levels import PUBLISHED_FROM
+from .emergency.emergencies import LOWERS, Announcement, Emergencies
+from .emergency.levels import PUBLISHED_FROM
 from .epoch_guard import EpochGuard
 from .metrics_feed import MetricsFeed, StepSample
 

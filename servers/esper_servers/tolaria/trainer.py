@@ -24,10 +24,10 @@ from .aggregation.losses import backward as aggregate
 from .aggregation.weights import SeedLoss
 from .checkpoint_keeper import CheckpointKeeper
 from .conservative_mode import ConservativeMode
-from .emergency import Emergencies
-from .emergency_levels import ELEVATED, HALT, NOTICE
+from .emergency.emergencies import Emergencies
+from .emergency.escalation import FULL, Escalation, Trigger
+from .emergency.levels import ELEVATED, HALT, NOTICE
 from .epoch_guard import EpochGuard, EpochReport
-from .escalation import FULL, Escalation, Trigger
 from .profiling import StepProfiler
 from .step_metrics import StepMetrics
 from .telemetry import SOURCE, show, show_points, tell

@@ -19,8 +19,8 @@ from esper_servers.kasmina.gates.config import GateConfig
 from esper_servers.kasmina.kernels.library import KernelConfig
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.memory import MemoryConfig
+from esper_servers.tolaria.emergency.escalation import EmergencyConfig
 from esper_servers.tolaria.epoch_guard import EpochGuardConfig
-from esper_servers.tolaria.escalation import EmergencyConfig
 from esper_servers.tolaria.rollback import RollbackConfig
 from esper_servers.tolaria.schedule import CheckpointConfig
 from esper_servers.tolaria.step_metrics import TolariaConfig

@@ -11,7 +11,7 @@ from esper_servers.kasmina.verdict import Verdict
 from esper_servers.optim.controller import UnifiedLRController
 from esper_servers.optim.telemetry import BREAKER as LEARNING_RATE
 from esper_servers.tolaria.commands import move_breaker, raise_level
-from esper_servers.tolaria.emergency import Emergencies
+from esper_servers.tolaria.emergency.emergencies import Emergencies
 from esper_servers.tolaria.epoch_guard import BREAKER as EPOCH
 from esper_servers.tolaria.epoch_guard import EpochGuard
 

@@ -16,8 +16,8 @@ from esper_rpc.telemetry.events import listen
 from esper_rpc.testing import FakeClock
 from esper_servers.tolaria.checkpoint_store import CheckpointStore
 from esper_servers.tolaria.conservative_mode import ConservativeMode
-from esper_servers.tolaria.emergency import Emergencies
-from esper_servers.tolaria.escalation import EmergencyConfig
+from esper_servers.tolaria.emergency.emergencies import Emergencies
+from esper_servers.tolaria.emergency.escalation import EmergencyConfig
 from esper_servers.tolaria.snapshot_cache import SnapshotCache
 from esper_servers.tolaria.training_state import TrainingState
 

@@ -9,9 +9,9 @@ from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CircuitState, CommandOutcome, CommandType, SeedOperation
 from esper_servers.tolaria.answer import APPLIED, Answer
 from esper_servers.tolaria.commands import move_breaker, raise_level
-from esper_servers.tolaria.emergency_levels import CONSERVATIVE, ELEVATED, HALT, NOTICE, name_of
+from esper_servers.tolaria.emergency.escalation import EmergencyConfig
+from esper_servers.tolaria.emergency.levels import CONSERVATIVE, ELEVATED, HALT, NOTICE, name_of
 from esper_servers.tolaria.epoch_guard import EpochGuard
-from esper_servers.tolaria.escalation import EmergencyConfig
 
 CLOSED, OPEN, HALF_OPEN = (
     CircuitState.CIRCUIT_STATE_CLOSED, CircuitState.CIRCUIT_STATE_OPEN, CircuitState.CIRCUIT_STATE_HALF_OPEN,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from esper_servers.optim.controller import JOINING_SHARE, LearningRateConfig
 from esper_servers.tolaria import rollback
 from esper_servers.tolaria.aggregation.aggregator import AggregationConfig
-from esper_servers.tolaria.emergency_levels import CONSERVATIVE, ELEVATED, HALT, NOTICE, RESPONSES
+from esper_servers.tolaria.emergency.levels import CONSERVATIVE, ELEVATED, HALT, NOTICE, RESPONSES
 from esper_servers.tolaria.rollback import RollbackConfig
 from esper_servers.tolaria.snapshot_cache import CacheConfig
 from esper_servers.tolaria.step_metrics import TolariaConfig

@@ -19,8 +19,8 @@ from esper_servers.tolaria.aggregation.layer_norms import NAME as LAYER_NORM
 from esper_servers.tolaria.aggregation.layer_norms import SeedGradients
 from esper_servers.tolaria.aggregation.weights import SeedLoss
 from esper_servers.tolaria.checkpoint_keeper import RolledBack
-from esper_servers.tolaria.emergency_levels import CONSERVATIVE, ELEVATED, HALT, NONE, NOTICE
-from esper_servers.tolaria.escalation import FAST, FULL, EmergencyConfig
+from esper_servers.tolaria.emergency.escalation import FAST, FULL, EmergencyConfig
+from esper_servers.tolaria.emergency.levels import CONSERVATIVE, ELEVATED, HALT, NONE, NOTICE
 from esper_servers.tolaria.profiling import StepProfiler
 from esper_servers.tolaria.step_metrics import StepMetrics, TolariaConfig
 from esper_servers.tolaria.train_step import TrainStep

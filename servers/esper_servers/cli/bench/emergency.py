@@ -22,8 +22,8 @@ from esper_servers.cli.home import Home
 from .measure import machine, percentiles, scratch_home, show
 
 if TYPE_CHECKING:
-    from esper_servers.tolaria.emergency import Emergencies
-    from esper_servers.tolaria.shared_signal import SharedSignal
+    from esper_servers.tolaria.emergency.emergencies import Emergencies
+    from esper_servers.tolaria.emergency.shared_signal import SharedSignal
 
 TOLARIA = tolaria_service_pb2.DESCRIPTOR.services_by_name["TolariaService"]
 RUN = "bench-emergency"
@@ -82,9 +82,9 @@ class EmergencyBench:
 
     def __init__(self, home: Home) -> None:
         from esper_servers.tolaria.conservative_mode import ConservativeMode
+        from esper_servers.tolaria.emergency.shared_signal import SharedSignal, place_for
         from esper_servers.tolaria.metrics_feed import MetricsFeed
         from esper_servers.tolaria.service import TolariaServicer
-        from esper_servers.tolaria.shared_signal import SharedSignal, place_for
 
         self._home = home
         identity, mode = home.identity("trainer"), ConservativeMode()
@@ -177,7 +177,7 @@ def _none(_work: Any) -> Any:
 
 def _rank(path: Path, keyring: bytes, step_ms: float) -> None:
     """Train, as far as an emergency can tell."""
-    from esper_servers.tolaria.shared_signal import SharedSignal
+    from esper_servers.tolaria.emergency.shared_signal import SharedSignal
 
     _be_quiet()
     ring, halt = Keyring.parse(keyring), HaltSwitch()
@@ -189,7 +189,7 @@ def _rank(path: Path, keyring: bytes, step_ms: float) -> None:
 
 def _emergencies(keyring: Keyring, audience: str, shared: SharedSignal, halt: HaltSwitch) -> Emergencies:
     from esper_servers.tolaria.conservative_mode import ConservativeMode
-    from esper_servers.tolaria.emergency import Emergencies
+    from esper_servers.tolaria.emergency.emergencies import Emergencies
 
     return Emergencies(
         run_id=RUN, keyring=keyring, audience=audience, halt=halt, mode=ConservativeMode(), shared=shared

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_rpc.envelope import Keyring
-from esper_servers.tolaria import shared_signal
-from esper_servers.tolaria.emergency_levels import CONSERVATIVE, HALT, NONE, NOTICE
-from esper_servers.tolaria.shared_signal import (
+from esper_servers.tolaria.emergency import shared_signal
+from esper_servers.tolaria.emergency.levels import CONSERVATIVE, HALT, NONE, NOTICE
+from esper_servers.tolaria.emergency.shared_signal import (
     FILE_BYTES,
     RECORD_BYTES,
     RECORDS_AT,
@@ -224,7 +224,7 @@ WRITER = """
 import os, signal, sys
 from pathlib import Path
 from esper_rpc.envelope import Keyring
-from esper_servers.tolaria import shared_signal
+from esper_servers.tolaria.emergency import shared_signal
 ring = Keyring(role="trainer", active_key_id="k", issuer_keys={"k": bytes(32)}, received={})
 shared = shared_signal.SharedSignal(Path(sys.argv[1]), run_id="run-1", keyring=ring)
 left = int(sys.argv[2])
@@ -246,7 +246,7 @@ def test_a_writer_that_is_killed_leaves_the_record_in_force_and_no_lock(path, by
     ring = Keyring(role="trainer", active_key_id="k", issuer_keys={"k": bytes(32)}, received={})
     reader = SharedSignal(path, run_id=RUN, keyring=ring)
     reader.write(CONSERVATIVE, "before")
-    root = Path(__file__).resolve().parents[3]
+    root = Path(__file__).resolve().parents[4]
     environ = {**os.environ, "PYTHONPATH": f"{root}:{root / 'servers'}:{root / 'clients'}"}
     killed = subprocess.run([sys.executable, "-c", WRITER, str(path), str(bytes_written)], env=environ, check=False)
     assert killed.returncode == -signal.SIGKILL

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_rpc.errors import ConfigError
-from esper_servers.tolaria.emergency_levels import CONSERVATIVE, ELEVATED, HALT
-from esper_servers.tolaria.escalation import FAST, FULL, EmergencyConfig, Escalation, Trigger
+from esper_servers.tolaria.emergency.escalation import FAST, FULL, EmergencyConfig, Escalation, Trigger
+from esper_servers.tolaria.emergency.levels import CONSERVATIVE, ELEVATED, HALT
 
 EXPLODED = Trigger(CONSERVATIVE, "loss_exploded", FAST)
 

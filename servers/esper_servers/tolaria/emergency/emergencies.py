@@ -11,12 +11,12 @@ from esper_rpc.envelope import Keyring, Rejected, reasons
 from esper_rpc.envelope.emergency import ANNOUNCED, SCHEMA_VERSION, SignalVerifier, Verified, seal
 from esper_rpc.proto.leyline.v1 import EmergencySignal, SignedEnvelope, TelemetryLevel
 from esper_rpc.telemetry.metrics import EMERGENCIES
+from esper_servers.tolaria.conservative_mode import ConservativeMode
+from esper_servers.tolaria.telemetry import SOURCE, show, tell
 
-from .conservative_mode import ConservativeMode
-from .emergency_levels import HALT, NONE, RESPONSES, Level, name_of
 from .escalation import EmergencyConfig
+from .levels import HALT, NONE, RESPONSES, Level, name_of
 from .shared_signal import SharedRecord, SharedSignal
-from .telemetry import SOURCE, show, tell
 
 LOWERS = "lowers"
 """The attribute, `true`, of a signal that sets the level instead of raising it."""

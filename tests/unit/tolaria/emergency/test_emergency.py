@@ -6,8 +6,8 @@ from esper_rpc.envelope import Rejected, reasons
 from esper_rpc.envelope.emergency import MALFORMED, SIGNAL_TYPE, SignalVerifier
 from esper_rpc.envelope.signing import sign
 from esper_rpc.proto.leyline.v1 import EmergencyLevel, SignedEnvelope
-from esper_servers.tolaria.emergency_levels import CONSERVATIVE, ELEVATED, HALT, NOTICE, RESPONSES, name_of
-from esper_servers.tolaria.escalation import EmergencyConfig
+from esper_servers.tolaria.emergency.escalation import EmergencyConfig
+from esper_servers.tolaria.emergency.levels import CONSERVATIVE, ELEVATED, HALT, NOTICE, RESPONSES, name_of
 
 SECOND = 10**9
 

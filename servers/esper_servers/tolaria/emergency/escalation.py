@@ -9,7 +9,7 @@ from typing import Annotated
 from esper_rpc.config import Range, validate
 from esper_rpc.proto.tolaria.v1 import RollbackTier
 
-from .emergency_levels import CONSERVATIVE, ELEVATED, HALT, Level
+from .levels import CONSERVATIVE, ELEVATED, HALT, Level
 
 FAST, FULL = RollbackTier.ROLLBACK_TIER_FAST, RollbackTier.ROLLBACK_TIER_FULL
 LOSS_EXPLODED, LOSS_NOT_FINITE, ACCURACY_COLLAPSED = "loss_exploded", "loss_not_finite", "accuracy_collapsed"

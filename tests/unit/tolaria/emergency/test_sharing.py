@@ -8,9 +8,9 @@ import threading
 import pytest
 from prometheus_client import REGISTRY
 
-from esper_servers.tolaria.emergency import SWITCHED_OFF
-from esper_servers.tolaria.emergency_levels import CONSERVATIVE, HALT, NONE, NOTICE
-from esper_servers.tolaria.shared_signal import SharedSignal
+from esper_servers.tolaria.emergency.emergencies import SWITCHED_OFF
+from esper_servers.tolaria.emergency.levels import CONSERVATIVE, HALT, NONE, NOTICE
+from esper_servers.tolaria.emergency.shared_signal import SharedSignal
 
 
 def shown_as_degraded():

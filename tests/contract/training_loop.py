@@ -18,7 +18,7 @@ from esper_servers.tolaria.checkpoint_keeper import RolledBack
 from esper_servers.tolaria.conservative_mode import ConservativeMode
 from esper_servers.tolaria.emergency.emergencies import Emergencies
 from esper_servers.tolaria.epoch_guard import EpochGuard
-from esper_servers.tolaria.metrics_feed import MetricsFeed
+from esper_servers.tolaria.metrics.feed import MetricsFeed
 from esper_servers.tolaria.service import TolariaServicer
 from esper_servers.tolaria.trainer import Trainer
 

@@ -45,7 +45,7 @@ from esper_servers.cli import app
 from esper_servers.cli.home import Home
 from esper_servers.tolaria.emergency.shared_signal import SharedSignal, place_for
 from esper_servers.tolaria.epoch_guard import EpochGuardConfig
-from esper_servers.tolaria.metrics_feed import KEPT_STEPS, MetricsFeed
+from esper_servers.tolaria.metrics.feed import KEPT_STEPS, MetricsFeed
 from esper_servers.tolaria.service import BACKLOG
 from esper_servers.tolaria.train_step import TrainStep, TrainStepConfig
 from esper_servers.trainer import DetachedSession, attach, orchestrate

@@ -150,9 +150,9 @@ def settings_sections() -> dict[str, type]:
     from esper_servers.tamiyo.turns.step_queue import BatchConfig
     from esper_servers.tolaria.emergency.escalation import EmergencyConfig
     from esper_servers.tolaria.epoch_guard import EpochGuardConfig
+    from esper_servers.tolaria.metrics.step_metrics import TolariaConfig
     from esper_servers.tolaria.rollback import RollbackConfig
     from esper_servers.tolaria.schedule import CheckpointConfig
-    from esper_servers.tolaria.step_metrics import TolariaConfig
 
     return {
         "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "seed_gates": GateConfig,

@@ -28,7 +28,7 @@ from .conservative_mode import ConservativeMode
 from .emergency.emergencies import LOWERS, Announcement, Emergencies
 from .emergency.levels import PUBLISHED_FROM
 from .epoch_guard import EpochGuard
-from .metrics_feed import MetricsFeed, StepSample
+from .metrics.feed import MetricsFeed, StepSample
 
 BACKLOG = 256
 SAFE_POINT_SECONDS = 5.0

@@ -28,8 +28,8 @@ from .emergency.emergencies import Emergencies
 from .emergency.escalation import FULL, Escalation, Trigger
 from .emergency.levels import ELEVATED, HALT, NOTICE
 from .epoch_guard import EpochGuard, EpochReport
-from .profiling import StepProfiler
-from .step_metrics import StepMetrics
+from .metrics.profiling import StepProfiler
+from .metrics.step_metrics import StepMetrics
 from .telemetry import SOURCE, show, show_points, tell
 from .train_step import StepResult, TrainStep
 

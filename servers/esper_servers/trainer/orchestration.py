@@ -23,11 +23,11 @@ from esper_servers.tolaria.conservative_mode import ConservativeMode
 from esper_servers.tolaria.emergency.emergencies import SWITCHED_OFF, Emergencies
 from esper_servers.tolaria.emergency.shared_signal import SharedSignal, place_for
 from esper_servers.tolaria.epoch_guard import EpochGuard
-from esper_servers.tolaria.metrics_feed import MetricsFeed
-from esper_servers.tolaria.profiling import StepProfiler
+from esper_servers.tolaria.metrics.feed import MetricsFeed
+from esper_servers.tolaria.metrics.profiling import StepProfiler
+from esper_servers.tolaria.metrics.step_metrics import StepMetrics, TolariaConfig
 from esper_servers.tolaria.service import TolariaServicer
 from esper_servers.tolaria.step_end import StepEnd
-from esper_servers.tolaria.step_metrics import StepMetrics, TolariaConfig
 from esper_servers.tolaria.train_step import TrainStep
 from esper_servers.tolaria.trainer import Trainer
 

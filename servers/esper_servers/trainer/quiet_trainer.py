@@ -11,8 +11,8 @@ from esper_rpc.errors import FailedPrecondition
 from esper_servers.tolaria.aggregation.aggregator import Aggregated, GradientAggregator
 from esper_servers.tolaria.aggregation.losses import backward
 from esper_servers.tolaria.aggregation.weights import SeedLoss
-from esper_servers.tolaria.profiling import StepProfiler
-from esper_servers.tolaria.step_metrics import StepMetrics
+from esper_servers.tolaria.metrics.profiling import StepProfiler
+from esper_servers.tolaria.metrics.step_metrics import StepMetrics
 from esper_servers.tolaria.train_step import StepResult, TrainStep
 
 from .detached import DetachedSession

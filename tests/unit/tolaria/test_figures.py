@@ -6,9 +6,9 @@ from esper_servers.optim.controller import JOINING_SHARE, LearningRateConfig
 from esper_servers.tolaria import rollback
 from esper_servers.tolaria.aggregation.aggregator import AggregationConfig
 from esper_servers.tolaria.emergency.levels import CONSERVATIVE, ELEVATED, HALT, NOTICE, RESPONSES
+from esper_servers.tolaria.metrics.step_metrics import TolariaConfig
 from esper_servers.tolaria.rollback import RollbackConfig
 from esper_servers.tolaria.snapshot_cache import CacheConfig
-from esper_servers.tolaria.step_metrics import TolariaConfig
 
 
 def test_a_rollback_has_the_budgets_of_the_requirements():

@@ -21,8 +21,8 @@ from esper_servers.tolaria.aggregation.weights import SeedLoss
 from esper_servers.tolaria.checkpoint_keeper import RolledBack
 from esper_servers.tolaria.emergency.escalation import FAST, FULL, EmergencyConfig
 from esper_servers.tolaria.emergency.levels import CONSERVATIVE, ELEVATED, HALT, NONE, NOTICE
-from esper_servers.tolaria.profiling import StepProfiler
-from esper_servers.tolaria.step_metrics import StepMetrics, TolariaConfig
+from esper_servers.tolaria.metrics.profiling import StepProfiler
+from esper_servers.tolaria.metrics.step_metrics import StepMetrics, TolariaConfig
 from esper_servers.tolaria.train_step import TrainStep
 from esper_servers.tolaria.trainer import Trainer
 

@@ -83,7 +83,7 @@ class EmergencyBench:
     def __init__(self, home: Home) -> None:
         from esper_servers.tolaria.conservative_mode import ConservativeMode
         from esper_servers.tolaria.emergency.shared_signal import SharedSignal, place_for
-        from esper_servers.tolaria.metrics_feed import MetricsFeed
+        from esper_servers.tolaria.metrics.feed import MetricsFeed
         from esper_servers.tolaria.service import TolariaServicer
 
         self._home = home

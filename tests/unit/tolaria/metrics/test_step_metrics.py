@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from esper_client.packet import build_packet
 from esper_rpc.proto.leyline.v1 import SeedState
 from esper_rpc.testing import FakeClock
-from esper_servers.tolaria import device_metrics
-from esper_servers.tolaria.device_metrics import CpuUse, DeviceMetrics
-from esper_servers.tolaria.step_metrics import StepMetrics, TolariaConfig
-from esper_servers.tolaria.trends import Trend
+from esper_servers.tolaria.metrics import device_metrics
+from esper_servers.tolaria.metrics.device_metrics import CpuUse, DeviceMetrics
+from esper_servers.tolaria.metrics.step_metrics import StepMetrics, TolariaConfig
+from esper_servers.tolaria.metrics.trends import Trend
 
 LOSSES = st.floats(min_value=-1e6, max_value=1e6)
 ENRICHED = {

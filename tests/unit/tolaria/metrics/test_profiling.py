@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from esper_servers.tolaria.profiling import StepProfiler
+from esper_servers.tolaria.metrics.profiling import StepProfiler
 
 
 @pytest.fixture

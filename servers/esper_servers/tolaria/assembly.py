@@ -8,14 +8,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import participants
-from .checkpoint_store import CheckpointStore
 from .checkpoints import Checkpoints
 from .participants import SeedHostParticipant, TamiyoParticipant, TrainingParticipant
 from .ranks_participant import RanksParticipant
 from .rollback import Participant, Rollback, RollbackConfig
 from .schedule import CheckpointConfig
-from .snapshot_cache import SnapshotCache
-from .training_state import SESSION, TrainingState
+from .state.checkpoint_store import CheckpointStore
+from .state.snapshot_cache import SnapshotCache
+from .state.training_state import SESSION, TrainingState
 
 
 class Session(participants.Session, Protocol):

@@ -10,13 +10,13 @@ from esper_rpc.proto.leyline.v1 import EmergencyLevel, TelemetryLevel
 from esper_rpc.telemetry.events import tell_event
 from esper_rpc.telemetry.metrics import observe_checkpoint, observe_checkpoint_failure, observe_rollback
 
-from .checkpoint_store import CheckpointStore, Loaded
-from .manifest import Manifest
 from .ranks_participant import RanksParticipant
 from .rollback import FAST, FULL, NOT_FINITE, Rollback, RollbackResult
-from .snapshot_cache import CacheConfig, Snapshot, SnapshotCache
+from .state.checkpoint_store import CheckpointStore, Loaded
+from .state.manifest import Manifest
+from .state.snapshot_cache import CacheConfig, Snapshot, SnapshotCache
+from .state.training_state import RANKS, Stateful, TrainingState, first_not_finite
 from .step_end import StepEnd
-from .training_state import RANKS, Stateful, TrainingState, first_not_finite
 
 SOURCE = "tolaria"
 MEMORY, DISK = "memory", "disk"

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from esper_rpc.errors import EsperError, FailedPrecondition
 
 from .rollback import RollbackOrder, Vote
-from .training_state import SESSION, TrainingState
+from .state.training_state import SESSION, TrainingState
 
 
 class SeedHost(Protocol):

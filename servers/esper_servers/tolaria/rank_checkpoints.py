@@ -30,8 +30,8 @@ from .rank_exchange import (
     unpack,
 )
 from .rollback import FAST, Participant, RollbackOrder
-from .snapshot_cache import SnapshotCache
-from .training_state import RANDOM, RANKS, RandomNumbers, Stateful, TrainingState, first_not_finite
+from .state.snapshot_cache import SnapshotCache
+from .state.training_state import RANDOM, RANKS, RandomNumbers, Stateful, TrainingState, first_not_finite
 
 _UNSPECIFIED = EmergencyLevel.EMERGENCY_LEVEL_UNSPECIFIED
 log = structlog.get_logger(__name__)

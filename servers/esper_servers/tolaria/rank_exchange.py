@@ -18,7 +18,7 @@ from torch import Tensor
 from esper_client.seed_host import OutOfStep
 from esper_rpc.errors import EsperError, FailedPrecondition
 
-from . import state_document, tensor_file
+from .state import state_document, tensor_file
 
 log = structlog.get_logger(__name__)
 

@@ -12,9 +12,9 @@ from esper_rpc.config import Range, validate
 from esper_rpc.errors import DeadlineExceeded, EsperError
 from esper_rpc.proto.leyline.v1 import EmergencyLevel
 
-from .checkpoint_store import CheckpointStore, Skipped
-from .snapshot_cache import SnapshotCache
-from .training_state import first_not_finite
+from .state.checkpoint_store import CheckpointStore, Skipped
+from .state.snapshot_cache import SnapshotCache
+from .state.training_state import first_not_finite
 
 log = structlog.get_logger(__name__)
 

@@ -9,8 +9,8 @@ from esper_rpc.proto.tolaria.v1 import Checkpoint, RollbackTier
 
 from .checkpoint_keeper import RolledBack
 from .checkpoints import Checkpoints
-from .manifest import Manifest
 from .rollback import FAST, FULL, NO_SNAPSHOT, NO_STORE
+from .state.manifest import Manifest
 
 _ANY_STEP = 2**53
 _TIERS = {FAST: RollbackTier.ROLLBACK_TIER_FAST, FULL: RollbackTier.ROLLBACK_TIER_FULL}

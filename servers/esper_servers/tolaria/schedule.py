@@ -9,10 +9,10 @@ from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, EmergencyLevel
 
 from .answer import MALFORMED, Answer, failed, rejected
-from .checkpoint_store import StoreConfig
 from .checkpoints import Checkpoints
 from .rollback import FAST, FULL
-from .snapshot_cache import CacheConfig
+from .state.checkpoint_store import StoreConfig
+from .state.snapshot_cache import CacheConfig
 
 ROLLBACK_FAILED = "rollback_failed"
 COMMANDED = "commanded"

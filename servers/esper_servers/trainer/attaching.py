@@ -24,7 +24,7 @@ from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.ranks.following_host import FollowingSeedHost
 from esper_servers.kasmina.ranks.ranks import Ranks
 from esper_servers.optim.controller import UnifiedLRController
-from esper_servers.tolaria.snapshot_cache import CacheConfig
+from esper_servers.tolaria.state.snapshot_cache import CacheConfig
 
 from .arguments import check_arguments
 from .checkpoints import follow_checkpoints, keep_run_checkpoints

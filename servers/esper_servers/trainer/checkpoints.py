@@ -23,8 +23,8 @@ from esper_servers.tolaria.rank_checkpoints import RankCheckpoints
 from esper_servers.tolaria.ranks_participant import RanksParticipant
 from esper_servers.tolaria.run_checkpoints import RunCheckpoints
 from esper_servers.tolaria.schedule import CheckpointSchedule
-from esper_servers.tolaria.snapshot_cache import CacheConfig, SnapshotCache
-from esper_servers.tolaria.training_state import SESSION, TrainingState
+from esper_servers.tolaria.state.snapshot_cache import CacheConfig, SnapshotCache
+from esper_servers.tolaria.state.training_state import SESSION, TrainingState
 
 from .membership import Membership
 

@@ -14,12 +14,12 @@ from esper_rpc.identity import SpiffeId
 from esper_rpc.proto.leyline.v1 import EmergencySignal
 from esper_rpc.telemetry.events import listen
 from esper_rpc.testing import FakeClock
-from esper_servers.tolaria.checkpoint_store import CheckpointStore
 from esper_servers.tolaria.conservative_mode import ConservativeMode
 from esper_servers.tolaria.emergency.emergencies import Emergencies
 from esper_servers.tolaria.emergency.escalation import EmergencyConfig
-from esper_servers.tolaria.snapshot_cache import SnapshotCache
-from esper_servers.tolaria.training_state import TrainingState
+from esper_servers.tolaria.state.checkpoint_store import CheckpointStore
+from esper_servers.tolaria.state.snapshot_cache import SnapshotCache
+from esper_servers.tolaria.state.training_state import TrainingState
 
 TRAINER = SpiffeId("trainer", "test")
 ROOTS = RootKeys(active_key_id="k1", roots={"k1": bytes(range(32))})

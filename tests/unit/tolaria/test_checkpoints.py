@@ -10,12 +10,12 @@ from prometheus_client import REGISTRY
 from esper_rpc.errors import FailedPrecondition, NotFound, ResourceExhausted
 from esper_rpc.proto.leyline.v1 import EmergencyLevel, TelemetryLevel
 from esper_rpc.telemetry.events import listen
-from esper_servers.tolaria.checkpoint_store import CheckpointStore
 from esper_servers.tolaria.checkpoints import Checkpoints
-from esper_servers.tolaria.durable_files import DurableFiles
 from esper_servers.tolaria.participants import TrainingParticipant
 from esper_servers.tolaria.rollback import Rollback
-from esper_servers.tolaria.snapshot_cache import CacheConfig, SnapshotCache
+from esper_servers.tolaria.state.checkpoint_store import CheckpointStore
+from esper_servers.tolaria.state.durable_files import DurableFiles
+from esper_servers.tolaria.state.snapshot_cache import CacheConfig, SnapshotCache
 
 WAIT = 60
 

@@ -8,7 +8,7 @@ from esper_servers.tolaria.aggregation.aggregator import AggregationConfig
 from esper_servers.tolaria.emergency.levels import CONSERVATIVE, ELEVATED, HALT, NOTICE, RESPONSES
 from esper_servers.tolaria.metrics.step_metrics import TolariaConfig
 from esper_servers.tolaria.rollback import RollbackConfig
-from esper_servers.tolaria.snapshot_cache import CacheConfig
+from esper_servers.tolaria.state.snapshot_cache import CacheConfig
 
 
 def test_a_rollback_has_the_budgets_of_the_requirements():

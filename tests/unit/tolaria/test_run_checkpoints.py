@@ -9,12 +9,12 @@ import torch
 
 from esper_rpc.errors import DataLoss, FailedPrecondition, NotFound
 from esper_rpc.proto.tolaria.v1 import RollbackTier
-from esper_servers.tolaria.checkpoint_store import CheckpointStore
 from esper_servers.tolaria.checkpoints import Checkpoints
 from esper_servers.tolaria.participants import TrainingParticipant
 from esper_servers.tolaria.rollback import Rollback
 from esper_servers.tolaria.run_checkpoints import RunCheckpoints
-from esper_servers.tolaria.snapshot_cache import CacheConfig, SnapshotCache
+from esper_servers.tolaria.state.checkpoint_store import CheckpointStore
+from esper_servers.tolaria.state.snapshot_cache import CacheConfig, SnapshotCache
 
 ANY, FAST, FULL = (
     RollbackTier.ROLLBACK_TIER_UNSPECIFIED, RollbackTier.ROLLBACK_TIER_FAST, RollbackTier.ROLLBACK_TIER_FULL,

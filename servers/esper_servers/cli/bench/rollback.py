@@ -43,12 +43,12 @@ class RollbackBench:
         import torch
         from torch import nn
 
-        from esper_servers.tolaria.checkpoint_store import CheckpointStore
         from esper_servers.tolaria.checkpoints import Checkpoints
         from esper_servers.tolaria.participants import TrainingParticipant
         from esper_servers.tolaria.rollback import Rollback, RollbackConfig
-        from esper_servers.tolaria.snapshot_cache import SnapshotCache
-        from esper_servers.tolaria.training_state import TrainingState, tensors_in
+        from esper_servers.tolaria.state.checkpoint_store import CheckpointStore
+        from esper_servers.tolaria.state.snapshot_cache import SnapshotCache
+        from esper_servers.tolaria.state.training_state import TrainingState, tensors_in
 
         layers = max(1, round(millions * 1e6 / (WIDTH * WIDTH + WIDTH)))
         self._model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))

@@ -23,7 +23,7 @@ from esper_servers.optim.controller import LearningRateConfig, UnifiedLRControll
 from esper_servers.tolaria.assembly import keep_checkpoints
 from esper_servers.tolaria.rollback import RollbackConfig
 from esper_servers.tolaria.schedule import CheckpointConfig
-from esper_servers.tolaria.snapshot_cache import CacheConfig
+from esper_servers.tolaria.state.snapshot_cache import CacheConfig
 from esper_servers.trainer import wrap_sites
 from esper_servers.trainer.checkpoints import follow_checkpoints, others_of
 

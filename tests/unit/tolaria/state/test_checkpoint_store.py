@@ -24,9 +24,9 @@ from esper_rpc.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from esper_servers.tolaria import checkpoint_store, durable_files, tensor_file
-from esper_servers.tolaria.checkpoint_store import CheckpointStore, Skipped, StoreConfig
-from esper_servers.tolaria.durable_files import DurableFile, DurableFiles
+from esper_servers.tolaria.state import checkpoint_store, durable_files, tensor_file
+from esper_servers.tolaria.state.checkpoint_store import CheckpointStore, Skipped, StoreConfig
+from esper_servers.tolaria.state.durable_files import DurableFile, DurableFiles
 
 
 def make_state(step=1):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esper_servers.tolaria.snapshot_cache import CacheConfig, SnapshotCache
+from esper_servers.tolaria.state.snapshot_cache import CacheConfig, SnapshotCache
 
 MIB = 2**20
 

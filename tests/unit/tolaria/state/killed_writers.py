@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from esper_servers.tolaria.checkpoint_store import CheckpointStore, StoreConfig
-from esper_servers.tolaria.durable_files import DurableFile, DurableFiles
+from esper_servers.tolaria.state.checkpoint_store import CheckpointStore, StoreConfig
+from esper_servers.tolaria.state.durable_files import DurableFile, DurableFiles
 
 
 def state_of(step):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from esper_rpc.errors import FailedPrecondition, InvalidRequest
-from esper_servers.tolaria.training_state import RandomNumbers, TrainingState, copied, first_not_finite, placed
+from esper_servers.tolaria.state.training_state import RandomNumbers, TrainingState, copied, first_not_finite, placed
 
 
 def test_a_training_goes_on_bit_equal_after_it_was_restored(training):

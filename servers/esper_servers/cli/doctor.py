@@ -151,7 +151,7 @@ def settings_sections() -> dict[str, type]:
     from esper_servers.tolaria.emergency.escalation import EmergencyConfig
     from esper_servers.tolaria.epoch_guard import EpochGuardConfig
     from esper_servers.tolaria.metrics.step_metrics import TolariaConfig
-    from esper_servers.tolaria.rollback import RollbackConfig
+    from esper_servers.tolaria.rollback.rollback import RollbackConfig
     from esper_servers.tolaria.schedule import CheckpointConfig
 
     return {

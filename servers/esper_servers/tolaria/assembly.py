@@ -7,11 +7,11 @@ from typing import Any, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
-from . import participants
 from .checkpoints import Checkpoints
-from .participants import SeedHostParticipant, TamiyoParticipant, TrainingParticipant
-from .ranks_participant import RanksParticipant
-from .rollback import Participant, Rollback, RollbackConfig
+from .rollback import participants
+from .rollback.participants import SeedHostParticipant, TamiyoParticipant, TrainingParticipant
+from .rollback.ranks_participant import RanksParticipant
+from .rollback.rollback import Participant, Rollback, RollbackConfig
 from .schedule import CheckpointConfig
 from .state.checkpoint_store import CheckpointStore
 from .state.snapshot_cache import SnapshotCache

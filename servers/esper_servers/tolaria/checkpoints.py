@@ -10,8 +10,8 @@ from esper_rpc.proto.leyline.v1 import EmergencyLevel, TelemetryLevel
 from esper_rpc.telemetry.events import tell_event
 from esper_rpc.telemetry.metrics import observe_checkpoint, observe_checkpoint_failure, observe_rollback
 
-from .ranks_participant import RanksParticipant
-from .rollback import FAST, FULL, NOT_FINITE, Rollback, RollbackResult
+from .rollback.ranks_participant import RanksParticipant
+from .rollback.rollback import FAST, FULL, NOT_FINITE, Rollback, RollbackResult
 from .state.checkpoint_store import CheckpointStore, Loaded
 from .state.manifest import Manifest
 from .state.snapshot_cache import CacheConfig, Snapshot, SnapshotCache

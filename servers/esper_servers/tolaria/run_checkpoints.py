@@ -9,7 +9,7 @@ from esper_rpc.proto.tolaria.v1 import Checkpoint, RollbackTier
 
 from .checkpoint_keeper import RolledBack
 from .checkpoints import Checkpoints
-from .rollback import FAST, FULL, NO_SNAPSHOT, NO_STORE
+from .rollback.rollback import FAST, FULL, NO_SNAPSHOT, NO_STORE
 from .state.manifest import Manifest
 
 _ANY_STEP = 2**53

@@ -10,7 +10,7 @@ from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, Emerge
 
 from .answer import MALFORMED, Answer, failed, rejected
 from .checkpoints import Checkpoints
-from .rollback import FAST, FULL
+from .rollback.rollback import FAST, FULL
 from .state.checkpoint_store import StoreConfig
 from .state.snapshot_cache import CacheConfig
 

@@ -22,7 +22,7 @@ from esper_servers.kasmina.memory import MemoryConfig
 from esper_servers.tolaria.emergency.escalation import EmergencyConfig
 from esper_servers.tolaria.epoch_guard import EpochGuardConfig
 from esper_servers.tolaria.metrics.step_metrics import TolariaConfig
-from esper_servers.tolaria.rollback import RollbackConfig
+from esper_servers.tolaria.rollback.rollback import RollbackConfig
 from esper_servers.tolaria.schedule import CheckpointConfig
 
 DEFAULT_CHECKPOINTS = Path("state") / "trainer" / "checkpoints"

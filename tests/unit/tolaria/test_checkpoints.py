@@ -11,8 +11,8 @@ from esper_rpc.errors import FailedPrecondition, NotFound, ResourceExhausted
 from esper_rpc.proto.leyline.v1 import EmergencyLevel, TelemetryLevel
 from esper_rpc.telemetry.events import listen
 from esper_servers.tolaria.checkpoints import Checkpoints
-from esper_servers.tolaria.participants import TrainingParticipant
-from esper_servers.tolaria.rollback import Rollback
+from esper_servers.tolaria.rollback.participants import TrainingParticipant
+from esper_servers.tolaria.rollback.rollback import Rollback
 from esper_servers.tolaria.state.checkpoint_store import CheckpointStore
 from esper_servers.tolaria.state.durable_files import DurableFiles
 from esper_servers.tolaria.state.snapshot_cache import CacheConfig, SnapshotCache

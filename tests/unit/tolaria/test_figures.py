@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from esper_servers.optim.controller import JOINING_SHARE, LearningRateConfig
-from esper_servers.tolaria import rollback
 from esper_servers.tolaria.aggregation.aggregator import AggregationConfig
 from esper_servers.tolaria.emergency.levels import CONSERVATIVE, ELEVATED, HALT, NOTICE, RESPONSES
 from esper_servers.tolaria.metrics.step_metrics import TolariaConfig
-from esper_servers.tolaria.rollback import RollbackConfig
+from esper_servers.tolaria.rollback.rollback import CONSERVATIVE_SECONDS, RollbackConfig
 from esper_servers.tolaria.state.snapshot_cache import CacheConfig
 
 
@@ -15,7 +14,7 @@ def test_a_rollback_has_the_budgets_of_the_requirements():
     config = RollbackConfig()
     assert (config.prepare_ms, config.commit_ms, config.confirm_ms) == (150, 250, 100)
     assert (config.full_prepare_ms, config.full_commit_ms, config.full_seconds, config.quorum) == (2000, 5000, 12, 0.66)
-    assert rollback.CONSERVATIVE_SECONDS == 0.5
+    assert CONSERVATIVE_SECONDS == 0.5
     assert CacheConfig().snapshots == 5
 
 

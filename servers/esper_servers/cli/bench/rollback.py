@@ -44,8 +44,8 @@ class RollbackBench:
         from torch import nn
 
         from esper_servers.tolaria.checkpoints import Checkpoints
-        from esper_servers.tolaria.participants import TrainingParticipant
-        from esper_servers.tolaria.rollback import Rollback, RollbackConfig
+        from esper_servers.tolaria.rollback.participants import TrainingParticipant
+        from esper_servers.tolaria.rollback.rollback import Rollback, RollbackConfig
         from esper_servers.tolaria.state.checkpoint_store import CheckpointStore
         from esper_servers.tolaria.state.snapshot_cache import SnapshotCache
         from esper_servers.tolaria.state.training_state import TrainingState, tensors_in

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from esper_client.seed_host import OutOfStep
-from esper_servers.tolaria.rank_exchange import collect, pack, receive, send, unpack
+from esper_servers.tolaria.rollback.rank_exchange import collect, pack, receive, send, unpack
 
 STATE = {
     "model": {"w": torch.arange(6.0).reshape(2, 3).t(), "half": torch.tensor(1.5, dtype=torch.bfloat16)},

@@ -6,8 +6,8 @@ import torch
 from esper_client.seed_host import OutOfStep
 from esper_rpc.errors import FailedPrecondition
 from esper_servers.kasmina import lifecycle
-from esper_servers.tolaria.rank_exchange import CONFIRM, PREPARE
-from esper_servers.tolaria.rollback import FULL
+from esper_servers.tolaria.rollback.rank_exchange import CONFIRM, PREPARE
+from esper_servers.tolaria.rollback.rollback import FULL
 
 BLEND = ("GERMINATE", "START_TRAINING", "START_GRAFTING")
 

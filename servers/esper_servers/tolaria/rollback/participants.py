@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from esper_rpc.errors import EsperError, FailedPrecondition
+from esper_servers.tolaria.state.training_state import SESSION, TrainingState
 
 from .rollback import RollbackOrder, Vote
-from .state.training_state import SESSION, TrainingState
 
 
 class SeedHost(Protocol):

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from esper_client.seed_host import OutOfStep
 from esper_rpc.errors import EsperError, FailedPrecondition
-
-from .state import state_document, tensor_file
+from esper_servers.tolaria.state import state_document, tensor_file
 
 log = structlog.get_logger(__name__)
 

@@ -11,10 +11,9 @@ from esper_client.seed_host import OutOfStep
 from esper_rpc.config import Range, validate
 from esper_rpc.errors import DeadlineExceeded, EsperError
 from esper_rpc.proto.leyline.v1 import EmergencyLevel
-
-from .state.checkpoint_store import CheckpointStore, Skipped
-from .state.snapshot_cache import SnapshotCache
-from .state.training_state import first_not_finite
+from esper_servers.tolaria.state.checkpoint_store import CheckpointStore, Skipped
+from esper_servers.tolaria.state.snapshot_cache import SnapshotCache
+from esper_servers.tolaria.state.training_state import first_not_finite
 
 log = structlog.get_logger(__name__)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esper_servers.tolaria.fingerprint import SAMPLE, fingerprint
+from esper_servers.tolaria.rollback.fingerprint import SAMPLE, fingerprint
 
 
 @pytest.fixture

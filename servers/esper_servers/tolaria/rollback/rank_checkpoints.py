@@ -7,6 +7,15 @@ import structlog
 from torch import Tensor
 
 from esper_rpc.proto.leyline.v1 import EmergencyLevel
+from esper_servers.tolaria.state.snapshot_cache import SnapshotCache
+from esper_servers.tolaria.state.training_state import (
+    RANDOM,
+    RANKS,
+    RandomNumbers,
+    Stateful,
+    TrainingState,
+    first_not_finite,
+)
 
 from .fingerprint import fingerprint
 from .participants import Counters, SeedHost, SeedHostParticipant, TrainingParticipant
@@ -30,8 +39,6 @@ from .rank_exchange import (
     unpack,
 )
 from .rollback import FAST, Participant, RollbackOrder
-from .state.snapshot_cache import SnapshotCache
-from .state.training_state import RANDOM, RANKS, RandomNumbers, Stateful, TrainingState, first_not_finite
 
 _UNSPECIFIED = EmergencyLevel.EMERGENCY_LEVEL_UNSPECIFIED
 log = structlog.get_logger(__name__)

@@ -5,8 +5,8 @@ import torch
 
 from esper_rpc.errors import ConfigError, FailedPrecondition
 from esper_rpc.proto.leyline.v1 import EmergencyLevel
-from esper_servers.tolaria.participants import SeedHostParticipant, TamiyoParticipant, TrainingParticipant
-from esper_servers.tolaria.rollback import FULL, Failure, Rollback, RollbackConfig, Vote
+from esper_servers.tolaria.rollback.participants import SeedHostParticipant, TamiyoParticipant, TrainingParticipant
+from esper_servers.tolaria.rollback.rollback import FULL, Failure, Rollback, RollbackConfig, Vote
 from esper_servers.tolaria.state.training_state import SESSION
 
 SEVERE = EmergencyLevel.EMERGENCY_LEVEL_CONSERVATIVE

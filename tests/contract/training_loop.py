@@ -14,7 +14,7 @@ from esper_client.halt import HaltSwitch
 from esper_rpc.errors import NotFound
 from esper_rpc.proto.tolaria.v1 import Checkpoint, RollbackTier, tolaria_service_pb2
 from esper_servers.kasmina.safe_point import SafePoint
-from esper_servers.tolaria.checkpoint_keeper import RolledBack
+from esper_servers.tolaria.checkpoints.keeper import RolledBack
 from esper_servers.tolaria.conservative_mode import ConservativeMode
 from esper_servers.tolaria.emergency.emergencies import Emergencies
 from esper_servers.tolaria.epoch_guard import EpochGuard

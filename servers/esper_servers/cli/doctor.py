@@ -148,11 +148,11 @@ def settings_sections() -> dict[str, type]:
     from esper_servers.tamiyo.step_processes.processes import StepProcessConfig
     from esper_servers.tamiyo.turns.anticipation import AnticipationConfig
     from esper_servers.tamiyo.turns.step_queue import BatchConfig
+    from esper_servers.tolaria.checkpoints.schedule import CheckpointConfig
     from esper_servers.tolaria.emergency.escalation import EmergencyConfig
     from esper_servers.tolaria.epoch_guard import EpochGuardConfig
     from esper_servers.tolaria.metrics.step_metrics import TolariaConfig
     from esper_servers.tolaria.rollback.rollback import RollbackConfig
-    from esper_servers.tolaria.schedule import CheckpointConfig
 
     return {
         "session": SessionConfig, "breaker": BreakerConfig, "limits": LocalLimits, "seed_gates": GateConfig,

@@ -23,7 +23,7 @@ from esper_rpc.proto.tolaria.v1 import (
 from esper_rpc.safe_point import AtSafePoint, when_safe
 from esper_rpc.server import Call
 
-from .checkpoint_keeper import CheckpointKeeper
+from .checkpoints.keeper import CheckpointKeeper
 from .conservative_mode import ConservativeMode
 from .emergency.emergencies import LOWERS, Announcement, Emergencies
 from .emergency.levels import PUBLISHED_FROM

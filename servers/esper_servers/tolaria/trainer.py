@@ -22,7 +22,7 @@ from .aggregation.aggregator import Aggregated, GradientAggregator
 from .aggregation.layer_norms import Seeds, as_points, layer_norms
 from .aggregation.losses import backward as aggregate
 from .aggregation.weights import SeedLoss
-from .checkpoint_keeper import CheckpointKeeper
+from .checkpoints.keeper import CheckpointKeeper
 from .conservative_mode import ConservativeMode
 from .emergency.emergencies import Emergencies
 from .emergency.escalation import FULL, Escalation, Trigger

@@ -16,13 +16,13 @@ from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.ranks.following_host import FollowingSeedHost
 from esper_servers.kasmina.ranks.leading_host import LeadingSeedHost
 from esper_servers.kasmina.verdict import Verdict
-from esper_servers.tolaria.assembly import keep_checkpoints
-from esper_servers.tolaria.checkpoint_keeper import CheckpointKeeper
+from esper_servers.tolaria.checkpoints.assembly import keep_checkpoints
+from esper_servers.tolaria.checkpoints.keeper import CheckpointKeeper
+from esper_servers.tolaria.checkpoints.run_checkpoints import RunCheckpoints
+from esper_servers.tolaria.checkpoints.schedule import CheckpointSchedule
 from esper_servers.tolaria.rollback.participants import Counters
 from esper_servers.tolaria.rollback.rank_checkpoints import RankCheckpoints
 from esper_servers.tolaria.rollback.ranks_participant import RanksParticipant
-from esper_servers.tolaria.run_checkpoints import RunCheckpoints
-from esper_servers.tolaria.schedule import CheckpointSchedule
 from esper_servers.tolaria.state.snapshot_cache import CacheConfig, SnapshotCache
 from esper_servers.tolaria.state.training_state import SESSION, TrainingState
 

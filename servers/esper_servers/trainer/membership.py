@@ -19,11 +19,11 @@ from esper_servers.kasmina.gates.config import GateConfig
 from esper_servers.kasmina.kernels.library import KernelConfig
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.memory import MemoryConfig
+from esper_servers.tolaria.checkpoints.schedule import CheckpointConfig
 from esper_servers.tolaria.emergency.escalation import EmergencyConfig
 from esper_servers.tolaria.epoch_guard import EpochGuardConfig
 from esper_servers.tolaria.metrics.step_metrics import TolariaConfig
 from esper_servers.tolaria.rollback.rollback import RollbackConfig
-from esper_servers.tolaria.schedule import CheckpointConfig
 
 DEFAULT_CHECKPOINTS = Path("state") / "trainer" / "checkpoints"
 TRACES = Path("state") / "trainer" / "traces"

@@ -18,7 +18,8 @@ from esper_servers.kasmina.learning_rate import LearningRateAuthority
 from esper_servers.kasmina.ranks.leading_host import LeadingSeedHost
 from esper_servers.optim.controller import UnifiedLRController
 from esper_servers.tolaria.aggregation.aggregator import GradientAggregator
-from esper_servers.tolaria.checkpoint_keeper import CheckpointKeeper
+from esper_servers.tolaria.checkpoints.keeper import CheckpointKeeper
+from esper_servers.tolaria.checkpoints.step_end import StepEnd
 from esper_servers.tolaria.conservative_mode import ConservativeMode
 from esper_servers.tolaria.emergency.emergencies import SWITCHED_OFF, Emergencies
 from esper_servers.tolaria.emergency.shared_signal import SharedSignal, place_for
@@ -27,7 +28,6 @@ from esper_servers.tolaria.metrics.feed import MetricsFeed
 from esper_servers.tolaria.metrics.profiling import StepProfiler
 from esper_servers.tolaria.metrics.step_metrics import StepMetrics, TolariaConfig
 from esper_servers.tolaria.service import TolariaServicer
-from esper_servers.tolaria.step_end import StepEnd
 from esper_servers.tolaria.train_step import TrainStep
 from esper_servers.tolaria.trainer import Trainer
 

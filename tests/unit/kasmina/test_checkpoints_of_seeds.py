@@ -7,9 +7,9 @@ import torch
 
 from esper_rpc.proto.leyline.v1 import CommandOutcome
 from esper_servers.kasmina import lifecycle
-from esper_servers.tolaria.assembly import keep_checkpoints
+from esper_servers.tolaria.checkpoints.assembly import keep_checkpoints
+from esper_servers.tolaria.checkpoints.schedule import CheckpointConfig
 from esper_servers.tolaria.rollback.rollback import FAST, FULL, RollbackConfig
-from esper_servers.tolaria.schedule import CheckpointConfig
 
 UNHURRIED = RollbackConfig(prepare_ms=60_000, commit_ms=60_000, confirm_ms=60_000, full_seconds=3600)
 

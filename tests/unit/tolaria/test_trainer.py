@@ -18,7 +18,7 @@ from esper_servers.tolaria.aggregation.batches import BatchAggregator
 from esper_servers.tolaria.aggregation.layer_norms import NAME as LAYER_NORM
 from esper_servers.tolaria.aggregation.layer_norms import SeedGradients
 from esper_servers.tolaria.aggregation.weights import SeedLoss
-from esper_servers.tolaria.checkpoint_keeper import RolledBack
+from esper_servers.tolaria.checkpoints.keeper import RolledBack
 from esper_servers.tolaria.emergency.escalation import FAST, FULL, EmergencyConfig
 from esper_servers.tolaria.emergency.levels import CONSERVATIVE, ELEVATED, HALT, NONE, NOTICE
 from esper_servers.tolaria.metrics.profiling import StepProfiler

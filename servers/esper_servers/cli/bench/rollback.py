@@ -43,7 +43,7 @@ class RollbackBench:
         import torch
         from torch import nn
 
-        from esper_servers.tolaria.checkpoints import Checkpoints
+        from esper_servers.tolaria.checkpoints.checkpoints import Checkpoints
         from esper_servers.tolaria.rollback.participants import TrainingParticipant
         from esper_servers.tolaria.rollback.rollback import Rollback, RollbackConfig
         from esper_servers.tolaria.state.checkpoint_store import CheckpointStore

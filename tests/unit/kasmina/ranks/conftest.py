@@ -20,9 +20,9 @@ from esper_servers.kasmina.ranks.following_host import FollowingSeedHost
 from esper_servers.kasmina.ranks.leading_host import LeadingSeedHost
 from esper_servers.kasmina.ranks.ranks import together
 from esper_servers.optim.controller import LearningRateConfig, UnifiedLRController
-from esper_servers.tolaria.assembly import keep_checkpoints
+from esper_servers.tolaria.checkpoints.assembly import keep_checkpoints
+from esper_servers.tolaria.checkpoints.schedule import CheckpointConfig
 from esper_servers.tolaria.rollback.rollback import RollbackConfig
-from esper_servers.tolaria.schedule import CheckpointConfig
 from esper_servers.tolaria.state.snapshot_cache import CacheConfig
 from esper_servers.trainer import wrap_sites
 from esper_servers.trainer.checkpoints import follow_checkpoints, others_of

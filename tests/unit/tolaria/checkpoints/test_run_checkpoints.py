@@ -9,10 +9,10 @@ import torch
 
 from esper_rpc.errors import DataLoss, FailedPrecondition, NotFound
 from esper_rpc.proto.tolaria.v1 import RollbackTier
-from esper_servers.tolaria.checkpoints import Checkpoints
+from esper_servers.tolaria.checkpoints.checkpoints import Checkpoints
+from esper_servers.tolaria.checkpoints.run_checkpoints import RunCheckpoints
 from esper_servers.tolaria.rollback.participants import TrainingParticipant
 from esper_servers.tolaria.rollback.rollback import Rollback
-from esper_servers.tolaria.run_checkpoints import RunCheckpoints
 from esper_servers.tolaria.state.checkpoint_store import CheckpointStore
 from esper_servers.tolaria.state.snapshot_cache import CacheConfig, SnapshotCache
 

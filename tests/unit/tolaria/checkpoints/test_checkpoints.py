@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY
 from esper_rpc.errors import FailedPrecondition, NotFound, ResourceExhausted
 from esper_rpc.proto.leyline.v1 import EmergencyLevel, TelemetryLevel
 from esper_rpc.telemetry.events import listen
-from esper_servers.tolaria.checkpoints import Checkpoints
+from esper_servers.tolaria.checkpoints.checkpoints import Checkpoints
 from esper_servers.tolaria.rollback.participants import TrainingParticipant
 from esper_servers.tolaria.rollback.rollback import Rollback
 from esper_servers.tolaria.state.checkpoint_store import CheckpointStore

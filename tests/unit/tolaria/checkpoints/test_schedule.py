@@ -6,9 +6,9 @@ from concurrent.futures import Future
 import pytest
 
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, EmergencyLevel
+from esper_servers.tolaria.checkpoints.schedule import Answer, CheckpointConfig, CheckpointSchedule
+from esper_servers.tolaria.checkpoints.step_end import StepEnd
 from esper_servers.tolaria.rollback.rollback import RollbackResult
-from esper_servers.tolaria.schedule import Answer, CheckpointConfig, CheckpointSchedule
-from esper_servers.tolaria.step_end import StepEnd
 
 REJECTED, APPLIED = CommandOutcome.RESULT_REJECTED, CommandOutcome.RESULT_APPLIED
 

@@ -7,15 +7,16 @@ from typing import Any, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
+from esper_servers.tolaria.rollback import participants
+from esper_servers.tolaria.rollback.participants import SeedHostParticipant, TamiyoParticipant, TrainingParticipant
+from esper_servers.tolaria.rollback.ranks_participant import RanksParticipant
+from esper_servers.tolaria.rollback.rollback import Participant, Rollback, RollbackConfig
+from esper_servers.tolaria.state.checkpoint_store import CheckpointStore
+from esper_servers.tolaria.state.snapshot_cache import SnapshotCache
+from esper_servers.tolaria.state.training_state import SESSION, TrainingState
+
 from .checkpoints import Checkpoints
-from .rollback import participants
-from .rollback.participants import SeedHostParticipant, TamiyoParticipant, TrainingParticipant
-from .rollback.ranks_participant import RanksParticipant
-from .rollback.rollback import Participant, Rollback, RollbackConfig
 from .schedule import CheckpointConfig
-from .state.checkpoint_store import CheckpointStore
-from .state.snapshot_cache import SnapshotCache
-from .state.training_state import SESSION, TrainingState
 
 
 class Session(participants.Session, Protocol):

@@ -7,12 +7,12 @@ from typing import Annotated, NamedTuple, Protocol
 from esper_rpc.config import Range, validate
 from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, EmergencyLevel
+from esper_servers.tolaria.answer import MALFORMED, Answer, failed, rejected
+from esper_servers.tolaria.rollback.rollback import FAST, FULL
+from esper_servers.tolaria.state.checkpoint_store import StoreConfig
+from esper_servers.tolaria.state.snapshot_cache import CacheConfig
 
-from .answer import MALFORMED, Answer, failed, rejected
 from .checkpoints import Checkpoints
-from .rollback.rollback import FAST, FULL
-from .state.checkpoint_store import StoreConfig
-from .state.snapshot_cache import CacheConfig
 
 ROLLBACK_FAILED = "rollback_failed"
 COMMANDED = "commanded"

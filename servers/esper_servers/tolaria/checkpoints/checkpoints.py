@@ -9,13 +9,13 @@ from esper_rpc.errors import EsperError, FailedPrecondition
 from esper_rpc.proto.leyline.v1 import EmergencyLevel, TelemetryLevel
 from esper_rpc.telemetry.events import tell_event
 from esper_rpc.telemetry.metrics import observe_checkpoint, observe_checkpoint_failure, observe_rollback
+from esper_servers.tolaria.rollback.ranks_participant import RanksParticipant
+from esper_servers.tolaria.rollback.rollback import FAST, FULL, NOT_FINITE, Rollback, RollbackResult
+from esper_servers.tolaria.state.checkpoint_store import CheckpointStore, Loaded
+from esper_servers.tolaria.state.manifest import Manifest
+from esper_servers.tolaria.state.snapshot_cache import CacheConfig, Snapshot, SnapshotCache
+from esper_servers.tolaria.state.training_state import RANKS, Stateful, TrainingState, first_not_finite
 
-from .rollback.ranks_participant import RanksParticipant
-from .rollback.rollback import FAST, FULL, NOT_FINITE, Rollback, RollbackResult
-from .state.checkpoint_store import CheckpointStore, Loaded
-from .state.manifest import Manifest
-from .state.snapshot_cache import CacheConfig, Snapshot, SnapshotCache
-from .state.training_state import RANKS, Stateful, TrainingState, first_not_finite
 from .step_end import StepEnd
 
 SOURCE = "tolaria"

@@ -6,11 +6,11 @@ from typing import Protocol
 from esper_rpc.errors import DataLoss, FailedPrecondition, NotFound
 from esper_rpc.proto.leyline.v1 import EmergencyLevel
 from esper_rpc.proto.tolaria.v1 import Checkpoint, RollbackTier
+from esper_servers.tolaria.rollback.rollback import FAST, FULL, NO_SNAPSHOT, NO_STORE
+from esper_servers.tolaria.state.manifest import Manifest
 
-from .checkpoint_keeper import RolledBack
 from .checkpoints import Checkpoints
-from .rollback.rollback import FAST, FULL, NO_SNAPSHOT, NO_STORE
-from .state.manifest import Manifest
+from .keeper import RolledBack
 
 _ANY_STEP = 2**53
 _TIERS = {FAST: RollbackTier.ROLLBACK_TIER_FAST, FULL: RollbackTier.ROLLBACK_TIER_FULL}

@@ -1,0 +1,3 @@
+"""When a run makes a checkpoint or goes back to one: by schedule, by command, for an operator."""
+
+from __future__ import annotations

@@ -13,13 +13,15 @@ from .step_report import report_step
 
 WHILE_ANSWERED_SECONDS = 0.0005
 LONGEST_SECONDS = 0.25
+COMPANY = 8
+"""Reports that are written together; a step has two, its packets and what became of it."""
 
 
 class StepReports:
     """What is to be counted and logged of steps, which the loop does when it is awake anyway.
 
-    To wake it at the end of a step would take the interpreter from the training thread. It is done while the next
-    question is answered, or a quarter of a second after one was sent.
+    To wake it at the end of a step would take the interpreter from the training thread. Those of four steps are written
+    together while the next question is answered, or what there is a quarter of a second after one was sent.
     """
 
     def __init__(self, run_id: str) -> None:
@@ -38,8 +40,9 @@ class StepReports:
             self.write()
 
     def question_sent(self) -> None:
-        """Write what waits while Tamiyo works, and later what comes of this question; on the loop."""
-        self._soon.ask()
+        """Write what waits in company while Tamiyo works, and later what comes of this question; on the loop."""
+        if len(self._waiting) >= COMPANY:
+            self._soon.ask()
         self._later.ask()
 
     def write(self) -> None:

@@ -58,21 +58,24 @@ def settle(thread):
     thread.run(nothing(), timeout=SOON)
 
 
-def test_a_report_waits_for_the_next_question(written, thread, monkeypatch):
+def test_reports_wait_for_company_and_then_for_the_next_question(written, thread, monkeypatch):
     monkeypatch.setattr(step_reports, "LONGEST_SECONDS", 3600.0)
+    monkeypatch.setattr(step_reports, "WHILE_ANSWERED_SECONDS", 0.0)
     reports = StepReports("run")
-    reports.add_packets([INFO])
-    reports.add(1, None, [])
-    settle(thread)
+    for step in range(step_reports.COMPANY // 2):
+        thread.loop.call_soon_threadsafe(reports.question_sent)
+        settle(thread)
+        settle(thread)
+        reports.add_packets([INFO])
+        reports.add(step, None, [])
     assert written.what == []
     thread.loop.call_soon_threadsafe(reports.question_sent)
     assert written.arrived.wait(SOON)
     settle(thread)
-    assert (written.what, written.threads) == ([["info"], 1], {"the-loop"})
+    assert (written.what, written.threads) == ([["info"], 0, ["info"], 1, ["info"], 2, ["info"], 3], {"the-loop"})
 
 
-def test_what_comes_of_a_question_is_written_although_no_other_follows(written, thread, monkeypatch):
-    monkeypatch.setattr(step_reports, "WHILE_ANSWERED_SECONDS", 0.0)
+def test_what_comes_of_a_question_is_written_although_no_other_follows(written, thread):
     reports = StepReports("run")
     thread.loop.call_soon_threadsafe(reports.question_sent)
     settle(thread)

@@ -338,9 +338,11 @@ class InProcessSeedHost:
         return self._events.listen(listener)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return seeds, stages, alphas and optimizers."""
+        """Return seeds, stages, alphas and optimizers, and how often each seed has violated what is not its own."""
         with self._lock:
-            return self._checkpoint.save()
+            counts = {i: self._violations_of(i) for i in self.seeds}
+            violations = {i: list(each) for i, each in counts.items() if any(each)}
+            return self._checkpoint.save() | ({"violations": violations} if violations else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, before the user restores the optimizer. All or nothing.
@@ -351,7 +353,7 @@ class InProcessSeedHost:
             FailedPrecondition: When a blueprint is not installed.
         """
         with self._lock:
-            self._checkpoint.restore(state)
+            self._restore(state)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise what `load_state_dict` would raise, and change nothing."""
@@ -364,7 +366,7 @@ class InProcessSeedHost:
         The challenge changes, so that the controller has to open the run again. Commands for seeds that wait fail.
         """
         with self._lock:
-            self._checkpoint.restore(state)
+            self._restore(state)
             self.verifier.receiver_epoch = os.urandom(16)
 
     def route(self, command_type: CommandType.ValueType, carry_out: Route) -> None:
@@ -437,6 +439,18 @@ class InProcessSeedHost:
         for slot in self.seeds.values():
             if slot.stage == lifecycle.FOSSILIZED and slot.site.seed is not None:
                 yield from slot.site.seed.parameters()
+
+    def _violations_of(self, seed_id: str) -> tuple[int, int]:
+        return self._ownership.violations_of(seed_id), self._isolation.violations_of(seed_id)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._checkpoint.restore(state)
+        if "seeds" not in state:
+            return
+        for seed_id, slot in self.seeds.items():
+            written, overlapping = state.get("violations", {}).get(seed_id, (0, 0))
+            self._ownership.recall(seed_id, written)
+            self._isolation.recall(slot, overlapping)
 
     def _recount(self) -> None:
         self._surgeon.resume()

@@ -88,6 +88,10 @@ class Ownership:
         """Return how often a seed has violated since it was planted."""
         return self._violations.get(seed_id, 0)
 
+    def recall(self, seed_id: str, violations: int) -> None:
+        """Go on counting from so many violations, those of a seed that was restored."""
+        self._violations[seed_id] = violations
+
     def parameters_of(self, seed_id: str) -> int:
         """Return how many parameters a seed has here."""
         return self._parameters.get(seed_id, 0)

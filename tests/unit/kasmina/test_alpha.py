@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +36,25 @@ def test_the_curves_differ():
         for method in BLENDING_METHODS
     }
     assert len({tuple(values) for values in at_a_quarter.values()}) == len(BLENDING_METHODS)
+
+
+def logistic(x):
+    return 1 / (1 + math.exp(-(x - 0.5) * 2.0 * 2 * math.pi))
+
+
+@pytest.mark.parametrize(
+    ("method", "rule"),
+    [
+        ("linear", lambda x: x),
+        ("cosine", lambda x: (1 - math.cos(math.pi * x)) / 2),
+        ("warmup_hold", lambda x: min(1.0, 2 * x)),
+        # Of temperature 2, stretched to begin at 0 and to end at 1.
+        ("sigmoid", lambda x: (logistic(x) - logistic(0)) / (logistic(1) - logistic(0))),
+    ],
+)
+def test_alpha_follows_its_curve_in_twenty_steps(method, rule):
+    schedule = AlphaSchedule(method=method)
+    assert [schedule.advance() for _ in range(20)] == pytest.approx([rule(step / 20) for step in range(1, 21)])
 
 
 @pytest.mark.parametrize(

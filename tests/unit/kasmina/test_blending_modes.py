@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from esper_rpc.blending import BLEND_MODES
+from esper_rpc.blending import BLEND_MODES, BLENDING_METHODS
 from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage, TelemetryLevel
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina import lifecycle, seed_slot
 from esper_servers.kasmina.blending.alpha import gradient_clip
 from esper_servers.kasmina.export import without_sites
+from esper_servers.kasmina.gates.config import GateConfig
 from esper_servers.kasmina.seed_slot import CLIP_NORM, SeedSlot
 from esper_servers.trainer import wrap_sites
 
@@ -282,6 +283,18 @@ def test_a_fossil_and_its_host_are_live(kind, mode):
 def test_what_stands_in_the_shadow_has_all_of_its_alpha():
     grown = Grown("mlp", "RESIDUAL", alpha=0.985).to(lifecycle.SHADOWING)
     assert grown.site.alpha == 1.0
+
+
+def test_what_left_blending_before_the_end_of_its_schedule_keeps_all_of_its_alpha(make_rig):
+    rig = make_rig(options={"gates": GateConfig(output_drift=10.0)})
+    rig.grow(lifecycle.TRAINING)
+    rig.train(2)
+    rig.order(rig.command("START_GRAFTING", blending_method_index=BLENDING_METHODS.index("sigmoid")))
+    rig.train(18)
+    assert 0.98 < rig.slot.site.alpha < 1.0
+    assert rig.do("STABILIZE").result == CommandOutcome.RESULT_APPLIED
+    rig.train()
+    assert rig.slot.site.alpha == 1.0
 
 
 @pytest.mark.parametrize(

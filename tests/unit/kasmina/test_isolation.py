@@ -158,6 +158,26 @@ def test_a_seed_that_is_restored_by_a_factory_that_ties_it_is_seen(rig):
     assert isolation.violations_of(rig.seed_id) == 1
 
 
+def test_violations_are_not_forgotten_by_a_resume_and_go_back_with_a_rollback(make_rig):
+    first, second = make_rig(), make_rig()
+    grown(first)
+    before = first.host.state_dict()
+    lay_over(first, first.model[4].weight.data[0])
+    Step(first)
+    Step(first)
+    first.host.validate_parameters(first.seed_id, first.model[0].host.parameters())
+    saved = first.host.state_dict()
+    assert saved["violations"] == {first.seed_id: [1, 1]}
+    second.install("scale", Scale)
+    second.host.load_state_dict(saved)
+    assert second.host.state_dict()["violations"] == saved["violations"]
+    second.train(3)
+    assert outcome(second, "START_GRAFTING", second.seed_id) == "RESULT_FAILED"
+    assert second.slot.stage == lifecycle.CULLED
+    first.host.roll_back(before)
+    assert "violations" not in first.host.state_dict()
+
+
 def test_a_loss_of_the_user_that_reads_what_is_the_seeds_is_seen(rig):
     isolation = grown(rig)
     [own] = rig.slot.site.own_parameters

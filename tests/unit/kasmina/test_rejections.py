@@ -6,9 +6,11 @@ from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from esper_rpc.envelope import reasons
-from esper_rpc.proto.leyline.v1 import CommandOutcome, SignedEnvelope
+from esper_rpc.proto.leyline.v1 import CommandOutcome, SignedEnvelope, TelemetryLevel
 from esper_rpc.telemetry import record_packets
 from esper_servers.kasmina.telemetry.rejections import LONGEST_ID, TOLD_EACH, Rejections
+
+WARNING = TelemetryLevel.TELEMETRY_LEVEL_WARNING
 
 
 def outcome(reason="stale_command", command_id="c"):
@@ -20,6 +22,15 @@ def test_whoever_forges_an_envelope_does_not_choose_how_much_is_kept():
     rejections.note(outcome(command_id="x" * 1_000_000))
     (event,) = rejections.take(1)
     assert event.attributes["command_id"] == "x" * LONGEST_ID
+
+
+def test_a_rejection_is_an_event_by_its_name_alone_and_together():
+    rejections = Rejections()
+    for _ in range(TOLD_EACH + 2):
+        rejections.note(outcome())
+    events = rejections.take(7)
+    assert {(event.description, event.level) for event in events} == {("command_rejected", WARNING)}
+    assert events[-1].attributes["count"] == "2"
 
 
 def test_rejections_of_many_threads_are_each_told_or_counted_once():

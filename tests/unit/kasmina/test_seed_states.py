@@ -42,3 +42,9 @@ def test_a_seed_that_failed_may_not_be_blended(rig):
     rig.grow(lifecycle.TRAINING)
     rig.slot.site.failure = "raised"
     assert state_of(rig).metrics["blend_allowed"] == 0.0
+
+
+def test_how_long_a_seed_is_in_its_stage_is_counted_anew_in_each(rig):
+    rig.grow(lifecycle.BLENDING)
+    rig.train(3)
+    assert state_of(rig).metrics["steps_in_stage"] == 3.0

@@ -105,6 +105,16 @@ class Isolation:
         record = self._records.get(seed_id)
         return record.violations if record is not None else 0
 
+    def recall(self, slot: SeedSlot, violations: int) -> None:
+        """Go on counting from so many violations, those of a seed that was restored; it is hooked anew."""
+        before = self._records.get(slot.seed_id)
+        self.release(slot.seed_id)
+        record = self._record_of(slot)
+        if record is not None:
+            record.violations = violations
+            # A gate that is asked before the next step goes by what was measured in the last one.
+            record.problem = before.problem if before is not None else record.problem
+
     def is_healthy(self, seed_id: str) -> bool:
         """Whether the seed was measured in the last step that trained it."""
         record = self._records.get(seed_id)

@@ -6,6 +6,7 @@ from collections import Counter
 
 from esper_rpc.proto.leyline.v1 import CommandOutcome, TelemetryEvent, TelemetryLevel
 
+NAME = "command_rejected"
 TOLD_EACH = 32
 LONGEST_ID = 128
 
@@ -40,10 +41,9 @@ class Rejections:
 
 
 def _event(step_index: int, reason: str, **details: str) -> TelemetryEvent:
-    what = "Commands were" if "count" in details else "A command was"
     return TelemetryEvent(
         event_id=str(uuid.uuid4()),
-        description=f"{what} rejected: {reason}.",
+        description=NAME,
         level=TelemetryLevel.TELEMETRY_LEVEL_WARNING,
         attributes={"reason": reason, "priority": "HIGH", "step_index": str(step_index), **details},
     )

@@ -192,9 +192,12 @@ def steady(strengths, hook_ms=1.0):
         (steady([1.0] * (WINDOW - 1)), {"outputs"}),
         (steady([0.5] * 4 + [0.7] * 4), {"outputs"}),
         (steady([1.0, 1.6] * (WINDOW // 2)), {"oscillation"}),
+        (steady([1.0, 1.6, 1.0, 1.6, 1.3, 1.3, 1.3, 1.3]), set()),
+        (steady([1.0, 1.6, 1.0, 1.6, 1.2, 1.5, 1.4, 1.3]), {"oscillation"}),
+        (steady([1.0] * WINDOW, hook_ms=50.0), set()),
         (steady([1.0] * WINDOW, hook_ms=51.0), {"hook_latency"}),
     ],
-    ids=["steady", "noise", "too few", "drifts", "swings", "slow"],
+    ids=["steady", "noise", "too few", "drifts", "swings", "three turns", "four turns", "in time", "slow"],
 )
 def test_g2_waits_until_outputs_are_steady_and_in_time(rig, steadiness, wrong):
     rig.grow(lifecycle.BLENDING)
@@ -202,6 +205,13 @@ def test_g2_waits_until_outputs_are_steady_and_in_time(rig, steadiness, wrong):
     gate = stability.judge(rig.slot, GateConfig())
     assert set(shut(gate)) == wrong
     assert gate.result == (NOT_YET if wrong else PASSED)
+
+
+@pytest.mark.parametrize(("alpha", "wrong"), [(0.97, {"alpha"}), (0.98, set())])
+def test_g2_waits_for_alpha_to_have_run_its_course(rig, alpha, wrong):
+    rig.grow(lifecycle.BLENDING)
+    rig.slot.steadiness, rig.slot.site.alpha = steady([1.0] * WINDOW), alpha
+    assert set(shut(stability.judge(rig.slot, GateConfig()))) == wrong
 
 
 def test_one_pass_that_compiled_or_waited_does_not_count_as_slow():
@@ -282,6 +292,24 @@ def test_g3_waits_for_telemetry(rig):
     assert (gate.result, shut(gate)) == (NOT_YET, {"telemetry": "g3_interface"})
 
 
+def test_g3_waits_until_the_packet_of_the_seed_is_complete(rig):
+    rig.grow(lifecycle.SHADOWING)
+    rig.slot.site.hook_ms = math.nan
+    assert rig.do("EVALUATE").reason == "g3_interface"
+    assert rig.slot.stage == lifecycle.SHADOWING
+    rig.slot.site.hook_ms = 1.0
+    assert rig.do("EVALUATE").result == APPLIED
+
+
+def test_g3_culls_a_seed_that_a_pause_does_not_let_go(rig, seen):
+    rig.grow(lifecycle.SHADOWING)
+    # It stands aside whether it is held or not.
+    rig.slot.site.alpha = 0.0
+    assert rig.do("EVALUATE").reason == "g3_interface"
+    assert shut(gates_of(seen)[-1]) == {"pause_resume": "g3_interface"}
+    assert rig.slot.stage == lifecycle.CULLED
+
+
 def test_g3_holds_and_lets_go_without_a_trace(rig):
     rig.grow(lifecycle.SHADOWING)
     site = rig.slot.site
@@ -295,12 +323,19 @@ def test_g3_holds_and_lets_go_without_a_trace(rig):
     assert (site.paused, site.seed.training) == (False, True)
 
 
-@pytest.mark.parametrize(("loss", "result"), [(1.11, APPLIED), (1.13, CommandOutcome.RESULT_FAILED)])
-def test_g4_lets_the_loss_be_a_little_worse_as_the_settings_say(rig, loss, result):
+@pytest.mark.parametrize(
+    ("before", "loss", "opens"),
+    [(1.0, 1.119, True), (1.0, 1.121, False), (-1.0, -0.881, True), (-1.0, -0.879, False), (1.0, math.nan, False)],
+)
+def test_g4_lets_the_loss_be_a_little_worse_as_the_settings_say(rig, before, loss, opens):
     rig.grow(lifecycle.PROBATIONARY)
-    rig.slot.loss_at_graft = 1.0
+    rig.slot.loss_at_graft = before
     rig.host._progress.loss = loss
-    assert rig.do("FOSSILIZE").result == result
+    outcome = rig.do("FOSSILIZE")
+    failed = (CommandOutcome.RESULT_FAILED, "g4_system_impact", lifecycle.CULLED)
+    assert (outcome.result, outcome.reason, rig.slot.stage) == (
+        (APPLIED, "", lifecycle.FOSSILIZED) if opens else failed
+    )
 
 
 def test_g5_finds_what_a_seed_has_left(rig):
@@ -312,6 +347,20 @@ def test_g5_finds_what_a_seed_has_left(rig):
     assert set(shut(reset.judge(slot, owned_parameters=0))) == {"counters"}
     slot.reset()
     assert reset.judge(slot, owned_parameters=0).result == PASSED
+
+
+def test_a_place_that_g5_does_not_find_clean_is_not_planted_again(rig, monkeypatch):
+    rig.grow(lifecycle.BLENDING)
+    rig.do("CULL")
+    monkeypatch.setattr(rig.slot, "reset", lambda: None)
+    for _ in range(5):
+        rig.clock.advance(10)
+        rig.train()
+    assert rig.slot.stage == lifecycle.RESETTING
+    assert rig.do("GERMINATE", blueprint="residual_mlp").reason == "illegal_transition"
+    monkeypatch.undo()
+    rig.train()
+    assert rig.slot.stage == lifecycle.DORMANT
 
 
 def test_an_embargo_is_of_seconds_however_many_steps_there_are(make_rig):

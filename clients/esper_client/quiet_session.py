@@ -3,6 +3,8 @@ from __future__ import annotations
 from collections import Counter, deque
 from typing import Any, Self
 
+import structlog
+
 from esper_rpc.guard import StepGuard
 from esper_rpc.ledger import TimingWindow
 from esper_rpc.proto.leyline.v1 import CommandOutcome
@@ -10,7 +12,10 @@ from esper_rpc.proto.tamiyo.v1 import StepDecision, StepLedger
 
 from .halt import HaltSwitch
 from .session import SessionConfig
+from .session.loss import BadArgument, read_epoch
 from .session.training_session import StepListener
+
+log = structlog.get_logger(__name__)
 
 
 class QuietSession:
@@ -50,8 +55,12 @@ class QuietSession:
         """Do nothing: there are no packets."""
 
     def start_epoch(self, epoch: int) -> None:
-        """Note that an epoch begins."""
-        self.epoch = epoch
+        """Note that an epoch begins; what is no number of one is told, and that of before goes on."""
+        try:
+            self.epoch = read_epoch(epoch)
+        except BadArgument as error:
+            self.reasons["bad_argument"] += 1
+            log.error("session_step_failed", problem=str(error))
 
     def close(self) -> None:
         """Do nothing: there is no connection. The model stays as it is."""

@@ -28,7 +28,7 @@ from esper_rpc.telemetry.tracing import TRACER
 
 from .answers import Answers
 from .config import SessionConfig
-from .loss import BadArgument, Loss
+from .loss import BadArgument, Loss, read_epoch
 from .questions import Measured, Questions, measure
 from .state import read_state, write_state
 from .step_report import trace_step
@@ -103,6 +103,7 @@ class TrainingSession:
         """How long it took to end the last step."""
         self._step_listeners: list[StepListener] = []
         self._failed: set[str] = set()
+        """Arguments that were bad, empty for a fault of ours."""
         self._begun: _BegunStep | None = None
         self._is_in_step = False
         self._thread = thread or LoopThread()
@@ -233,9 +234,12 @@ class TrainingSession:
         self._answers.keep(self._answers.submit(decision, question.SerializeToString()))
 
     def start_epoch(self, epoch: int) -> None:
-        """Note that an epoch begins."""
-        self.epoch = epoch
-        self.host.update_epoch(epoch)
+        """Note that an epoch begins. What is no number of an epoch is told as a `bad_argument`; that of before goes on."""
+        try:
+            self.epoch = read_epoch(epoch)
+            self.host.update_epoch(self.epoch)
+        except Exception as error:  # noqa: BLE001  # The trainer's loop never sees a mesh exception.
+            self._note_failure(error)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold beside the model and its optimizer."""
@@ -354,12 +358,11 @@ class TrainingSession:
         return [] if self.halt.is_engaged and self.config.world_size == 1 else self._finish()
 
     def _note_failure(self, error: Exception) -> None:
-        is_argument = isinstance(error, BadArgument)
-        reason = "bad_argument" if is_argument else "internal_error"
-        self._answers.count(reason)
-        if reason not in self._failed:
-            log.error("session_step_failed", problem=str(error), exc_info=None if is_argument else error)
-        self._failed.add(reason)
+        argument = error.argument if isinstance(error, BadArgument) else ""
+        self._answers.count("bad_argument" if argument else "internal_error")
+        if argument not in self._failed:
+            log.error("session_step_failed", problem=str(error), exc_info=None if argument else error)
+        self._failed.add(argument)
 
     def _start(self) -> None:
         # Only now: after the first forward the sites know their shapes.

@@ -99,3 +99,25 @@ def test_what_is_no_number_is_told_once_in_one_line_and_the_step_ends(session, g
     [entry] = [entry for entry in logged if entry["event"] == "session_step_failed"]
     assert re.match(problem, entry["problem"])
     assert entry.get("exc_info") is None
+
+
+@pytest.mark.parametrize("given", ["x", None, 1.5, -1, 2**32, torch.tensor([1, 2])])
+@pytest.mark.parametrize("kind", ["with a mesh", "without"])
+def test_what_is_no_number_of_an_epoch_is_told_at_once_and_the_epoch_goes_on(session, kind, given):
+    running = session if kind == "with a mesh" else DetachedSession(nn.Linear(1, 1))
+    running.start_epoch(torch.tensor(3))
+    running.step("none")
+    with capture_logs() as logged:
+        running.start_epoch(given)
+    assert running.epoch == 3
+    assert running.reasons["bad_argument"] >= 1
+    [entry] = [entry for entry in logged if entry["event"] == "session_step_failed"]
+    assert re.match("epoch must be a whole number from 0", entry["problem"])
+    running.start_epoch(4)
+    assert running.epoch == 4
+
+
+def test_an_epoch_that_the_host_cannot_begin_never_reaches_the_loop(session, monkeypatch):
+    monkeypatch.setattr(session.host, "update_epoch", lambda _epoch: 1 / 0)
+    session.start_epoch(1)
+    assert (session.epoch, session.reasons["internal_error"]) == (1, 1)

@@ -53,7 +53,7 @@ class CircuitBreaker:
             return self._state
 
     def allow(self) -> bool:
-        """Whether a call may be made; each True must be followed by a recorded success or failure."""
+        """Whether a call may be made; each True must be followed by a recorded success or failure, or be let go."""
         with self._lock:
             self._cool_down()
             if self._state == CircuitState.CIRCUIT_STATE_HALF_OPEN:
@@ -80,6 +80,11 @@ class CircuitBreaker:
             if half_open or self.consecutive_failures >= self._config.failures:
                 self._opened_at = self._clock()
                 self._move(CircuitState.CIRCUIT_STATE_OPEN)
+
+    def let_go(self) -> None:
+        """Note that an allowed call was given up, which says nothing about whom it was for."""
+        with self._lock:
+            self._probing = False
 
     def move_to(self, state: CircuitState.ValueType) -> None:
         """Put it into a state from outside; it goes on from there as if it had come to it by itself."""

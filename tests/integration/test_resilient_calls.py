@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 
 import pytest
 
@@ -107,6 +108,23 @@ async def test_a_hedge_whose_first_attempt_fails_waits_for_the_second():
         return "second"
 
     assert await Hedge(HedgeConfig(after_seconds=0.001)).first(attempt) == "second"
+
+
+async def test_an_attempt_that_is_given_up_says_nothing_of_the_peer(mesh):
+    urza = Moody(errors.Internal("broken"), errors.Internal("broken"), 30)
+    async with serving(mesh.identity("urza"), (URZA, urza)) as server:
+        async with UrzaClient(server.address, identity=mesh.identity("operator")) as client:
+            ask_once = partial(client._unary, "GetExtras", REQUEST, GetExtrasResponse, 60.0)
+            for _ in range(2):
+                with pytest.raises(errors.Internal):
+                    await ask_once()
+            attempt = asyncio.create_task(ask_once())
+            while urza.calls < 3:
+                await asyncio.sleep(0.001)
+            attempt.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await attempt
+            assert client._breakers["GetExtras"].consecutive_failures == 2
 
 
 async def test_the_breaker_of_a_method_opens_alone_and_closes_after_a_success(mesh):

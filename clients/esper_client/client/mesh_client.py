@@ -112,7 +112,7 @@ class MeshClient:
             (breaker.record_failure if isinstance(error, FAILURES) else breaker.record_success)()
             raise error from rpc_error
         except asyncio.CancelledError:
-            breaker.record_success()  # The caller gave up: that says nothing about the peer.
+            breaker.let_go()
             raise
         breaker.record_success()
         return answer  # type: ignore[no-any-return]  # response.FromString made it.

@@ -95,6 +95,17 @@ def test_a_failed_probe_opens_again():
     assert breaker.state == OPEN
 
 
+def test_a_probe_that_is_let_go_counts_for_nothing_and_another_may_follow():
+    clock = FakeClock()
+    breaker = CircuitBreaker(config=BreakerConfig(failures=1, cool_down_seconds=1, successes=1), clock=clock)
+    breaker.record_failure()
+    clock.advance(1)
+    assert [breaker.allow(), breaker.allow()] == [True, False]
+    breaker.let_go()
+    assert (breaker.state, breaker.consecutive_failures) == (HALF_OPEN, 1)
+    assert breaker.allow()
+
+
 def test_the_environment_wins_over_the_file(tmp_path):
     path = tmp_path / "mesh.toml"
     path.write_text("[breaker]\nfailures = 7\ncool_down_seconds = 3\n")

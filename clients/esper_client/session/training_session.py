@@ -234,7 +234,7 @@ class TrainingSession:
         self._answers.keep(self._answers.submit(decision, question.SerializeToString()))
 
     def start_epoch(self, epoch: int) -> None:
-        """Note that an epoch begins. What is no number of an epoch is told as a `bad_argument`; that of before goes on."""
+        """Note that an epoch begins. What is no number of one is told as `bad_argument`, and that of before goes on."""
         try:
             self.epoch = read_epoch(epoch)
             self.host.update_epoch(self.epoch)

@@ -72,6 +72,7 @@ class Checkpoint:
     def check(self, state: dict[str, Any]) -> dict[str, nn.Module | None]:
         """Return the modules that `restore` would plant; raises what it raises."""
         self._check_weights(state)
+        self._learning_rate.check_state(state["learning_rate"])
         return {seed_id: self._rebuild(self._seeds[seed_id], saved) for seed_id, saved in state["seeds"].items()}
 
     def _check_weights(self, state: dict[str, Any]) -> None:

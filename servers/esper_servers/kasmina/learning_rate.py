@@ -5,6 +5,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
+from esper_rpc.errors import FailedPrecondition
 from esper_servers.optim import groups
 from esper_servers.optim.controller import JOINING_SHARE, LEAST_TOTAL, MOST_TOTAL
 
@@ -30,6 +31,10 @@ class LearningRateAuthority(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs beside the user's optimizer."""
+        ...
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise FailedPrecondition when it is of another authority."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -125,8 +130,17 @@ class OptimizerAuthority:
         """Return the multiplier and the followers; the groups are in the user's own checkpoint."""
         return {"total": self.total, "followers": [follower.state_dict() for follower in self._followers]}
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise FailedPrecondition when it is that of a UnifiedLRController."""
+        if "followers" not in state:
+            raise FailedPrecondition(
+                "The checkpoint is of a training whose learning rates a UnifiedLRController set: attach with one"
+                " that is made alike (learning_rate=)."
+            )
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them. The user restores the user's optimizer, after this."""
+        self.check_state(state)
         self.total = state["total"]
         for follower, saved in zip(self._followers, state["followers"], strict=False):
             follower.load_state_dict(saved)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from esper_rpc.breaker import BreakerConfig, CircuitBreaker
 from esper_rpc.config import Range, validate
-from esper_rpc.errors import ConfigError, InvalidRequest
+from esper_rpc.errors import ConfigError, FailedPrecondition, InvalidRequest
 from esper_rpc.proto.leyline.v1 import CircuitState
 
 from . import groups, rates, telemetry
@@ -245,12 +245,22 @@ class UnifiedLRController:
             "apart": [optimizer.state_dict() for optimizer in self._apart],
         }
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise FailedPrecondition when it is of a training without a controller."""
+        if "groups" not in state:
+            raise FailedPrecondition(
+                "The checkpoint is of a training without a UnifiedLRController: attach without one (learning_rate=) to"
+                " resume it. To train on under a controller, load the model and its optimizer alone into a new run."
+            )
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore it, after what had joined has joined again; the optimizer is restored before or after.
 
         Raises:
+            FailedPrecondition: When it is of a training without a controller.
             InvalidRequest: When the optimizer has another number of groups.
         """
+        self.check_state(state)
         rules = [rule for _, rule in self._governed()]
         if len(state["groups"]) != len(rules):
             raise InvalidRequest(f"The state is of {len(state['groups'])} groups, the optimizer has {len(rules)}.")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from esper_rpc.errors import FailedPrecondition
 from esper_rpc.proto.leyline.v1 import CommandOutcome
 from esper_servers.kasmina import lifecycle
+from esper_servers.kasmina.learning_rate import OptimizerAuthority
+from esper_servers.optim.controller import UnifiedLRController
 from esper_servers.tolaria.checkpoints.assembly import keep_checkpoints
 from esper_servers.tolaria.checkpoints.schedule import CheckpointConfig
 from esper_servers.tolaria.rollback.rollback import FAST, FULL, RollbackConfig
@@ -37,8 +40,8 @@ class Session:
         return {"epoch": self.epoch, "global_step": self.global_step, "host": self.rig.host.state_dict()}
 
     def load_state_dict(self, state):
-        self.epoch, self.global_step = state["epoch"], state["global_step"]
         self.rig.host.load_state_dict(state["host"])
+        self.epoch, self.global_step = state["epoch"], state["global_step"]
 
 
 class Run:
@@ -84,8 +87,8 @@ def flat(state):
 def make_run(make_rig, tmp_path):
     made = []
 
-    def make(**options):
-        made.append(Run(make_rig(), tmp_path / "checkpoints", **options))
+    def make(authority=OptimizerAuthority, **options):
+        made.append(Run(make_rig(make_authority=authority), tmp_path / "checkpoints", **options))
         return made[-1]
 
     yield make
@@ -162,3 +165,27 @@ def test_a_seed_that_cannot_be_built_any_more_stands_in_the_way_and_nothing_chan
     assert "cannot be built" in result.failures[0].detail
     assert (result.needs_halt, result.has_changed) == (True, False)
     assert run.picture() == before
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "resumed_by", "advice"),
+    [
+        (OptimizerAuthority, UnifiedLRController, "attach without one"),
+        (UnifiedLRController, OptimizerAuthority, "attach with one that is made alike"),
+    ],
+)
+def test_a_run_under_another_hand_on_its_learning_rates_is_not_resumed_and_nothing_changes(
+    make_run, saved_by, resumed_by, advice
+):
+    first = make_run(saved_by)
+    first.rig.grow(lifecycle.BLENDING)
+    first.keep(FULL)
+    state = first.rig.host.state_dict()
+    second = make_run(resumed_by)
+    second.rig.train(2)
+    before = second.picture()
+    with pytest.raises(FailedPrecondition, match=advice):
+        second.checkpoints.resume()
+    with pytest.raises(FailedPrecondition, match=advice):
+        second.rig.host.load_state_dict(state)
+    assert second.picture() == before

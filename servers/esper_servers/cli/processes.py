@@ -106,6 +106,7 @@ class Supervisor:
         """Start a service that ended again, at the address it had: its peers know no other."""
         plan = self.services[name].plan
         address = self.services[name].address or plan.address
+        self.services[name].started_at = time.monotonic()  # That it is tried counts, also when it does not serve.
         end(self.services[name].process)
         self._metrics.forget(self.services[name].process.pid)
         self.services[name] = self._start(ServicePlan(name=plan.name, address=address, needs=plan.needs))
@@ -118,6 +119,10 @@ class Supervisor:
     def ended(self) -> list[str]:
         """Name the services whose process is gone."""
         return [name for name, service in self.services.items() if service.process.poll() is not None]
+
+    def seconds_since_start(self, name: str) -> float:
+        """How long ago a service was started, or was to be."""
+        return time.monotonic() - self.services[name].started_at
 
     def stop(self) -> None:
         """Drain every service, the last started first; what does not end in time is killed."""

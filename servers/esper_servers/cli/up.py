@@ -15,6 +15,8 @@ from .processes import ServicePlan, Supervisor
 
 _WATCH_SECONDS = 0.5
 _BACKOFF_SECONDS = 2.0
+_STEADY_SECONDS = 60.0
+"""A service that ran for so long is started again at once."""
 
 
 def up(
@@ -59,8 +61,12 @@ def _watch(supervisor: Supervisor, stop: threading.Event, console: Console) -> N
             console.print(
                 f"[red]{name} ended[/] with {supervisor.services[name].process.returncode}; starting it again"
             )
-            if not stop.wait(_BACKOFF_SECONDS):
+            if not stop.wait(_rest(supervisor, name)):
                 _restart(supervisor, name, console)
+
+
+def _rest(supervisor: Supervisor, name: str) -> float:
+    return 0.0 if supervisor.seconds_since_start(name) >= _STEADY_SECONDS else _BACKOFF_SECONDS
 
 
 def _restart(supervisor: Supervisor, name: str, console: Console) -> None:

@@ -36,9 +36,15 @@ def route_commands(
     def raise_it(queued: Queued) -> Verdict:
         return Verdict(*raise_level(queued.command, emergencies, issuer=queued.issuer))
 
+    host.route(CommandType.COMMAND_TYPE_EMERGENCY, raise_it)
+    route_moves(host, breakers)
+    return FEATURES
+
+
+def route_moves(host: InProcessSeedHost, breakers: Mapping[str, CircuitBreaker]) -> None:
+    """Have moves of these breakers carried out at the safe point."""
+
     def move_it(queued: Queued) -> Verdict:
         return Verdict(*move_breaker(queued.command, breakers, issuer=queued.issuer))
 
-    host.route(CommandType.COMMAND_TYPE_EMERGENCY, raise_it)
     host.route(CommandType.COMMAND_TYPE_CIRCUIT_BREAKER, move_it)
-    return FEATURES

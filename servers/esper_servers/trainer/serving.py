@@ -22,6 +22,7 @@ from esper_servers.tolaria.service import TolariaServicer
 
 from .arguments import check_arguments
 from .membership import Membership
+from .routing import route_moves
 from .seed_host import make_seed_host
 from .sites import undone_if_it_fails
 
@@ -56,6 +57,8 @@ def serve(
     authority = OptimizerAuthority(optimizer)
     with undone_if_it_fails(model, thread):
         host = make_seed_host(model, authority, member, sites, limits, thread, has_training_thread=False)
+        # There are none of the trainer here, and no emergencies: its own TolariaService hears of those.
+        route_moves(host, host.breakers)
         server = thread.run(serve_host(host, member, address, run_id, lambda: None), timeout=10)
     return ServedModel(host, server, thread)
 

@@ -4,12 +4,11 @@ from esper_rpc.proto.kasmina.v1 import GateEvent, GateResult
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, SeedLifecycleGate, SeedLifecycleStage
 
 from . import lifecycle
+from .boundary import Boundary
 from .gates import gradient_health, inputs, interface, reset, sanity, stability, system_impact
 from .gates.config import GateConfig
 from .gates.report import FAILED
-from .isolation.isolation import Isolation
 from .kernels.library import UNAVAILABLE, UNKNOWN_BLUEPRINT, Kernel
-from .ownership import Ownership
 from .progress import Progress
 from .seed_slot import SeedSlot
 from .telemetry import step_packets
@@ -27,15 +26,13 @@ class Gatekeeper:
         self,
         *,
         config: GateConfig,
-        ownership: Ownership,
-        isolation: Isolation,
+        boundary: Boundary,
         progress: Progress,
         events: SeedEvents,
         tell: Tell,
     ) -> None:
         self.config = config
-        self._ownership = ownership
-        self._isolation = isolation
+        self._boundary = boundary
         self._progress = progress
         self._events = events
         self._tell = tell
@@ -47,10 +44,6 @@ class Gatekeeper:
         why_not = kernel if isinstance(kernel, str) and kernel in NOT_TO_BE_HAD else ""
         gate = sanity.judge(command.seed_operation, descriptor, why_not)
         return inputs.look(gate, command.annotations, self.config.least_coverage)
-
-    def violations_of(self, seed_id: str) -> int:
-        """Return how often a seed wrote, or would have written, to what is not its own since it was planted."""
-        return self._ownership.violations_of(seed_id) + self._isolation.violations_of(seed_id)
 
     def judge(
         self, slot: SeedSlot, target: SeedLifecycleStage.ValueType, command: AdaptationCommand | None = None
@@ -80,8 +73,8 @@ class Gatekeeper:
             return gradient_health.judge(
                 slot,
                 loss=loss,
-                violations=self.violations_of(slot.seed_id),
-                is_measured=self._isolation.is_healthy(slot.seed_id),
+                violations=self._boundary.violations_of(slot.seed_id),
+                is_measured=self._boundary.isolation.is_healthy(slot.seed_id),
             )
         if target == lifecycle.SHADOWING:
             return stability.judge(slot, self.config)
@@ -90,5 +83,5 @@ class Gatekeeper:
         if target == lifecycle.FOSSILIZED:
             return system_impact.judge(slot, self.config, loss=loss)
         if target == lifecycle.DORMANT:
-            return reset.judge(slot, owned_parameters=self._ownership.parameters_of(slot.seed_id))
+            return reset.judge(slot, owned_parameters=self._boundary.ownership.parameters_of(slot.seed_id))
         return None

@@ -30,6 +30,7 @@ from esper_servers.blueprints.catalogue import BlueprintFactory
 from esper_servers.blueprints.extras import describe_module
 
 from . import lifecycle, verdict
+from .boundary import Boundary
 from .checkpoint import Checkpoint
 from .export import without_sites
 from .gatekeeper import Gatekeeper
@@ -105,6 +106,7 @@ class InProcessSeedHost:
         library.report_to(tell)
         self._ownership = Ownership(model, tell=tell)
         self._isolation = Isolation(self._trained, clock=clock, tell=tell, on_shared=self._ownership.validate)
+        boundary = Boundary(self._ownership, self._isolation)
         self._prewarmer = Prewarmer(factories=factories, background=background)
         self._nursery = Nursery(
             library=library,
@@ -123,8 +125,7 @@ class InProcessSeedHost:
         self._pauses = Pauses(limits=limits, clock=clock, quota=pause, tell=tell)
         gatekeeper = Gatekeeper(
             config=gates,
-            ownership=self._ownership,
-            isolation=self._isolation,
+            boundary=boundary,
             progress=self._progress,
             events=self._events,
             tell=tell,
@@ -133,8 +134,7 @@ class InProcessSeedHost:
             seeds=self.seeds,
             gatekeeper=gatekeeper,
             nursery=self._nursery,
-            ownership=self._ownership,
-            isolation=self._isolation,
+            boundary=boundary,
             governor=self._governor,
             live=self._live,
             pauses=self._pauses,
@@ -149,7 +149,7 @@ class InProcessSeedHost:
             seeds=self.seeds, factories=factories, learning_rate=learning_rate, progress=self._progress,
             on_restored=self._recount,
         )  # fmt: skip
-        self._health = HostHealth(breakers=self.breakers, violations_of=gatekeeper.violations_of, slow_ms=gates.hook_ms)
+        self._health = HostHealth(breakers=self.breakers, violations_of=boundary.violations_of, slow_ms=gates.hook_ms)
         self._safe_point = SafePoint(has_training_thread=has_training_thread)
 
     @property

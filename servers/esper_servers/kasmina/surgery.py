@@ -10,18 +10,18 @@ from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY, describe
 
 from . import lifecycle, verdict
 from .blending.alpha import schedule_of
+from .boundary import Boundary
 from .gatekeeper import KERNEL_LATE, Gatekeeper
 from .gates.health import SEED_FAILED, why_failed
 from .gates.report import FAILED, PASSED
 from .inbox import Queued
-from .isolation.isolation import ISOLATION_BREAKER_OPEN, ISOLATION_VIOLATIONS, Isolation
+from .isolation.isolation import ISOLATION_BREAKER_OPEN
 from .kernels.germination import Nursery
 from .kernels.prewarm import Prepared
 from .learning_rate import LearningRateAuthority
 from .limits import LocalLimits
 from .live_seeds import LiveSeeds
 from .memory import MemoryGovernor
-from .ownership import PARAMETER_VIOLATION, Ownership
 from .pausing import UNKNOWN_SEED, Pauses
 from .progress import Progress
 from .rollback_payloads import NO_GATE, RollbackPayloads
@@ -55,8 +55,7 @@ class Surgeon:
         seeds: Mapping[str, SeedSlot],
         gatekeeper: Gatekeeper,
         nursery: Nursery,
-        ownership: Ownership,
-        isolation: Isolation,
+        boundary: Boundary,
         governor: MemoryGovernor,
         live: LiveSeeds,
         pauses: Pauses,
@@ -72,8 +71,7 @@ class Surgeon:
         self._clock = clock
         self._ended_at = clock()
         self._nursery = nursery
-        self._ownership = ownership
-        self._isolation = isolation
+        self._boundary = boundary
         self._governor = governor
         self._live = live
         self._pauses = pauses
@@ -113,7 +111,7 @@ class Surgeon:
         target = lifecycle.target_of(command.seed_operation.operation, slot.stage)
         if target is None:
             return verdict.rejected(ILLEGAL_TRANSITION)
-        if not self._isolation.admits(command.seed_operation.operation):
+        if not self._boundary.isolation.admits(command.seed_operation.operation):
             return verdict.rejected(ISOLATION_BREAKER_OPEN)
         if target == lifecycle.GERMINATED:
             return self._germinate(slot, queued)
@@ -149,14 +147,8 @@ class Surgeon:
             slot.site.failure = describe(error)
 
     def _why_it_must_go(self, slot: SeedSlot) -> str:
-        foreign = slot.site.take_foreign()
-        if foreign:
-            self._ownership.validate(slot.seed_id, foreign)
-        if self._ownership.is_repeated(slot.seed_id):
-            return PARAMETER_VIOLATION
-        if self._isolation.is_repeated(slot.seed_id):
-            return ISOLATION_VIOLATIONS
-        return why_failed(slot) if slot.has_failed() else ""
+        reason = self._boundary.why_it_must_go(slot)
+        return why_failed(slot) if not reason and slot.has_failed() else reason
 
     def _fall_back(self, slot: SeedSlot, reason: str, command_id: str = "") -> None:
         """Leave the host alone where a kernel has failed."""
@@ -258,8 +250,7 @@ class Surgeon:
         rollback = self.rollback_payloads.record(slot, reason=reason, step=step, gate=gate)
         slot.move(stage)
         slot.uproot()
-        self._ownership.release(slot.seed_id)
-        self._isolation.release(slot.seed_id)
+        self._boundary.release(slot.seed_id)
         self._live.note(slot)
         self._events.moved(slot, before, reason, command_id, rollback)
 
@@ -283,7 +274,7 @@ class Surgeon:
     def _is_reset(self, slot: SeedSlot) -> bool:
         slot.uproot()
         slot.reset()
-        self._ownership.release(slot.seed_id)
+        self._boundary.release(slot.seed_id)
         gate = self._gatekeeper.judge(slot, lifecycle.DORMANT)
         return gate is None or gate.result == PASSED
 
@@ -294,7 +285,7 @@ class Surgeon:
         else:
             slot.move(target)
             self._live.note(slot)
-            self._isolation.follow(slot)
+            self._boundary.isolation.follow(slot)
         self._events.moved(slot, before, reason, command_id)
 
     def _adjust_optimizer(self, command: AdaptationCommand) -> Verdict:

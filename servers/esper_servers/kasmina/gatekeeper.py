@@ -1,26 +1,24 @@
 from __future__ import annotations
 
-from esper_rpc.proto.kasmina.v1 import GateEvent, GateResult
-from esper_rpc.proto.leyline.v1 import AdaptationCommand, SeedLifecycleGate, SeedLifecycleStage
+from esper_rpc.proto.kasmina.v1 import GateEvent
+from esper_rpc.proto.leyline.v1 import AdaptationCommand, SeedLifecycleStage
 
 from . import lifecycle
 from .boundary import Boundary
 from .gates import gradient_health, inputs, interface, reset, sanity, stability, system_impact
 from .gates.config import GateConfig
-from .gates.report import FAILED
 from .kernels.library import UNAVAILABLE, UNKNOWN_BLUEPRINT, Kernel
 from .progress import Progress
 from .seed_slot import SeedSlot
 from .telemetry import step_packets
 from .telemetry.events import SeedEvents
-from .telemetry.notices import INFO, WARNING, Tell
 
 KERNEL_LATE = "kernel_late"
 NOT_TO_BE_HAD = frozenset({UNKNOWN_BLUEPRINT, UNAVAILABLE, KERNEL_LATE})
 
 
 class Gatekeeper:
-    """Asks the gate that stands before a stage, and tells what it found."""
+    """Asks the gate that stands before a stage, and has told what it found."""
 
     def __init__(
         self,
@@ -29,13 +27,11 @@ class Gatekeeper:
         boundary: Boundary,
         progress: Progress,
         events: SeedEvents,
-        tell: Tell,
     ) -> None:
         self.config = config
         self._boundary = boundary
         self._progress = progress
         self._events = events
-        self._tell = tell
 
     def look_at(self, command: AdaptationCommand, kernel: Kernel | str) -> GateEvent:
         """Ask G0, and tell nobody yet; without a kernel there is the reason why."""
@@ -54,16 +50,8 @@ class Gatekeeper:
             return None
         if command is not None:
             gate = inputs.look(gate, command.annotations, self.config.least_coverage)
-        self.tell(slot, gate, command.command_id if command is not None else "")
+        self._events.judged(slot, gate, command.command_id if command is not None else "")
         return gate
-
-    def tell(self, slot: SeedSlot, gate: GateEvent, command_id: str) -> None:
-        """Tell how a seed stood before a gate, those who watch and the packet of the step."""
-        self._events.judged(slot, gate, command_id)
-        result = GateResult.Name(gate.result).removeprefix("GATE_RESULT_")
-        name = SeedLifecycleGate.Name(gate.gate).removeprefix("SEED_LIFECYCLE_GATE_")
-        level = WARNING if gate.result == FAILED else INFO
-        self._tell("gate_event", level, reason=gate.reason or "passed", seed_id=slot.seed_id, gate=name, result=result)
 
     def _gate_before(self, slot: SeedSlot, target: SeedLifecycleStage.ValueType) -> GateEvent | None:
         loss = self._progress.loss

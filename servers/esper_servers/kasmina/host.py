@@ -128,7 +128,6 @@ class InProcessSeedHost:
             boundary=boundary,
             progress=self._progress,
             events=self._events,
-            tell=tell,
         )
         self._surgeon = Surgeon(
             seeds=self.seeds,

@@ -173,7 +173,7 @@ class Surgeon:
         prepared = self._nursery.module_for(slot, command, kernel) if gate.result == PASSED else NOTHING
         if prepared is None and not is_late:
             return None
-        self._gatekeeper.tell(slot, gate, command.command_id)
+        self._events.judged(slot, gate, command.command_id)
         if gate.result != PASSED:
             return verdict.failed(gate.reason)
         return self._plant(slot, prepared or Prepared(reason=KERNEL_LATE), command.command_id)

@@ -3,13 +3,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from esper_rpc.proto.kasmina.v1 import GateEvent, RollbackPayload, SeedEvent
-from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleStage
+from esper_rpc.proto.kasmina.v1 import GateEvent, GateResult, RollbackPayload, SeedEvent
+from esper_rpc.proto.leyline.v1 import CommandOutcome, SeedLifecycleGate, SeedLifecycleStage
 from esper_servers.kasmina import lifecycle
+from esper_servers.kasmina.gates.report import FAILED
 from esper_servers.kasmina.progress import Progress
 from esper_servers.kasmina.seed_slot import SeedSlot
 
-from .notices import INFO, Tell, tell_nobody
+from .notices import INFO, WARNING, Tell, tell_nobody
 from .rejections import Rejections
 
 REMEMBERED_OUTCOMES = 64
@@ -65,6 +66,11 @@ class SeedEvents:
                 command_id=command_id, gate=gate,
             )
         )  # fmt: skip
+        result = GateResult.Name(gate.result).removeprefix("GATE_RESULT_")
+        name = SeedLifecycleGate.Name(gate.gate).removeprefix("SEED_LIFECYCLE_GATE_")
+        level = WARNING if gate.result == FAILED else INFO
+        reason = gate.reason or "passed"
+        self._telemetry("gate_event", level, reason=reason, seed_id=slot.seed_id, gate=name, result=result)
 
     def settled(self, outcome: CommandOutcome) -> CommandOutcome:
         """Remember what became of a command, and tell it."""

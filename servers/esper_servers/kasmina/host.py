@@ -57,6 +57,7 @@ from .telemetry import step_packets
 from .telemetry.events import Listener, SeedEvents
 from .telemetry.health import HostHealth
 from .telemetry.notices import WARNING, Notices
+from .upkeep import Upkeep
 
 ROLLED_BACK = "rolled_back"
 
@@ -141,8 +142,10 @@ class InProcessSeedHost:
             limits=limits,
             events=self._events,
             progress=self._progress,
-            clock=clock,
             tell=tell,
+        )
+        self._upkeep = Upkeep(
+            surgeon=self._surgeon, gatekeeper=gatekeeper, boundary=boundary, pauses=self._pauses, clock=clock, tell=tell
         )
         self._checkpoint = Checkpoint(
             seeds=self.seeds, factories=factories, learning_rate=learning_rate, progress=self._progress,
@@ -259,7 +262,7 @@ class InProcessSeedHost:
             self._progress.global_step = max(self._progress.global_step, step_index)
             self._learning_rate.step()
             self._isolation.measure(self.seeds[seed_id] for seed_id in self._live)
-            self._surgeon.finalize(self.seeds.values())
+            self._upkeep.finalize(self.seeds.values())
             self._pauses.tick()
             has_looked = self._governor.look()
             events = [*self._events.rejections.take(step_index), *self._notices.take(step_index)]
@@ -452,7 +455,7 @@ class InProcessSeedHost:
             self._isolation.recall(slot, overlapping)
 
     def _recount(self) -> None:
-        self._surgeon.resume()
+        self._upkeep.resume()
         self._surgeon.rollback_payloads.clear()
         self._live.recount(self.seeds.values())
         planted = [(slot.seed_id, slot.site.seed) for slot in self.seeds.values()]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import structlog
 
@@ -12,7 +12,7 @@ from . import lifecycle, verdict
 from .blending.alpha import schedule_of
 from .boundary import Boundary
 from .gatekeeper import KERNEL_LATE, Gatekeeper
-from .gates.health import SEED_FAILED, why_failed
+from .gates.health import SEED_FAILED
 from .gates.report import FAILED, PASSED
 from .inbox import Queued
 from .isolation.isolation import ISOLATION_BREAKER_OPEN
@@ -36,7 +36,6 @@ KERNEL_WAIT_STEPS = 200
 ILLEGAL_TRANSITION = "illegal_transition"
 MEMORY_BOUNDS = "memory_bounds"
 COMMANDED = "commanded"
-RECOVERY = "recovery"
 TERMINATED = "terminated"
 INVALID_BLEND_CONFIG = "invalid_blend_config"
 NOTHING = Prepared()
@@ -47,7 +46,7 @@ Route = Callable[[Queued], Verdict | None]
 
 
 class Surgeon:
-    """Carries out commands on seeds, and what time does to them. Works at the safe point only."""
+    """Carries out commands, and takes seeds from stage to stage. Works at the safe point only."""
 
     def __init__(
         self,
@@ -63,13 +62,10 @@ class Surgeon:
         limits: LocalLimits,
         events: SeedEvents,
         progress: Progress,
-        clock: Callable[[], float],
         tell: Tell,
     ) -> None:
         self._seeds = seeds
         self._gatekeeper = gatekeeper
-        self._clock = clock
-        self._ended_at = clock()
         self._nursery = nursery
         self._boundary = boundary
         self._governor = governor
@@ -97,6 +93,34 @@ class Surgeon:
         slot = self._seeds.get(command.target_seed_id)
         return self._operate_or_fail(slot, queued) if slot is not None else verdict.failed(UNKNOWN_SEED)
 
+    def move(self, slot: SeedSlot, target: SeedLifecycleStage.ValueType, reason: str, command_id: str = "") -> None:
+        """Let a seed begin a stage, or begin to learn in the one it is in."""
+        before = slot.stage
+        if target == before:
+            slot.is_fine_tuning = True
+        else:
+            slot.move(target)
+            self._live.note(slot)
+            self._boundary.isolation.follow(slot)
+        self._events.moved(slot, before, reason, command_id)
+
+    def fall_back(self, slot: SeedSlot, reason: str, command_id: str = "") -> None:
+        """Leave the host alone where a kernel has failed."""
+        failure, slot.fallback_used = slot.site.failure, True
+        self._cull(slot, reason, command_id)
+        self._tell("fallback_applied", WARNING, reason=reason, seed_id=slot.seed_id, failure=failure)
+        if reason == OUT_OF_MEMORY:
+            self._governor.ran_out()
+
+    def terminate(self, slot: SeedSlot) -> None:
+        """Take a seed out for good: no operation leads back. A fossil leaves the optimizer, too."""
+        if slot.stage == lifecycle.TERMINATED:
+            return
+        if slot.stage == lifecycle.FOSSILIZED and slot.site.seed is not None:
+            self._learning_rate.release(slot.site.seed)
+        self._take_out(slot, lifecycle.TERMINATED, TERMINATED)
+        slot.reset()
+
     def _operate_or_fail(self, slot: SeedSlot, queued: Queued) -> Verdict | None:
         try:
             return self._operate(slot, queued)
@@ -116,47 +140,6 @@ class Surgeon:
         if target == lifecycle.GERMINATED:
             return self._germinate(slot, queued)
         return self._move_through_gate(slot, target, command)
-
-    def resume(self) -> None:
-        """Let time count from now on, after seeds were restored from another time."""
-        self._ended_at = self._clock()
-
-    def finalize(self, slots: Iterable[SeedSlot]) -> None:
-        """End a step for seeds: their optimizers, their pauses, and the moves that need no command."""
-        now = self._clock()
-        passed, self._ended_at = now - self._ended_at, now
-        for slot in slots:
-            self._finalize(slot, passed)
-
-    def _finalize(self, slot: SeedSlot, seconds: float) -> None:
-        slot.steps_in_stage += 1
-        slot.note_blend()
-        held_back = self._pauses.release(slot)
-        self._step_optimizer(slot)
-        reason = held_back or self._why_it_must_go(slot)
-        if slot.stage in lifecycle.LIVE and reason:
-            self._fall_back(slot, reason)
-        else:
-            self._recover(slot, seconds)
-
-    def _step_optimizer(self, slot: SeedSlot) -> None:
-        try:
-            slot.step_optimizer()
-        except Exception as error:  # noqa: BLE001  # A seed is foreign code, and its parameters may be of any kind.
-            # Its first step allocates the optimizer's state; what is short there must not end the user's step.
-            slot.site.failure = describe(error)
-
-    def _why_it_must_go(self, slot: SeedSlot) -> str:
-        reason = self._boundary.why_it_must_go(slot)
-        return why_failed(slot) if not reason and slot.has_failed() else reason
-
-    def _fall_back(self, slot: SeedSlot, reason: str, command_id: str = "") -> None:
-        """Leave the host alone where a kernel has failed."""
-        failure, slot.fallback_used = slot.site.failure, True
-        self._cull(slot, reason, command_id)
-        self._tell("fallback_applied", WARNING, reason=reason, seed_id=slot.seed_id, failure=failure)
-        if reason == OUT_OF_MEMORY:
-            self._governor.ran_out()
 
     def _germinate(self, slot: SeedSlot, queued: Queued) -> Verdict | None:
         command = queued.command
@@ -179,10 +162,10 @@ class Surgeon:
         return self._plant(slot, prepared or Prepared(reason=KERNEL_LATE), command.command_id)
 
     def _plant(self, slot: SeedSlot, prepared: Prepared, command_id: str) -> Verdict:
-        self._move(slot, lifecycle.GERMINATED, "germinate", command_id)
+        self.move(slot, lifecycle.GERMINATED, "germinate", command_id)
         reason = self._nursery.plant(slot, prepared)
         if reason:
-            self._fall_back(slot, reason, command_id)
+            self.fall_back(slot, reason, command_id)
             return verdict.failed(reason)
         return verdict.APPLIED
 
@@ -203,7 +186,7 @@ class Surgeon:
         if target == lifecycle.CULLED:
             self._cull(slot, COMMANDED, command.command_id)
             return
-        self._move(slot, target, COMMANDED, command.command_id)
+        self.move(slot, target, COMMANDED, command.command_id)
         if target == lifecycle.BLENDING:
             progress = self._progress
             slot.begin_blending(schedule_of(command), loss=progress.loss_or_none(), step=progress.global_step)
@@ -222,15 +205,6 @@ class Surgeon:
             reason, slot.fallback_used = INVALID_BLEND_CONFIG, True
             self._tell("fallback_applied", WARNING, reason=reason, seed_id=slot.seed_id, problem=problem, **details)
         self._tell("blend_config", INFO, reason=COMMANDED, seed_id=slot.seed_id, **details)
-
-    def terminate(self, slot: SeedSlot) -> None:
-        """Take a seed out for good: no operation leads back. A fossil leaves the optimizer, too."""
-        if slot.stage == lifecycle.TERMINATED:
-            return
-        if slot.stage == lifecycle.FOSSILIZED and slot.site.seed is not None:
-            self._learning_rate.release(slot.site.seed)
-        self._take_out(slot, lifecycle.TERMINATED, TERMINATED)
-        slot.reset()
 
     def _cull(
         self, slot: SeedSlot, reason: str, command_id: str = "", gate: SeedLifecycleGate.ValueType = NO_GATE
@@ -253,40 +227,6 @@ class Surgeon:
         self._boundary.release(slot.seed_id)
         self._live.note(slot)
         self._events.moved(slot, before, reason, command_id, rollback)
-
-    def _recover(self, slot: SeedSlot, seconds: float) -> None:
-        """Culled, embargoed, reset, dormant: the moves that need no command, one a step at most."""
-        if slot.stage == lifecycle.CULLED:
-            self._move(slot, lifecycle.EMBARGOED, RECOVERY)
-            self._tell("embargo_start", INFO, reason=RECOVERY, seed_id=slot.seed_id, seconds=slot.embargo_left)
-        elif slot.stage == lifecycle.EMBARGOED:
-            self._wait(slot, seconds)
-        elif slot.stage == lifecycle.RESETTING and self._is_reset(slot):
-            self._move(slot, lifecycle.DORMANT, RECOVERY)
-
-    def _wait(self, slot: SeedSlot, seconds: float) -> None:
-        slot.embargo_left -= seconds
-        if slot.embargo_left <= 0:
-            slot.embargo_left = 0.0
-            self._move(slot, lifecycle.RESETTING, RECOVERY)
-            self._tell("embargo_end", INFO, reason=RECOVERY, seed_id=slot.seed_id)
-
-    def _is_reset(self, slot: SeedSlot) -> bool:
-        slot.uproot()
-        slot.reset()
-        self._boundary.release(slot.seed_id)
-        gate = self._gatekeeper.judge(slot, lifecycle.DORMANT)
-        return gate is None or gate.result == PASSED
-
-    def _move(self, slot: SeedSlot, target: SeedLifecycleStage.ValueType, reason: str, command_id: str = "") -> None:
-        before = slot.stage
-        if target == before:
-            slot.is_fine_tuning = True
-        else:
-            slot.move(target)
-            self._live.note(slot)
-            self._boundary.isolation.follow(slot)
-        self._events.moved(slot, before, reason, command_id)
 
     def _adjust_optimizer(self, command: AdaptationCommand) -> Verdict:
         wanted = command.optimizer_adjustment.hyperparameters

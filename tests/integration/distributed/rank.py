@@ -197,7 +197,7 @@ def operator(rank, directory):
             error = ended.exception()
             said = f"{type(error).__name__}: {error}"
             # A clock that stands still, so that the pause outlasts its step on any machine.
-            host._surgeon._pauses._clock = lambda: 0.0
+            host._pauses._clock = lambda: 0.0
             orders.give("PAUSE", "", pause_ms=600)
         training.step()
         training.save(directory, said=said, paused=[slot.site.paused for slot in host.seeds.values()])
@@ -405,7 +405,7 @@ def broken_on_first(rank, directory):
             raise LookupError("a fault of ours")
 
         for owner, name in [("_questions", "packet"), ("_answers", "receive"), ("_safe_point", "reach"),
-                            ("", "_learning_rate"), ("_surgeon", "finalize")]:  # fmt: skip
+                            ("", "_learning_rate"), ("_upkeep", "finalize")]:  # fmt: skip
             if rank == 0:
                 place = getattr(session if hasattr(session, owner) else host, owner) if owner else host
                 whole = getattr(place, name)

@@ -23,6 +23,7 @@ from esper_rpc.testing import serving
 from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.host import InProcessSeedHost
+from esper_servers.kasmina.host_config import SeedHostConfig
 from esper_servers.kasmina.kernels.library import Kernel, KernelLibrary
 from esper_servers.kasmina.learning_rate import OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
@@ -60,7 +61,7 @@ class Case:
         self.inner = self.host = InProcessSeedHost(
             model=self.model, sites=wrap_sites(self.model, ["0", "2"]), keyring=mesh.keyring("trainer"),
             audience=str(self.identity.spiffe_id), library=library, factories=FACTORIES,
-            learning_rate=OptimizerAuthority(self.optimizer), limits=limits,
+            learning_rate=OptimizerAuthority(self.optimizer), config=SeedHostConfig(limits=limits or LocalLimits()),
         )  # fmt: skip
         self.x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
         self.model(self.x)

@@ -14,7 +14,6 @@ from esper_client.seed_host import RunDescription
 from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.envelope import Keyring, Verifier
 from esper_rpc.errors import FailedPrecondition, NotFound
-from esper_rpc.pause_quota import PauseConfig
 from esper_rpc.proto.kasmina.v1 import RollbackPayload
 from esper_rpc.proto.leyline.v1 import (
     AdaptationCommand,
@@ -34,7 +33,7 @@ from .boundary import Boundary
 from .checkpoint import Checkpoint
 from .export import without_sites
 from .gatekeeper import Gatekeeper
-from .gates.config import GateConfig
+from .host_config import SeedHostConfig
 from .inbox import CommandInbox, Queued
 from .isolation.isolation import Isolation
 from .kernels.background import Work
@@ -42,9 +41,8 @@ from .kernels.germination import Nursery
 from .kernels.library import KernelLibrary
 from .kernels.prewarm import Prewarmer
 from .learning_rate import LearningRateAuthority
-from .limits import LocalLimits
 from .live_seeds import LiveSeeds
-from .memory import MemoryConfig, MemoryGovernor, MemoryReader
+from .memory import MemoryGovernor, MemoryReader
 from .ownership import Ownership
 from .parameter_names import foreign_parameters
 from .pausing import Pauses
@@ -65,7 +63,8 @@ ROLLED_BACK = "rolled_back"
 class InProcessSeedHost:
     """Seeds in a model of this process. `submit` may be called from any thread, the rest from the training thread.
 
-    It holds the lock and the order of a step; what arrives is the inbox's, what changes a seed the surgeon's.
+    It holds the lock and the order of a step; what arrives is the inbox's, what a command changes the surgeon's,
+    what the end of a step changes the upkeep's.
     """
 
     def __init__(
@@ -78,17 +77,14 @@ class InProcessSeedHost:
         library: KernelLibrary,
         factories: Mapping[str, BlueprintFactory],
         learning_rate: LearningRateAuthority,
-        limits: LocalLimits | None = None,
-        gates: GateConfig | None = None,
-        pause: PauseConfig | None = None,
-        memory: MemoryConfig | None = None,
+        config: SeedHostConfig | None = None,
         read_memory: MemoryReader = lambda: None,
         background: Callable[[Work], None] | None = None,
         has_training_thread: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Host these sites. With `background` modules are built there, and a germination waits for its module."""
-        limits, gates = limits or LocalLimits(), gates or GateConfig()
+        config = config or SeedHostConfig()
         self._model, self._sites, self._learning_rate = model, dict(sites), learning_rate
         self._topology = orjson.dumps(describe_module(model))
         self._lock = threading.RLock()
@@ -113,23 +109,13 @@ class InProcessSeedHost:
             library=library,
             prewarmer=self._prewarmer,
             ownership=self._ownership,
-            max_parameters=limits.added_parameters,
+            max_parameters=config.limits.added_parameters,
         )
         self._governor = MemoryGovernor(
-            config=memory or MemoryConfig(),
-            read=read_memory,
-            clean_up=self._let_go,
-            expire=self._expire,
-            clock=clock,
-            tell=tell,
+            config=config.memory, read=read_memory, clean_up=self._let_go, expire=self._expire, clock=clock, tell=tell
         )
-        self._pauses = Pauses(limits=limits, clock=clock, quota=pause, tell=tell)
-        gatekeeper = Gatekeeper(
-            config=gates,
-            boundary=boundary,
-            progress=self._progress,
-            events=self._events,
-        )
+        self._pauses = Pauses(limits=config.limits, clock=clock, quota=config.pause, tell=tell)
+        gatekeeper = Gatekeeper(config=config.gates, boundary=boundary, progress=self._progress, events=self._events)
         self._surgeon = Surgeon(
             seeds=self.seeds,
             gatekeeper=gatekeeper,
@@ -139,7 +125,7 @@ class InProcessSeedHost:
             live=self._live,
             pauses=self._pauses,
             learning_rate=learning_rate,
-            limits=limits,
+            limits=config.limits,
             events=self._events,
             progress=self._progress,
             tell=tell,
@@ -151,7 +137,9 @@ class InProcessSeedHost:
             seeds=self.seeds, factories=factories, learning_rate=learning_rate, progress=self._progress,
             on_restored=self._recount,
         )  # fmt: skip
-        self._health = HostHealth(breakers=self.breakers, violations_of=boundary.violations_of, slow_ms=gates.hook_ms)
+        self._health = HostHealth(
+            breakers=self.breakers, violations_of=boundary.violations_of, slow_ms=config.gates.hook_ms
+        )
         self._safe_point = SafePoint(has_training_thread=has_training_thread)
 
     @property

@@ -16,6 +16,7 @@ from esper_rpc.identity import Identity
 from esper_rpc.pause_quota import PauseConfig
 from esper_rpc.telemetry.tracing import configure_tracing
 from esper_servers.kasmina.gates.config import GateConfig
+from esper_servers.kasmina.host_config import SeedHostConfig
 from esper_servers.kasmina.kernels.library import KernelConfig
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.memory import MemoryConfig
@@ -58,21 +59,18 @@ class Membership:
         """Read [limits]."""
         return load(LocalLimits, "limits", path=self._settings, environ=self.environ)
 
-    def gates(self) -> GateConfig:
-        """Read [seed_gates]."""
-        return load(GateConfig, "seed_gates", path=self._settings, environ=self.environ)
-
     def kernels(self) -> KernelConfig:
         """Read [kernels]."""
         return load(KernelConfig, "kernels", path=self._settings, environ=self.environ)
 
-    def memory(self) -> MemoryConfig:
-        """Read [memory]."""
-        return load(MemoryConfig, "memory", path=self._settings, environ=self.environ)
-
-    def pause(self) -> PauseConfig:
-        """Read [pause]."""
-        return load(PauseConfig, "pause", path=self._settings, environ=self.environ)
+    def seed_host_config(self, limits: LocalLimits) -> SeedHostConfig:
+        """Read [seed_gates], [pause] and [memory], beside limits that were read or given."""
+        return SeedHostConfig(
+            limits=limits,
+            gates=load(GateConfig, "seed_gates", path=self._settings, environ=self.environ),
+            pause=load(PauseConfig, "pause", path=self._settings, environ=self.environ),
+            memory=load(MemoryConfig, "memory", path=self._settings, environ=self.environ),
+        )
 
     def tolaria_settings(self) -> TolariaSettings:
         """Read [emergency], [epoch_guard] and [tolaria]."""

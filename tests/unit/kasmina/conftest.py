@@ -21,6 +21,7 @@ from esper_rpc.testing import FakeClock
 from esper_servers.blueprints.catalogue import BlueprintFactory, ModuleFactory, load_factories
 from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.host import InProcessSeedHost
+from esper_servers.kasmina.host_config import SeedHostConfig
 from esper_servers.kasmina.kernels.library import Kernel, KernelLibrary
 from esper_servers.kasmina.learning_rate import LearningRateAuthority, OptimizerAuthority
 from esper_servers.kasmina.limits import LocalLimits
@@ -71,7 +72,7 @@ class Rig:
     make_authority: Callable[[torch.optim.Optimizer], LearningRateAuthority] = OptimizerAuthority
     factories: dict[str, BlueprintFactory] = field(default_factory=lambda: dict(FACTORIES))
     options: dict[str, object] = field(default_factory=dict)
-    """Further arguments of the host."""
+    """Parts of the host's configuration, and further arguments of the host."""
     site_names: tuple[str, str] = ("0", "2")
     batch: tuple[torch.Tensor, torch.Tensor] = field(default_factory=make_batch)
     make_host: Callable[..., InProcessSeedHost] = InProcessSeedHost
@@ -82,10 +83,12 @@ class Rig:
         self.sites = wrap_sites(self.model, self.site_names)
         self.authority = self.make_authority(self.optimizer)
         self.library = KernelLibrary(self._fetch, run_now)
+        parts = {name: self.options[name] for name in ("gates", "pause", "memory") if name in self.options}
+        further = {name: value for name, value in self.options.items() if name not in parts}
         self.host = self.make_host(
             model=self.model, sites=self.sites, keyring=keyring_for(ROOTS, TRAINER), audience=str(TRAINER),
-            library=self.library, factories=self.factories, learning_rate=self.authority, limits=self.limits,
-            clock=self.clock, **self.options,
+            library=self.library, factories=self.factories, learning_rate=self.authority,
+            config=SeedHostConfig(limits=self.limits, **parts), clock=self.clock, **further,
         )  # fmt: skip
         self.seed_ids = list(self.host.seeds)
         self.seed_id = self.seed_ids[1]

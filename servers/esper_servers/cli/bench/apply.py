@@ -130,6 +130,7 @@ class HostBench:
         from esper_servers.blueprints.catalogue import load_factories
         from esper_servers.kasmina.gates.config import GateConfig
         from esper_servers.kasmina.host import InProcessSeedHost
+        from esper_servers.kasmina.host_config import SeedHostConfig
         from esper_servers.kasmina.kernels.background import BackgroundWorker
         from esper_servers.kasmina.learning_rate import OptimizerAuthority
         from esper_servers.kasmina.limits import LocalLimits
@@ -149,8 +150,9 @@ class HostBench:
             library=_kernels(),
             factories=load_factories(),
             learning_rate=OptimizerAuthority(optimizer),
-            limits=LocalLimits(live_seeds=10_000, added_parameters=10**12),
-            gates=GateConfig(embargo_seconds=0.0),
+            config=SeedHostConfig(
+                limits=LocalLimits(live_seeds=10_000, added_parameters=10**12), gates=GateConfig(embargo_seconds=0.0)
+            ),
             background=self._worker,
         )
         self._model(torch.zeros(8, 64)).sum().backward()

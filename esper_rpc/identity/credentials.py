@@ -43,7 +43,11 @@ class Identity:
     def load(cls, directory: Path) -> Identity:
         """Read an identity; raises ConfigError when a file is missing, readable by others, or the leaf has ended."""
         parts = {part: read_secret(directory / name) for part, name in reversed(_FILES.items())}
-        identity = cls(spiffe_id=_spiffe_id_of(parts["chain_pem"]), directory=directory, **parts)
+        identity = cls(
+            spiffe_id=_spiffe_id_of(parts["chain_pem"], str(directory / _FILES["chain_pem"])),
+            directory=directory,
+            **parts,
+        )
         _check_files(identity, directory)
         if identity.not_after <= utc_now():
             raise ConfigError(
@@ -147,7 +151,7 @@ def _check_files(identity: Identity, directory: Path) -> None:
         raise ConfigError(f"{directory / _FILES['key_pem']} is not the key of the certificate beside it.")
 
 
-def _spiffe_id_of(chain_pem: bytes) -> SpiffeId:
+def _spiffe_id_of(chain_pem: bytes, source: str = "The certificate chain") -> SpiffeId:
     try:
         leaf = x509.load_pem_x509_certificate(chain_pem)
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -156,4 +160,4 @@ def _spiffe_id_of(chain_pem: bytes) -> SpiffeId:
             raise ConfigError(f"A leaf has exactly one SPIFFE id, this one has {len(uris)}.")
         return SpiffeId.parse(uris[0])
     except (*UNREADABLE, x509.ExtensionNotFound, InvalidRequest) as error:
-        raise ConfigError(f"The certificate chain cannot be read: {error}.") from error
+        raise ConfigError(f"{source} cannot be read: {error}; `esper pki issue` makes it anew.") from error

@@ -133,7 +133,7 @@ def replace_secret(path, content):
 def test_a_file_of_an_identity_that_cannot_be_read_is_a_clear_error(mesh, name, content):
     mesh.identity("trainer")
     replace_secret(mesh.identity_dir("trainer") / name, content)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=re.escape(name)):
         Identity.load(mesh.identity_dir("trainer"))
 
 

@@ -240,8 +240,9 @@ def _prepare(descriptor: int) -> None:
     try:
         if os.fstat(descriptor).st_size < FILE_BYTES:
             os.posix_fallocate(descriptor, 0, FILE_BYTES)
-        if os.pread(descriptor, len(MAGIC), 0) == bytes(len(MAGIC)):
-            _write(descriptor, _HEADER.pack(MAGIC, 0), 0)
+        # New, or spoiled by somebody: no reader takes anything from it then, and none would until it was removed.
+        if os.pread(descriptor, len(MAGIC), 0) != MAGIC:
+            _write(descriptor, _HEADER.pack(MAGIC, 0).ljust(FILE_BYTES, b"\0"), 0)
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
 

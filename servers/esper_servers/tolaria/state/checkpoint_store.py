@@ -245,8 +245,14 @@ class CheckpointStore:
                 raise ValueError("size_mismatch")
 
     def _all(self) -> list[Path]:
-        found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
+        found = [path for path in self._entries() if _NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: _serial_of(path.name))
+
+    def _entries(self) -> list[Path]:
+        # Somebody who needs room may remove it all; the next save makes it again.
+        with contextlib.suppress(FileNotFoundError):
+            return list(self.directory.iterdir())
+        return []
 
     def _last_serial(self) -> int:
         return max((_serial_of(path.name) for path in self._all()), default=0)
@@ -303,6 +309,7 @@ class CheckpointStore:
     def _lock(self) -> Iterator[None]:
         """Keep other threads waiting and other processes out; the kernel lets go of it when this one ends."""
         with self._writing, self._telling_of_the_disk():
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 self._claim(descriptor)

@@ -206,6 +206,18 @@ def test_a_file_that_is_cut_short_raises_instead_of_ending_the_process(opened, p
         reader.poll()
 
 
+def test_a_file_that_was_spoiled_is_told_to_those_who_have_it_open_and_made_anew_by_the_next(opened, path):
+    before = opened()
+    before.write(HALT, "old")
+    path.write_bytes(b"\xa5" * FILE_BYTES)
+    with pytest.raises(OSError, match="no shared signal"):
+        before.poll()
+    writer, reader = opened(), opened()
+    assert reader.poll() is None
+    writer.write(HALT, "new")
+    assert reader.poll().reason == "new"
+
+
 def test_the_place_is_in_memory_in_a_folder_of_this_user_alone(tmp_path):
     memory, home = tmp_path / "shm", tmp_path / "home"
     memory.mkdir()

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -310,6 +311,16 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file"):
         CheckpointStore(tmp_path / "file" / "checkpoints")
+
+
+def test_a_directory_that_was_removed_holds_nothing_and_is_made_again_by_the_next_save(store, directory):
+    fill(store, 1)
+    shutil.rmtree(directory)
+    assert (store.names(), store.manifests()) == ([], [])
+    with pytest.raises(NotFound, match="There is no checkpoint"):
+        store.load()
+    fill(store, 2)
+    assert store.load().manifest.step == 2
 
 
 def test_threads_write_one_after_the_other(store):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import esper_client
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType
 from esper_rpc.testing import fake_mesh
+from esper_servers.tolaria.emergency.levels import CONSERVATIVE, HALT
 from esper_servers.trainer import attach
 
 TERMINAL = (CommandOutcome.RESULT_APPLIED, CommandOutcome.RESULT_REJECTED, CommandOutcome.RESULT_FAILED)
@@ -102,6 +104,22 @@ def test_the_mesh_rolls_a_run_back_and_is_told_of_it_anew(mesh, make_loop):
     assert loop.step_until(lambda outcomes: outcomes)[0].result == CommandOutcome.RESULT_APPLIED
     once(mesh)
     assert loop.step_until(lambda outcomes: outcomes)[0].reason == "local_limit"
+
+
+def test_a_rollback_by_the_mesh_that_is_slow_or_late_has_consequences_for_the_run(make_loop, monkeypatch):
+    loop = make_loop(ESPER_CHECKPOINTS_SNAPSHOT_EVERY_STEPS="1")
+    loop.step()
+    checkpoints, tolaria, asked = (
+        loop.session.checkpoints,
+        loop.session.tolaria,
+        iter([{"elapsed_ms": 600.0}, {"is_late": True}]),
+    )
+    done = checkpoints._rollback.run
+    monkeypatch.setattr(checkpoints._rollback, "run", lambda **wanted: replace(done(**wanted), **next(asked)))
+    for level, is_halted in ((CONSERVATIVE, False), (HALT, True)):
+        checkpoints.roll_back(latest_step=1, reason="loss_spike")
+        assert (tolaria.emergencies.level, loop.session.halted) == (level, is_halted)
+        assert tolaria.mode.is_active
 
 
 def test_without_checkpoints_a_rollback_is_not_offered_and_refused(mesh, make_loop):

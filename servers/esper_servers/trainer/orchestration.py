@@ -22,11 +22,13 @@ from esper_servers.tolaria.checkpoints.keeper import CheckpointKeeper
 from esper_servers.tolaria.checkpoints.step_end import StepEnd
 from esper_servers.tolaria.conservative_mode import ConservativeMode
 from esper_servers.tolaria.emergency.emergencies import SWITCHED_OFF, Emergencies
+from esper_servers.tolaria.emergency.escalation import called_for_by
 from esper_servers.tolaria.emergency.shared_signal import SharedSignal, place_for
 from esper_servers.tolaria.epoch_guard import EpochGuard
 from esper_servers.tolaria.metrics.feed import MetricsFeed
 from esper_servers.tolaria.metrics.profiling import StepProfiler
 from esper_servers.tolaria.metrics.step_metrics import StepMetrics, TolariaConfig
+from esper_servers.tolaria.rollback.rollback import RollbackResult
 from esper_servers.tolaria.service import TolariaServicer
 from esper_servers.tolaria.train_step import TrainStep
 from esper_servers.tolaria.trainer import Trainer
@@ -132,6 +134,7 @@ def make_tolaria(
     )
     emergencies.begin()
     session.listen(feed.publish)
+    session.checkpoints.after_rollback = partial(_answer, emergencies)
     step_end: StepEnd = session.checkpoints.step_end
     session.halt.meanwhile(host.reach_safe_point)
     session.halt.meanwhile(partial(_reach, step_end, host))
@@ -150,6 +153,13 @@ def _keep_scale(checkpoints: Any, train_step: TrainStep) -> None:
     """Have checkpoints hold the scale of the gradients, which a run that goes back would not find again."""
     if checkpoints is not None and train_step.scaler.is_enabled():
         checkpoints.register("train_step.scaler", train_step.scaler)
+
+
+def _answer(emergencies: Emergencies, result: RollbackResult) -> None:
+    """Halt or hold back a run whose rollback calls for it, whoever asked for that."""
+    trigger = called_for_by(result)
+    if trigger is not None:
+        emergencies.alarm(trigger.level, trigger.reason)
 
 
 def _reach(step_end: StepEnd, host: InProcessSeedHost) -> None:

@@ -153,6 +153,21 @@ def test_another_process_resumes_a_fossil_and_a_blending_seed(make_run):
     assert second.picture() == first.picture()
 
 
+def test_a_seed_that_is_resumed_has_what_its_gates_and_its_payload_go_by(make_rig):
+    first, second = make_rig(), make_rig()
+    first.grow(lifecycle.TRAINING)
+    first.train(2)
+    grafted_at = first.step_index
+    assert first.do("START_GRAFTING").result == CommandOutcome.RESULT_APPLIED
+    first.train(21)
+    second.model.load_state_dict(first.model.state_dict())
+    second.host.load_state_dict(first.host.state_dict())
+    assert second.slot.updates == first.slot.updates > 20
+    assert second.do("STABILIZE").result == CommandOutcome.RESULT_APPLIED
+    assert second.do("CULL").result == CommandOutcome.RESULT_APPLIED
+    assert dict(second.host.rollback_payload(second.seed_id).payload)["step"] == grafted_at
+
+
 def test_a_seed_that_cannot_be_built_any_more_stands_in_the_way_and_nothing_changes(make_run, monkeypatch):
     run = make_run()
     run.rig.grow(lifecycle.TRAINING)

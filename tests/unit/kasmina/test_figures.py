@@ -13,6 +13,7 @@ from esper_servers.kasmina.gates.config import GateConfig
 from esper_servers.kasmina.isolation import isolation
 from esper_servers.kasmina.kernels import library as kernel_library
 from esper_servers.kasmina.kernels.library import KernelConfig
+from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.memory import MemoryConfig
 
 SECOND_NS = 10**9
@@ -41,6 +42,7 @@ def test_commands_are_fresh_for_a_minute_and_remembered_for_five():
 def test_caches_memory_and_pauses_are_bounded_as_the_requirements_say():
     kernels, bounds, pauses = KernelConfig(), MemoryConfig(), PauseConfig()
     assert (kernels.entries, kernels.megabytes, kernels.ttl_seconds, kernels.concurrent_fetches) == (1000, 512, 3600, 8)
+    assert LocalLimits().live_seeds == 8
     assert (bounds.warn_share, bounds.emergency_share, bounds.collect_epochs) == (0.85, 0.9, 100)
     assert (pauses.units_per_window, pauses.window_seconds, pauses.units_per_request) == (10_000, 60, 1000)
 

@@ -129,6 +129,21 @@ def test_a_controller_that_does_not_answer_is_not_waited_for_beyond_the_budget()
     assert (report.handshake, report.answer, report.breached) == ("late", None, False)
 
 
+class Waited(Future):
+    """An answer that does not come; keeps for how long it was waited for."""
+
+    def result(self, timeout=None):
+        self.seconds = timeout
+        raise TimeoutError
+
+
+@pytest.mark.parametrize(("state", "waited"), [(1.0, 12.0), (10.0, 8.0), (30.0, 0.0)])
+def test_an_answer_is_waited_for_as_long_as_the_budget_of_the_epoch_allows(bench, state, waited):
+    pending = Waited()
+    assert bench.run(state=state, ask=lambda _state: pending).handshake == "late"
+    assert pending.seconds * 1e3 == pytest.approx(waited)
+
+
 def test_an_answer_that_comes_late_is_counted_and_never_carried_out(bench):
     pending = Future()
     carried_out = []

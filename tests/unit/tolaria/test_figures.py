@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from esper_servers.optim.controller import JOINING_SHARE, LearningRateConfig
+from esper_servers.tolaria import trainer
 from esper_servers.tolaria.aggregation.aggregator import AggregationConfig
+from esper_servers.tolaria.aggregation.conflicts import EPSILON
 from esper_servers.tolaria.emergency.levels import CONSERVATIVE, ELEVATED, HALT, NOTICE, RESPONSES
 from esper_servers.tolaria.metrics.step_metrics import TolariaConfig
 from esper_servers.tolaria.rollback.rollback import CONSERVATIVE_SECONDS, RollbackConfig
 from esper_servers.tolaria.state.snapshot_cache import CacheConfig
+from esper_servers.tolaria.train_step import TrainStepConfig
 
 
 def test_a_rollback_has_the_budgets_of_the_requirements():
@@ -15,6 +18,7 @@ def test_a_rollback_has_the_budgets_of_the_requirements():
     assert (config.prepare_ms, config.commit_ms, config.confirm_ms) == (150, 250, 100)
     assert (config.full_prepare_ms, config.full_commit_ms, config.full_seconds, config.quorum) == (2000, 5000, 12, 0.66)
     assert CONSERVATIVE_SECONDS == 0.5
+    assert (trainer.FAST_SECONDS, trainer.FULL_SECONDS) == (0.5, 12.0)
     assert CacheConfig().snapshots == 5
 
 
@@ -32,7 +36,8 @@ def test_learning_rates_have_the_figures_of_the_requirements():
 
 def test_gradients_conflict_and_are_limited_as_the_requirements_say():
     config = AggregationConfig()
-    assert (config.threshold, config.max_norm) == (-0.5, 10.0)
+    assert (config.threshold, config.max_norm, EPSILON) == (-0.5, 10.0, 1e-8)
+    assert TrainStepConfig().max_gradient_norm == 10.0
 
 
 def test_a_step_is_enriched_and_a_seed_host_has_five_milliseconds():

@@ -436,6 +436,28 @@ def test_the_largest_gradients_of_seeds_are_shown_where_that_is_wanted(make_trai
     assert ("tolaria.seeds.active", {}, 1.0) in shown
 
 
+def test_steps_and_epochs_are_shown_by_the_names_of_the_design_and_one_step_in_ten_in_conservative_mode(
+    make_trainer, shown, ward
+):
+    loop = make_trainer(seeds=Seeds())
+    for _ in range(10):
+        loop.trainer.train((loop.x, loop.y))
+    loop.trainer.end_epoch(accuracy=0.75)
+    names = [name for name, _, _ in shown]
+    counts = {name: names.count(f"tolaria.{name}") for name in ("training.loss", "training.latency_ms", "seeds.active")}
+    # The first step has none before it.
+    assert counts == {"training.loss": 10, "training.latency_ms": 9, "seeds.active": 10}
+    assert ("tolaria.training.loss", {}, loop.session.told[-1][0]) in shown
+    assert ("tolaria.training.accuracy", {}, 0.75) in shown
+    assert names.count("tolaria.epoch_hook.latency_ms") == 1
+    ward.mode.enter("test")
+    shown.clear()
+    for _ in range(20):
+        loop.trainer.train((loop.x, loop.y))
+    names = [name for name, _, _ in shown]
+    assert (names.count("tolaria.training.loss"), names.count("tolaria.seeds.active")) == (2, 2)
+
+
 def test_steps_are_traced_when_it_was_asked_for(make_trainer, tmp_path):
     loop = make_trainer(profiler=StepProfiler(tmp_path))
     loop.trainer.train((loop.x, loop.y))

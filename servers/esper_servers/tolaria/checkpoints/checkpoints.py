@@ -54,6 +54,8 @@ class Checkpoints:
         self.step_end = StepEnd()
         """Where other threads ask for a checkpoint or a rollback: both belong between two steps."""
         self.last_rollback: RollbackResult | None = None
+        self.after_rollback: Callable[[RollbackResult], object] = lambda _result: None
+        """Told what became of each rollback, by the training thread; it must not raise."""
 
     def register(self, name: str, part: Stateful) -> None:
         """Have a scheduler, a scaler, a data loader saved and restored too; raises InvalidRequest for a name taken."""
@@ -128,7 +130,8 @@ class Checkpoints:
     ) -> RollbackResult:
         """Go back to the newest checkpoint up to a step, between two steps; raises OutOfStep alone.
 
-        What was kept of later steps is forgotten, on the disk set aside. See RollbackResult for what must follow.
+        What was kept of later steps is forgotten, on the disk set aside. See RollbackResult for what must follow, which
+        `after_rollback` sees to where the trainer runtime keeps the checkpoints.
         """
         result = self._rollback.run(latest_step=latest_step, reason=reason, severity=severity, tier=tier)
         self.last_rollback = result
@@ -137,6 +140,7 @@ class Checkpoints:
             # Behind a checkpoint that is still being written, which is of the future too.
             self._writer.submit(self._abandon_after, result.step)
         self._tell_rollback(result)
+        self.after_rollback(result)
         return result
 
     def settle(self) -> None:

@@ -8,13 +8,14 @@ from typing import Annotated
 
 from esper_rpc.config import Range, validate
 from esper_rpc.proto.tolaria.v1 import RollbackTier
+from esper_servers.tolaria.rollback.rollback import RollbackResult
 
 from .levels import CONSERVATIVE, ELEVATED, HALT, Level
 
 FAST, FULL = RollbackTier.ROLLBACK_TIER_FAST, RollbackTier.ROLLBACK_TIER_FULL
 LOSS_EXPLODED, LOSS_NOT_FINITE, ACCURACY_COLLAPSED = "loss_exploded", "loss_not_finite", "accuracy_collapsed"
 EPOCHS_FAILED, ROLLBACK_LATE, ROLLBACK_FAILED = "epochs_failed", "rollback_late", "rollback_failed"
-TOO_MANY_ROLLBACKS = "too_many_rollbacks"
+TOO_MANY_ROLLBACKS, ROLLBACK_SLOW = "too_many_rollbacks", "rollback_slow"
 SMOOTHING = 0.1
 
 
@@ -111,3 +112,15 @@ class Escalation:
             return Trigger(ELEVATED, ACCURACY_COLLAPSED, FULL)
         self._best_accuracy = max(self._best_accuracy, accuracy)
         return None
+
+
+def called_for_by(result: RollbackResult) -> Trigger | None:
+    """Say what a rollback calls for, whoever asked for it.
+
+    One that was refused left the run as it was, and is the business of who asked: a mesh that lies could halt by it.
+    """
+    if result.has_changed or result.is_late:
+        return Trigger(HALT, ROLLBACK_LATE if result.succeeded else ROLLBACK_FAILED)
+    if result.succeeded and result.needs_conservative_mode:
+        return Trigger(CONSERVATIVE, ROLLBACK_SLOW)
+    return None

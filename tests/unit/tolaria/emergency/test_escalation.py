@@ -7,8 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_rpc.errors import ConfigError
-from esper_servers.tolaria.emergency.escalation import FAST, FULL, EmergencyConfig, Escalation, Trigger
+from esper_servers.tolaria.emergency.escalation import (
+    FAST,
+    FULL,
+    EmergencyConfig,
+    Escalation,
+    Trigger,
+    called_for_by,
+)
 from esper_servers.tolaria.emergency.levels import CONSERVATIVE, ELEVATED, HALT
+from esper_servers.tolaria.rollback.rollback import RollbackResult
 
 EXPLODED = Trigger(CONSERVATIVE, "loss_exploded", FAST)
 
@@ -40,6 +48,16 @@ def test_an_explosion_is_told_once_until_the_loss_is_back_or_the_run_was_rolled_
     assert [warm.step(1.0), warm.step(100.0)] == [None, EXPLODED]
     assert warm.rolled_back(FAST, 0.1, 0.5) is None
     assert warm.step(100.0) == EXPLODED
+
+
+def test_the_loss_is_held_against_what_it_was_over_many_steps(warm):
+    # The smoothed loss is 1.9 after it, so that 28 is no explosion and 29 is one.
+    assert warm.step(10.0) is None
+    assert warm.step(28.0) is None
+    other = Escalation()
+    for loss in [1.0] * 10 + [10.0]:
+        other.step(loss)
+    assert other.step(29.0) == EXPLODED
 
 
 def test_a_run_that_begins_is_not_judged():
@@ -104,6 +122,21 @@ def test_one_rollback_too_many_in_an_epoch_halts_the_run(warm):
     assert warm.may_roll_back() == Trigger(HALT, "too_many_rollbacks")
     warm.epoch(failed=False)
     assert warm.may_roll_back() is None
+
+
+@pytest.mark.parametrize(
+    ("result", "trigger"),
+    [
+        ({"tier": "fast", "elapsed_ms": 500.0}, None),
+        ({"tier": "full", "elapsed_ms": 501.0}, Trigger(CONSERVATIVE, "rollback_slow")),
+        ({"tier": "full", "elapsed_ms": 12_100.0, "is_late": True}, Trigger(HALT, "rollback_late")),
+        ({"elapsed_ms": 900.0, "has_changed": True}, Trigger(HALT, "rollback_failed")),
+        ({"elapsed_ms": 900.0}, None),
+    ],
+    ids=["in time", "slow", "late", "between two states", "as it was"],
+)
+def test_a_rollback_calls_for_what_it_has_done_to_the_run(result, trigger):
+    assert called_for_by(RollbackResult(reason="loss_spike", severity=ELEVATED, **result)) == trigger
 
 
 def test_a_setting_out_of_range_names_itself():

@@ -25,7 +25,7 @@ from .aggregation.weights import SeedLoss
 from .checkpoints.keeper import CheckpointKeeper
 from .conservative_mode import ConservativeMode
 from .emergency.emergencies import Emergencies
-from .emergency.escalation import FULL, Escalation, Trigger
+from .emergency.escalation import Escalation, Trigger
 from .emergency.levels import ELEVATED, HALT, NOTICE
 from .epoch_guard import EpochGuard, EpochReport
 from .metrics.profiling import StepProfiler
@@ -35,7 +35,6 @@ from .train_step import StepResult, TrainStep
 
 log = structlog.get_logger(__name__)
 
-FAST_SECONDS, FULL_SECONDS = 0.5, 12.0
 STEPS_BETWEEN_EVENTS = 50
 CALM = "calm"
 INFO = TelemetryLevel.TELEMETRY_LEVEL_INFO
@@ -371,8 +370,7 @@ class Trainer:
         except EsperError as error:
             log.error("rollback_failed", reason=trigger.reason, problem=error.message)
             return self._escalation.rollback_failed(trigger.rollback)
-        deadline = FULL_SECONDS if done.tier == FULL else FAST_SECONDS
-        return self._escalation.rolled_back(done.tier, done.seconds, deadline)
+        return self._escalation.rolled_back(done.tier, is_late=done.is_late)
 
     def _calm_down(self) -> None:
         """After enough good epochs take back what this trainer raised by itself; a halt never."""

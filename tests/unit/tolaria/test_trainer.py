@@ -56,7 +56,7 @@ class Keeper:
 
     def __init__(self, model, optimizer):
         self.parts, self.kept, self.rollbacks = (model, optimizer), None, []
-        self.seconds, self.broken = 0.1, {}
+        self.is_late, self.broken = False, {}
 
     def checkpoints(self):
         return [Checkpoint(name="c")] if self.kept else []
@@ -73,7 +73,7 @@ class Keeper:
             raise self.broken[tier]
         for part, state in zip(self.parts, self.kept, strict=True):
             part.load_state_dict(copy.deepcopy(state))
-        return RolledBack(Checkpoint(name="c"), tier, self.seconds)
+        return RolledBack(Checkpoint(name="c"), tier, 0.1, self.is_late)
 
 
 class Loop:
@@ -198,11 +198,11 @@ def test_a_fast_rollback_that_cannot_be_done_becomes_a_full_one(loop, ward):
     assert ward.emergencies.level == CONSERVATIVE
 
 
-@pytest.mark.parametrize(("seconds", "broken"), [(13.0, [FAST]), (0.1, [FAST, FULL])], ids=["late", "fails"])
-def test_a_full_rollback_that_fails_or_is_late_halts_the_run(loop, ward, seconds, broken):
+@pytest.mark.parametrize(("is_late", "broken"), [(True, [FAST]), (False, [FAST, FULL])], ids=["late", "fails"])
+def test_a_full_rollback_that_fails_or_is_late_halts_the_run(loop, ward, is_late, broken):
     loop.keeper.create_checkpoint("")
     loop.keeper.broken = dict.fromkeys(broken, DataLoss("torn"))
-    loop.keeper.seconds = seconds
+    loop.keeper.is_late = is_late
     loop.scale = math.nan
     thread = threading.Thread(target=loop.step)
     halted = threading.Event()

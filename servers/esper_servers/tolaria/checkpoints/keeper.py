@@ -14,6 +14,8 @@ class RolledBack:
     checkpoint: Checkpoint
     tier: RollbackTier.ValueType
     seconds: float
+    is_late: bool = False
+    """Whether it took longer than it may."""
 
 
 class CheckpointKeeper(Protocol):

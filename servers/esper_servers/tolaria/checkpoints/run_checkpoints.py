@@ -77,7 +77,8 @@ class RunCheckpoints:
                 name=checkpoint or f"step-{result.step}", digest=bytes.fromhex(result.digest),
                 global_step=result.step, epoch=result.epoch,
             )  # fmt: skip
-            return RolledBack(told, _TIERS[result.tier], result.elapsed_ms / 1000)
+            is_late = result.is_late if result.tier == FULL else result.needs_conservative_mode
+            return RolledBack(told, _TIERS[result.tier], result.elapsed_ms / 1000, is_late)
         why = ", ".join(f"{failure.tier}: {failure.reason}" for failure in result.failures)
         if {failure.reason for failure in result.failures} <= _NOTHING_THERE:
             raise NotFound(f"There is no checkpoint to return to ({why}).")

@@ -85,12 +85,10 @@ class Escalation:
             return Trigger(HALT, EPOCHS_FAILED)
         return self._accuracy(accuracy) if accuracy is not None and math.isfinite(accuracy) else None
 
-    def rolled_back(self, tier: RollbackTier.ValueType, seconds: float, deadline_seconds: float) -> Trigger | None:
+    def rolled_back(self, tier: RollbackTier.ValueType, *, is_late: bool) -> Trigger | None:
         """Judge a rollback that was done: a fast one that was late may be repeated from disk, a full one not."""
         self._has_exploded, self._rollbacks = False, self._rollbacks + 1
-        if seconds > deadline_seconds:
-            return Trigger(HALT if tier == FULL else CONSERVATIVE, ROLLBACK_LATE)
-        return None
+        return Trigger(HALT if tier == FULL else CONSERVATIVE, ROLLBACK_LATE) if is_late else None
 
     def rollback_failed(self, tier: RollbackTier.ValueType) -> Trigger:
         """Say what is left when a rollback could not be done."""

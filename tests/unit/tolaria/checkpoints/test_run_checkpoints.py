@@ -12,7 +12,7 @@ from esper_rpc.proto.tolaria.v1 import RollbackTier
 from esper_servers.tolaria.checkpoints.checkpoints import Checkpoints
 from esper_servers.tolaria.checkpoints.run_checkpoints import RunCheckpoints
 from esper_servers.tolaria.rollback.participants import TrainingParticipant
-from esper_servers.tolaria.rollback.rollback import Rollback
+from esper_servers.tolaria.rollback.rollback import Rollback, RollbackConfig, Vote
 from esper_servers.tolaria.state.checkpoint_store import CheckpointStore
 from esper_servers.tolaria.state.snapshot_cache import CacheConfig, SnapshotCache
 
@@ -30,10 +30,10 @@ def run():
 def keep(training, tmp_path, run):
     made = []
 
-    def keep(*, has_store=True, snapshots=5):
+    def keep(*, has_store=True, snapshots=5, members=(), **timing):
         cache = SnapshotCache(CacheConfig(snapshots=snapshots))
         store = CheckpointStore(tmp_path / "checkpoints") if has_store else None
-        rollback = Rollback([TrainingParticipant(training.state)], cache=cache, store=store)
+        rollback = Rollback([TrainingParticipant(training.state), *members], cache=cache, store=store, **timing)
         made.append(Checkpoints(training.state, cache=cache, store=store, rollback=rollback))
         return RunCheckpoints(made[-1], run)
 
@@ -68,6 +68,40 @@ def test_a_rollback_restores_what_was_there_by_the_tier_that_is_told(keep, train
     done = keeper.rollback("", wanted, "operator")
     assert training.picture() == before
     assert (done.tier, done.checkpoint.global_step, done.seconds > 0) == (tier, made.global_step, True)
+
+
+class Slow:
+    """A participant of a rollback that takes its time to confirm it."""
+
+    name = "slow"
+
+    def __init__(self, clock, seconds):
+        self._clock, self._seconds = clock, seconds
+
+    def prepare(self, _order):
+        return Vote(self.name, agrees=True)
+
+    def commit(self, _order):
+        pass
+
+    def confirm(self, _order):
+        self._clock.advance(self._seconds)
+
+    def abort(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("wanted", "seconds", "is_late"),
+    [(FAST, 0.5, False), (FAST, 0.51, True), (FULL, 1.0, False), (FULL, 1.01, True)],
+)
+def test_a_rollback_is_late_by_the_settings_of_the_run(keep, training, run, clock, wanted, seconds, is_late):
+    config = RollbackConfig(confirm_ms=10_000, full_seconds=1.0)
+    keeper = keep(members=[Slow(clock, seconds)], clock=clock, config=config)
+    train(training, run)
+    keeper.create_checkpoint("operator")
+    done = keeper.rollback("", wanted, "operator")
+    assert (done.tier, done.is_late) == (wanted, is_late)
 
 
 def test_a_named_checkpoint_is_returned_to_though_there_are_newer_ones(keep, training, run):

@@ -46,7 +46,7 @@ def test_a_loss_that_is_no_number_does_so_from_the_first_step_on(loss):
 def test_an_explosion_is_told_once_until_the_loss_is_back_or_the_run_was_rolled_back(warm):
     assert [warm.step(100.0), warm.step(100.0), warm.step(math.nan)] == [EXPLODED, None, None]
     assert [warm.step(1.0), warm.step(100.0)] == [None, EXPLODED]
-    assert warm.rolled_back(FAST, 0.1, 0.5) is None
+    assert warm.rolled_back(FAST, is_late=False) is None
     assert warm.step(100.0) == EXPLODED
 
 
@@ -97,17 +97,10 @@ def test_an_accuracy_that_collapses_calls_for_a_full_rollback():
     assert found == [None, None, Trigger(ELEVATED, "accuracy_collapsed", FULL), None]
 
 
-@pytest.mark.parametrize(
-    ("tier", "seconds", "deadline", "trigger"),
-    [
-        (FAST, 0.5, 0.5, None),
-        (FAST, 0.51, 0.5, Trigger(CONSERVATIVE, "rollback_late")),
-        (FULL, 12.0, 12.0, None),
-        (FULL, 12.1, 12.0, Trigger(HALT, "rollback_late")),
-    ],
-)
-def test_a_rollback_that_misses_its_deadline_has_consequences(tier, seconds, deadline, trigger):
-    assert Escalation().rolled_back(tier, seconds, deadline) == trigger
+@pytest.mark.parametrize(("tier", "level"), [(FAST, CONSERVATIVE), (FULL, HALT)])
+def test_a_rollback_that_is_late_has_consequences(tier, level):
+    assert Escalation().rolled_back(tier, is_late=False) is None
+    assert Escalation().rolled_back(tier, is_late=True) == Trigger(level, "rollback_late")
 
 
 def test_a_fast_rollback_that_fails_becomes_a_full_one_and_that_a_halt():
@@ -118,7 +111,7 @@ def test_a_fast_rollback_that_fails_becomes_a_full_one_and_that_a_halt():
 def test_one_rollback_too_many_in_an_epoch_halts_the_run(warm):
     for _ in range(3):
         assert warm.may_roll_back() is None
-        warm.rolled_back(FAST, 0.1, 0.5)
+        warm.rolled_back(FAST, is_late=False)
     assert warm.may_roll_back() == Trigger(HALT, "too_many_rollbacks")
     warm.epoch(failed=False)
     assert warm.may_roll_back() is None

@@ -11,6 +11,7 @@ import orjson
 from torch import Tensor, nn
 
 from esper_client.seed_host import RunDescription
+from esper_rpc import verdict
 from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.envelope import Keyring, Verifier
 from esper_rpc.errors import FailedPrecondition, NotFound
@@ -28,7 +29,7 @@ from esper_rpc.proto.leyline.v1 import (
 from esper_servers.blueprints.catalogue import BlueprintFactory
 from esper_servers.blueprints.extras import describe_module
 
-from . import lifecycle, verdict
+from . import lifecycle
 from .boundary import Boundary
 from .checkpoint import Checkpoint
 from .export import without_sites

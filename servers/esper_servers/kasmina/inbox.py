@@ -5,19 +5,17 @@ from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
-from esper_rpc import rules
+from esper_rpc import rules, verdict
 from esper_rpc.envelope import Rejected, Verifier, reasons
 from esper_rpc.envelope.verification import Accepted
 from esper_rpc.errors import InvalidRequest
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, SeedOperation, SignedEnvelope
 
-from . import verdict
 from .kernels.library import KernelLibrary
 from .progress import Progress
 from .telemetry.events import SeedEvents
 from .telemetry.notices import WARNING, Tell
 
-MALFORMED = "malformed_payload"
 MOST_QUEUED = 10_000
 """Commands that wait for a safe point at most; a loop that stands still would gather them without end."""
 SUPPORTED = frozenset(
@@ -81,7 +79,7 @@ class CommandInbox:
 
     def _enqueue(self, accepted: Accepted, receiver_epoch: bytes) -> CommandOutcome:
         command, nonce = _parse(accepted.payload), accepted.nonce
-        reason = MALFORMED if command is None else self._why_not(command, nonce)
+        reason = verdict.MALFORMED if command is None else self._why_not(command, nonce)
         if command is None or reason:
             self.verifier.count(reason)
             return self._refuse(nonce, reason)

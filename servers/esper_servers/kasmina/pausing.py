@@ -3,18 +3,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from esper_rpc import verdict
 from esper_rpc.envelope import reasons
 from esper_rpc.pause_quota import PauseConfig, PauseQuota
 from esper_rpc.proto.leyline.v1 import TelemetryLevel
+from esper_rpc.verdict import Verdict
 
-from . import lifecycle, verdict
+from . import lifecycle
 from .gates import interface
 from .gates.health import why_failed
 from .inbox import Queued
 from .limits import LocalLimits
 from .seed_slot import SeedSlot
 from .telemetry.notices import INFO, WARNING, Tell, tell_nobody
-from .verdict import Verdict
 
 UNKNOWN_SEED = "unknown_seed"
 DEFAULT_PAUSE_MS = 1000

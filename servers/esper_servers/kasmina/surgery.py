@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 
 import structlog
 
+from esper_rpc import verdict
 from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedLifecycleGate, SeedLifecycleStage
+from esper_rpc.verdict import Verdict
 from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY, describe
 
-from . import lifecycle, verdict
+from . import lifecycle
 from .blending.alpha import schedule_of
 from .boundary import Boundary
 from .gatekeeper import KERNEL_LATE, Gatekeeper
@@ -28,7 +30,6 @@ from .rollback_payloads import NO_GATE, RollbackPayloads
 from .seed_slot import SeedSlot
 from .telemetry.events import SeedEvents
 from .telemetry.notices import INFO, WARNING, Tell
-from .verdict import Verdict
 
 log = structlog.get_logger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CircuitState, EmergencyLevel, TelemetryLevel
+from esper_rpc.verdict import APPLIED, MALFORMED, Verdict, failed, rejected
 
-from .answer import APPLIED, MALFORMED, Answer, failed, rejected
 from .emergency.emergencies import OPERATOR, Emergencies
 from .emergency.levels import NONE, Level
 from .epoch_guard import BREAKER
@@ -23,7 +23,7 @@ _LEVELS = {name.removeprefix("EMERGENCY_LEVEL_"): level for name, level in Emerg
 _UNSPECIFIED = CircuitState.CIRCUIT_STATE_UNSPECIFIED
 
 
-def raise_level(command: AdaptationCommand, emergencies: Emergencies, *, issuer: str) -> Answer:
+def raise_level(command: AdaptationCommand, emergencies: Emergencies, *, issuer: str) -> Verdict:
     """Raise the emergency level that a command names; it never lowers one, and a lower one is only told."""
     level = _level_of(command)
     if level is None:
@@ -34,7 +34,7 @@ def raise_level(command: AdaptationCommand, emergencies: Emergencies, *, issuer:
     return APPLIED
 
 
-def move_breaker(command: AdaptationCommand, breakers: Mapping[str, CircuitBreaker], *, issuer: str) -> Answer:
+def move_breaker(command: AdaptationCommand, breakers: Mapping[str, CircuitBreaker], *, issuer: str) -> Verdict:
     """Move the breaker that a command names, by default the trainer's own. Only operators close one.
 
     What failed here opened it, and a mesh that lies could otherwise take that protection away.

@@ -11,11 +11,9 @@ from esper_client.follower_session import FollowerSession
 from esper_client.session import TrainingSession
 from esper_rpc.proto.leyline.v1 import CommandType
 from esper_servers.kasmina.host import InProcessSeedHost
-from esper_servers.kasmina.inbox import Queued
 from esper_servers.kasmina.limits import LocalLimits
 from esper_servers.kasmina.ranks.following_host import FollowingSeedHost
 from esper_servers.kasmina.ranks.leading_host import LeadingSeedHost
-from esper_servers.kasmina.verdict import Verdict
 from esper_servers.tolaria.checkpoints.assembly import keep_checkpoints
 from esper_servers.tolaria.checkpoints.keeper import CheckpointKeeper
 from esper_servers.tolaria.checkpoints.run_checkpoints import RunCheckpoints
@@ -54,12 +52,7 @@ def keep_run_checkpoints(
     keeper = RunCheckpoints(session.checkpoints, session) if config.is_enabled or config.needs_directory else None
     if not config.is_enabled:
         return keeper
-
-    def carry_out(queued: Queued) -> Verdict | None:
-        answer = schedule.carry_out(queued.command)
-        return None if answer is None else Verdict(*answer)
-
-    host.route(CommandType.COMMAND_TYPE_ROLLBACK, carry_out)
+    host.route(CommandType.COMMAND_TYPE_ROLLBACK, lambda queued: schedule.carry_out(queued.command))
     session.features = (*session.features, "rollback")
     return keeper
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.proto.leyline.v1 import CommandType
+from esper_rpc.verdict import Verdict
 from esper_servers.kasmina.host import InProcessSeedHost
 from esper_servers.kasmina.inbox import Queued
 from esper_servers.kasmina.learning_rate import LearningRateAuthority
-from esper_servers.kasmina.verdict import Verdict
 from esper_servers.optim.controller import UnifiedLRController
 from esper_servers.optim.telemetry import BREAKER as LEARNING_RATE
 from esper_servers.tolaria.commands import move_breaker, raise_level
@@ -34,7 +34,7 @@ def route_commands(
     """Have emergencies and moves of breakers that are commanded carried out at the safe point; returns the features."""
 
     def raise_it(queued: Queued) -> Verdict:
-        return Verdict(*raise_level(queued.command, emergencies, issuer=queued.issuer))
+        return raise_level(queued.command, emergencies, issuer=queued.issuer)
 
     host.route(CommandType.COMMAND_TYPE_EMERGENCY, raise_it)
     route_moves(host, breakers)
@@ -45,6 +45,6 @@ def route_moves(host: InProcessSeedHost, breakers: Mapping[str, CircuitBreaker])
     """Have moves of these breakers carried out at the safe point."""
 
     def move_it(queued: Queued) -> Verdict:
-        return Verdict(*move_breaker(queued.command, breakers, issuer=queued.issuer))
+        return move_breaker(queued.command, breakers, issuer=queued.issuer)
 
     host.route(CommandType.COMMAND_TYPE_CIRCUIT_BREAKER, move_it)

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
+from esper_rpc import verdict
 from esper_rpc.proto.leyline.v1 import CommandOutcome, CommandType
-from esper_servers.kasmina import lifecycle, verdict
+from esper_servers.kasmina import lifecycle
 
 STAGES = [
     lifecycle.DORMANT, lifecycle.GERMINATED, lifecycle.TRAINING, lifecycle.BLENDING, lifecycle.SHADOWING,

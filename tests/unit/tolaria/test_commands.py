@@ -7,7 +7,7 @@ import pytest
 from esper_rpc.breaker import BreakerConfig, CircuitBreaker
 from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CircuitState, CommandOutcome, CommandType, SeedOperation
-from esper_servers.tolaria.answer import APPLIED, Answer
+from esper_rpc.verdict import APPLIED, Verdict
 from esper_servers.tolaria.commands import move_breaker, raise_level
 from esper_servers.tolaria.emergency.escalation import EmergencyConfig
 from esper_servers.tolaria.emergency.levels import CONSERVATIVE, ELEVATED, HALT, NOTICE, name_of
@@ -17,7 +17,7 @@ CLOSED, OPEN, HALF_OPEN = (
     CircuitState.CIRCUIT_STATE_CLOSED, CircuitState.CIRCUIT_STATE_OPEN, CircuitState.CIRCUIT_STATE_HALF_OPEN,
 )  # fmt: skip
 REJECTED, FAILED = CommandOutcome.RESULT_REJECTED, CommandOutcome.RESULT_FAILED
-MALFORMED, BEYOND = Answer(REJECTED, "malformed_payload"), Answer(REJECTED, reasons.LOCAL_LIMIT)
+MALFORMED, BEYOND = Verdict(REJECTED, "malformed_payload"), Verdict(REJECTED, reasons.LOCAL_LIMIT)
 
 
 def emergency(level="", **annotations):
@@ -104,7 +104,7 @@ def test_the_mesh_opens_a_breaker_and_closes_none(breakers, state, answer):
 
 
 def test_a_breaker_that_there_is_not_and_a_state_that_is_none_change_nothing(breakers, told):
-    assert move_breaker(move(OPEN, "kettle"), breakers, issuer="operator") == Answer(FAILED, "unknown_breaker")
+    assert move_breaker(move(OPEN, "kettle"), breakers, issuer="operator") == Verdict(FAILED, "unknown_breaker")
     assert move_breaker(move(0), breakers, issuer="operator") == MALFORMED
     assert move_breaker(emergency(), breakers, issuer="operator") == MALFORMED
     assert {breaker.state for breaker in breakers.values()} == {CLOSED}

@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple, Protocol
 from esper_rpc.config import Range, validate
 from esper_rpc.envelope import reasons
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, EmergencyLevel
-from esper_servers.tolaria.answer import MALFORMED, Answer, failed, rejected
+from esper_rpc.verdict import MALFORMED, Verdict, failed, rejected
 from esper_servers.tolaria.rollback.rollback import FAST, FULL
 from esper_servers.tolaria.state.checkpoint_store import StoreConfig
 from esper_servers.tolaria.state.snapshot_cache import CacheConfig
@@ -87,9 +87,9 @@ class CheckpointSchedule:
         self._limit = rollbacks_per_epoch
         self._asked: Counter[int] = Counter()
         self._waiting: dict[str, _Wanted] = {}
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[str, Verdict] = {}
 
-    def carry_out(self, command: AdaptationCommand) -> Answer | None:
+    def carry_out(self, command: AdaptationCommand) -> Verdict | None:
         """Take a command at the safe point; None until the step has ended in which it came."""
         if command.command_id in self._answers:
             return self._answers.pop(command.command_id)
@@ -119,7 +119,7 @@ class CheckpointSchedule:
         elif _is_due(step, self._config.snapshot_every_steps):
             self._checkpoints.snapshot(epoch=epoch, step=step)
 
-    def _roll_back(self, wanted: _Wanted) -> Answer:
+    def _roll_back(self, wanted: _Wanted) -> Verdict:
         result = self._checkpoints.roll_back(
             latest_step=min(self._session.global_step, wanted.step),
             reason=wanted.reason,
@@ -127,7 +127,7 @@ class CheckpointSchedule:
             tier=wanted.tier,
         )
         if result.succeeded:
-            return Answer(CommandOutcome.RESULT_APPLIED, result.tier)
+            return Verdict(CommandOutcome.RESULT_APPLIED, result.tier)
         return failed(ROLLBACK_FAILED)
 
 

@@ -6,7 +6,8 @@ from concurrent.futures import Future
 import pytest
 
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome, CommandType, EmergencyLevel
-from esper_servers.tolaria.checkpoints.schedule import Answer, CheckpointConfig, CheckpointSchedule
+from esper_rpc.verdict import Verdict
+from esper_servers.tolaria.checkpoints.schedule import CheckpointConfig, CheckpointSchedule
 from esper_servers.tolaria.checkpoints.step_end import StepEnd
 from esper_servers.tolaria.rollback.rollback import RollbackResult
 
@@ -85,7 +86,7 @@ def test_a_rollback_is_done_when_the_step_has_ended_and_told_in_the_next(make, r
         {"latest_step": 7, "reason": "loss_spike", "severity": EmergencyLevel.EMERGENCY_LEVEL_ELEVATED, "tier": "fast"}
     ]
     assert run.made == []
-    assert schedule.carry_out(asked) == Answer(APPLIED, "fast")
+    assert schedule.carry_out(asked) == Verdict(APPLIED, "fast")
     schedule.end_step()
     assert len(run.asked) == 1
 
@@ -95,7 +96,7 @@ def test_a_rollback_that_fails_is_a_command_that_failed(make, run):
     run.tier = ""
     schedule.carry_out(asked)
     schedule.end_step()
-    assert schedule.carry_out(asked) == Answer(CommandOutcome.RESULT_FAILED, "rollback_failed")
+    assert schedule.carry_out(asked) == Verdict(CommandOutcome.RESULT_FAILED, "rollback_failed")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_a_command_says_how_far_and_from_where(make, run, payload, asked):
 )  # fmt: skip
 def test_a_payload_that_cannot_be_meant_is_refused(make, run, payload):
     schedule = make()
-    assert schedule.carry_out(command(**payload)) == Answer(REJECTED, "malformed_payload")
+    assert schedule.carry_out(command(**payload)) == Verdict(REJECTED, "malformed_payload")
     schedule.end_step()
     assert run.asked == []
 
@@ -130,10 +131,10 @@ def test_the_mesh_has_so_many_rollbacks_an_epoch(make, run):
     schedule = make(limit=2)
     for epoch in (3, 4):
         run.epoch = epoch
-        assert [schedule.carry_out(command()) for _ in range(3)] == [None, None, Answer(REJECTED, "local_limit")]
+        assert [schedule.carry_out(command()) for _ in range(3)] == [None, None, Verdict(REJECTED, "local_limit")]
         schedule.end_step()
     run.epoch = 3
-    assert schedule.carry_out(command()) == Answer(REJECTED, "local_limit")
+    assert schedule.carry_out(command()) == Verdict(REJECTED, "local_limit")
     assert len(run.asked) == 4
 
 

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandOutcome
 
+MALFORMED = "malformed_payload"
+
 
 class Verdict(NamedTuple):
     """What became of a command, and the stable reason why."""

@@ -182,6 +182,23 @@ def settings_are_valid(patient: Patient) -> Iterator[Finding]:
         yield Finding("settings", f"[{section}] is read by nobody", f"use one of {', '.join(sections)}")
 
 
+def seeds_stay_long_enough(patient: Patient) -> Iterator[Finding]:
+    """A trainer leaves a seed in a stage for as long as Tamiyo wants it there."""
+    from esper_servers.kasmina.gates.config import GateConfig
+    from esper_servers.policy.prior import PriorConfig
+
+    path, environ = patient.home.settings_file, patient.environ
+    try:
+        most = load(GateConfig, "seed_gates", path=path, environ=environ).stage_patience
+        prior = load(PriorConfig, "prior", path=path, environ=environ)
+    except ConfigError:
+        return  # Told above.
+    for name in ("shadow_steps", "probation_steps"):
+        if 0 < most <= getattr(prior, name):
+            problem = f"[prior] {name} = {getattr(prior, name)}: a trainer takes a seed out after {most} steps"
+            yield Finding("settings", problem, f"raise stage_patience of [seed_gates] in {path}, or lower {name}")
+
+
 def process_environment(patient: Patient) -> Iterator[Finding]:
     """Nothing in the environment undoes what the step path needs."""
     found = patient.environ.get
@@ -226,7 +243,8 @@ def library_is_seeded(patient: Patient) -> Iterator[Finding]:
 
 CHECKS: tuple[Check, ...] = (
     home_is_writable, authority_is_valid, certificates_are_valid, keyrings_agree, secret_in_the_environment,
-    settings_are_valid, process_environment, deny_list_spares_us, services_are_reachable, library_is_seeded,
+    settings_are_valid, seeds_stay_long_enough, process_environment, deny_list_spares_us, services_are_reachable,
+    library_is_seeded,
 )  # fmt: skip
 
 

@@ -445,6 +445,7 @@ class InProcessSeedHost:
 
     def _recount(self) -> None:
         self._upkeep.resume()
+        self._surgeon.patience.clear()
         self._surgeon.rollback_payloads.clear()
         self._live.recount(self.seeds.values())
         planted = [(slot.seed_id, slot.site.seed) for slot in self.seeds.values()]

@@ -24,6 +24,7 @@ from .learning_rate import LearningRateAuthority
 from .limits import LocalLimits
 from .live_seeds import LiveSeeds
 from .memory import MemoryGovernor
+from .patience import Patience
 from .pausing import UNKNOWN_SEED, Pauses
 from .progress import Progress
 from .rollback_payloads import NO_GATE, RollbackPayloads
@@ -77,6 +78,7 @@ class Surgeon:
         self._events = events
         self._progress = progress
         self._tell = tell
+        self.patience = Patience(config=gatekeeper.config, progress=progress)
         self.rollback_payloads = RollbackPayloads()
         self.routes: dict[CommandType.ValueType, Route] = {}
         """Who carries out the commands of a type that are not for seeds."""
@@ -103,6 +105,7 @@ class Surgeon:
             slot.move(target)
             self._live.note(slot)
             self._boundary.isolation.follow(slot)
+        self.patience.renew(slot)
         self._events.moved(slot, before, reason, command_id)
 
     def fall_back(self, slot: SeedSlot, reason: str, command_id: str = "") -> None:
@@ -112,6 +115,14 @@ class Surgeon:
         self._tell("fallback_applied", WARNING, reason=reason, seed_id=slot.seed_id, failure=failure)
         if reason == OUT_OF_MEMORY:
             self._governor.ran_out()
+
+    def lose_patience(self) -> None:
+        """Cull a grafted seed that does harm, or that nobody has moved on for long; call it once a step."""
+        found = self.patience.look(self._seeds[seed_id] for seed_id in self._live)
+        if found is not None:
+            slot, gate = found
+            self._events.judged(slot, gate, command_id="")
+            self._cull(slot, gate.reason, gate=gate.gate)
 
     def terminate(self, slot: SeedSlot) -> None:
         """Take a seed out for good: no operation leads back. A fossil leaves the optimizer, too."""

@@ -48,6 +48,7 @@ class Upkeep:
         passed, self._ended_at = now - self._ended_at, now
         for slot in slots:
             self._finalize(slot, passed)
+        self._surgeon.lose_patience()
 
     def _finalize(self, slot: SeedSlot, seconds: float) -> None:
         slot.steps_in_stage += 1

@@ -1,4 +1,7 @@
-"""G4, before a seed becomes a fossil: the loss of the whole model is not worse than before the graft."""
+"""G4, before a seed becomes a fossil: the loss of the whole model is not worse than before the graft.
+
+What a seed does to the model is asked in every step before that, too, see `patience`.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,17 @@ def judge(slot: SeedSlot, config: GateConfig, *, loss: float) -> GateEvent:
     detail = f"{loss:g}, before the graft {before:g}" if before is not None else f"{loss:g}"
     return report(
         GATE,
-        [health.look(slot), check("loss", FAILED, REASON, detail, holds=_keeps_the_loss(before, loss, config))],
+        [health.look(slot), check("loss", FAILED, REASON, detail, holds=keeps_the_loss(slot, config, loss=loss))],
     )
 
 
-def _keeps_the_loss(before: float | None, loss: float, config: GateConfig) -> bool:
+def out_of_patience(reason: str, detail: str) -> GateEvent:
+    """Tell of a seed that is taken out without having asked to move on."""
+    return report(GATE, [check("patience", FAILED, reason, detail, holds=False)])
+
+
+def keeps_the_loss(slot: SeedSlot, config: GateConfig, *, loss: float) -> bool:
+    """Whether the loss is no worse than before the graft, as far as one is known."""
+    before = slot.loss_at_graft
     # Written so that a loss that is not a number fails.
     return before is None or loss <= before + config.loss_tolerance * abs(before) + config.loss_margin

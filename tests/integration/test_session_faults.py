@@ -151,12 +151,14 @@ def test_outcomes_are_sent_until_they_are_acknowledged(session, fake):
 
 def test_a_step_tells_the_four_metrics_of_the_loop(session, fake):
     step_until(session, lambda: session.reasons["nominal"])
-    answered = len(fake.steps)
+    answered, begun = len(fake.steps), time.monotonic()
+    session.step(0.5)
     session.step(0.25, samples=32, gradient_norm=1.5)
-    step_until(session, lambda: len(fake.steps) > answered)
-    told = fake.steps[answered].packet.training_metrics
+    least = 32 / (time.monotonic() - begun)
+    step_until(session, lambda: len(fake.steps) > answered + 1)
+    told = fake.steps[answered + 1].packet.training_metrics
     assert (told["loss"], told["gradient_norm"]) == (0.25, 1.5)
-    assert told["samples_per_s"] > 0
+    assert told["samples_per_s"] >= least
     assert told["hook_latency_ms"] > 0
     # Of the step before; one that could not be asked has none.
     assert told["tamiyo_latency_ms"] > 0
@@ -365,6 +367,20 @@ def test_a_host_ends_its_step_whatever_fails_before_it(session, fake, part, work
     setattr(getattr(session, part), work, breaks)
     step_until(session, lambda: session.reasons["internal_error"] > 0)
     assert ended == list(range(1, session.global_step + 1))
+
+
+def test_a_step_is_observed_then_commands_are_applied_then_alphas_advance_then_it_is_finalized(session):
+    calls, host = [], session.host
+
+    def note(name, result):
+        setattr(host, name, lambda *_: calls.append(name) or result)
+
+    order = ["observe", "apply_pending", "advance_alphas", "finalize_step"]
+    for name in order:
+        note(name, [])
+    for _ in range(3):
+        session.step(0.5)
+    assert calls == order * 3
 
 
 def test_a_loss_that_is_no_number_is_a_step_too(session):

@@ -77,7 +77,10 @@ def instantiate(
         raise KernelRejected(BAD_CONFIG, str(error)) from error
     if tensors is not None:
         _load_weights(module, tensors)
-    return module.to(device=device, dtype=dtype)
+    module = module.to(device=device, dtype=dtype)
+    if tensors is not None and not all(bool(torch.isfinite(p).all()) for p in module.state_dict().values()):
+        raise KernelRejected(NON_FINITE_WEIGHTS, f"they are too large for {dtype}")
+    return module
 
 
 @contextmanager
@@ -119,6 +122,15 @@ def _read_weights(manifest: KernelManifest, weights: bytes | None) -> dict[str, 
 
 
 def _load_weights(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = module.state_dict()
+    # torch would make floats of whole numbers, and the other way round, without a word.
+    odd = [
+        name
+        for name in tensors.keys() & own.keys()
+        if tensors[name].dtype.is_floating_point != own[name].dtype.is_floating_point
+    ]
+    if odd:
+        raise KernelRejected(DTYPE_MISMATCH, f"{odd[0]} holds {tensors[odd[0]].dtype}")
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

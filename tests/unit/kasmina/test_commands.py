@@ -146,8 +146,10 @@ def test_weights_that_match_their_checksum_are_loaded(rig, make_kernel):
     [
         ({**WEIGHTS, "reduce.weight": torch.full((8, 8), float("nan"))}, "non_finite_weights"),
         ({**WEIGHTS, "reduce.weight": torch.ones(8, 4)}, "shape_mismatch"),
+        ({**WEIGHTS, "reduce.weight": torch.ones(8, 8, dtype=torch.int32)}, "dtype_mismatch"),
+        ({**WEIGHTS, "reduce.weight": torch.full((8, 8), 1e300, dtype=torch.float64)}, "non_finite_weights"),
     ],
-    ids=["not finite", "of another shape"],
+    ids=["not finite", "of another shape", "of another kind", "too large"],
 )
 def test_weights_that_do_not_fit_cull_the_seed(rig, make_kernel, weights, reason):
     outcome = germinate_with(rig, make_kernel, weights)

@@ -82,6 +82,9 @@ def test_what_a_seed_tells_of_itself_is_a_feature_and_what_it_does_not_is_masked
         assert feature(graph, "seed", name) == known, name
     others = graph.inputs.features["seed"][1 : len(sample.sample_seeds())]
     assert not others.any()
+    graph.fill(packet([SeedState(seed_id="seed-0", stage=stage)]))
+    known = [name for name in schema.FEATURES["seed"] if feature(graph, "seed", name)[1]]
+    assert known == ["stage"]
 
 
 def test_what_is_least_known_comes_first_and_what_is_known_of_all_is_left_out():

@@ -279,6 +279,20 @@ def test_a_seed_host_that_takes_too_long_is_told_once_in_fifty_steps(loop, told)
     assert (late[0]["budget_ms"], late[0]["spent_ms"], late[0]["priority"]) == ("5.0", "6.0", "NORMAL")
 
 
+@pytest.mark.parametrize(("level", "each_step"), [(NOTICE, False), (ELEVATED, True), (CONSERVATIVE, False)])
+def test_an_elevated_run_reads_its_devices_in_every_step(loop, ward, monkeypatch, level, each_step):
+    asked, collect = [], loop.trainer.metrics.collect
+
+    def watched(loss, *, read_devices, **options):
+        asked.append(read_devices)
+        return collect(loss, read_devices=read_devices, **options)
+
+    monkeypatch.setattr(loop.trainer.metrics, "collect", watched)
+    ward.emergencies.alarm(level, "why")
+    loop.step(2)
+    assert asked == [each_step] * 2
+
+
 def test_a_fault_of_ours_does_not_reach_the_loop(loop, monkeypatch):
     monkeypatch.setattr(loop.trainer.metrics, "collect", lambda *_, **__: 1 / 0)
     loop.step(2)

@@ -140,6 +140,34 @@ def test_copies_cost_nothing_where_there_is_no_device(metrics, monkeypatch):
     assert "h2d_copy_ms" not in metrics.collect(1.0)
 
 
+def test_copies_to_a_device_are_told_when_they_are_done_and_waited_for_by_nobody(metrics, clock, monkeypatch):
+    done = []
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock()
+
+        def query(self):
+            return bool(done)
+
+        def elapsed_time(self, other):
+            return (other.at - self.at) * 1e3
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(metrics._devices, "read", lambda **_: {})
+    for milliseconds in (2, 3):
+        with metrics.copying():
+            clock.advance(milliseconds / 1e3)
+    assert "h2d_copy_ms" not in metrics.collect(1.0)
+    done.append(True)
+    assert metrics.collect(1.0)["h2d_copy_ms"] == pytest.approx(5.0)
+    assert "h2d_copy_ms" not in metrics.collect(1.0)
+
+
 def test_a_packet_with_ten_seeds_and_every_metric_is_below_two_and_a_half_kilobytes(metrics):
     metrics.gradient_conflict_rate = 0.25
     list(metrics.batches([1]))

@@ -33,6 +33,24 @@ def test_a_state_may_be_restored_again_and_again(training):
     assert training.picture() == expected
 
 
+class Drawing:
+    """A part, say a data loader, that draws random numbers when it is restored."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, _state):
+        torch.rand(3)
+
+
+def test_random_numbers_are_restored_when_all_else_is(training):
+    training.state.register("loader", Drawing())
+    saved = copied(training.state.capture())
+    expected = torch.rand(2)
+    training.state.restore(saved)
+    assert torch.equal(torch.rand(2), expected)
+
+
 def test_moments_go_back_into_the_memory_that_they_are_in(training):
     training.train()
     saved = copied(training.state.capture())

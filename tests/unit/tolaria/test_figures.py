@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from esper_servers.optim.controller import JOINING_SHARE, LearningRateConfig
-from esper_servers.tolaria import trainer
 from esper_servers.tolaria.aggregation.aggregator import AggregationConfig
 from esper_servers.tolaria.aggregation.conflicts import EPSILON
 from esper_servers.tolaria.emergency.levels import CONSERVATIVE, ELEVATED, HALT, NOTICE, RESPONSES
@@ -18,7 +17,6 @@ def test_a_rollback_has_the_budgets_of_the_requirements():
     assert (config.prepare_ms, config.commit_ms, config.confirm_ms) == (150, 250, 100)
     assert (config.full_prepare_ms, config.full_commit_ms, config.full_seconds, config.quorum) == (2000, 5000, 12, 0.66)
     assert CONSERVATIVE_SECONDS == 0.5
-    assert (trainer.FAST_SECONDS, trainer.FULL_SECONDS) == (0.5, 12.0)
     assert CacheConfig().snapshots == 5
 
 

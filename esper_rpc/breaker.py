@@ -9,6 +9,10 @@ from typing import Annotated
 from .config import Range, validate
 from .proto.leyline.v1 import CircuitState
 
+# An enum of protobuf looks a value up by its name in Python: two microseconds each time.
+CLOSED, OPEN, HALF_OPEN = (
+    CircuitState.CIRCUIT_STATE_CLOSED, CircuitState.CIRCUIT_STATE_OPEN, CircuitState.CIRCUIT_STATE_HALF_OPEN,
+)  # fmt: skip
 _MOVABLE = frozenset(CircuitState.values()) - {CircuitState.CIRCUIT_STATE_UNSPECIFIED}
 Transition = Callable[[CircuitState.ValueType, CircuitState.ValueType], None]
 
@@ -39,7 +43,7 @@ class CircuitBreaker:
         self._clock = clock
         self._on_transition = on_transition
         self._lock = threading.Lock()
-        self._state: CircuitState.ValueType = CircuitState.CIRCUIT_STATE_CLOSED
+        self._state: CircuitState.ValueType = CLOSED
         self._opened_at = 0.0
         self._successes = 0
         self._probing = False
@@ -56,30 +60,30 @@ class CircuitBreaker:
         """Whether a call may be made; each True must be followed by a recorded success or failure, or be let go."""
         with self._lock:
             self._cool_down()
-            if self._state == CircuitState.CIRCUIT_STATE_HALF_OPEN:
+            if self._state == HALF_OPEN:
                 allowed, self._probing = not self._probing, True
                 return allowed
-            return self._state == CircuitState.CIRCUIT_STATE_CLOSED
+            return self._state == CLOSED
 
     def record_success(self) -> None:
         """Note that an allowed call succeeded."""
         with self._lock:
             self.consecutive_failures = 0
             self._probing = False
-            if self._state == CircuitState.CIRCUIT_STATE_HALF_OPEN:
+            if self._state == HALF_OPEN:
                 self._successes += 1
                 if self._successes >= self._config.successes:
-                    self._move(CircuitState.CIRCUIT_STATE_CLOSED)
+                    self._move(CLOSED)
 
     def record_failure(self) -> None:
         """Note that an allowed call failed."""
         with self._lock:
             self.consecutive_failures += 1
             self._probing = False
-            half_open = self._state == CircuitState.CIRCUIT_STATE_HALF_OPEN
+            half_open = self._state == HALF_OPEN
             if half_open or self.consecutive_failures >= self._config.failures:
                 self._opened_at = self._clock()
-                self._move(CircuitState.CIRCUIT_STATE_OPEN)
+                self._move(OPEN)
 
     def let_go(self) -> None:
         """Note that an allowed call was given up, which says nothing about whom it was for."""
@@ -92,17 +96,17 @@ class CircuitBreaker:
             raise ValueError(f"state is {state}; choose closed, open or half open.")
         with self._lock:
             self._successes, self._probing = 0, False
-            if state == CircuitState.CIRCUIT_STATE_CLOSED:
+            if state == CLOSED:
                 self.consecutive_failures = 0
             self._opened_at = self._clock()
             self._move(state)
 
     def _cool_down(self) -> None:
-        is_open = self._state == CircuitState.CIRCUIT_STATE_OPEN
+        is_open = self._state == OPEN
         if is_open and self._clock() - self._opened_at >= self._config.cool_down_seconds:
             self._successes = 0
             self._probing = False
-            self._move(CircuitState.CIRCUIT_STATE_HALF_OPEN)
+            self._move(HALF_OPEN)
 
     def _move(self, state: CircuitState.ValueType) -> None:
         before, self._state = self._state, state

@@ -11,6 +11,7 @@ from esper_rpc.telemetry import record_packets
 
 from .step_report import report_step
 
+_CRITICAL = TelemetryLevel.TELEMETRY_LEVEL_CRITICAL
 WHILE_ANSWERED_SECONDS = 0.0005
 LONGEST_SECONDS = 0.25
 COMPANY = 8
@@ -36,7 +37,7 @@ class StepReports:
     def add_packets(self, packets: Sequence[TelemetryPacket]) -> None:
         """Keep the packets of a step, or record them at once where one is critical; on the training thread."""
         self._waiting.append(partial(record_packets, packets))
-        if any(packet.level == TelemetryLevel.TELEMETRY_LEVEL_CRITICAL for packet in packets):
+        if any(packet.level == _CRITICAL for packet in packets):
             self.write()
 
     def question_sent(self) -> None:

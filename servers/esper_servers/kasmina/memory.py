@@ -8,10 +8,10 @@ from typing import Annotated
 
 import torch
 
-from esper_rpc.breaker import BreakerConfig
+from esper_rpc.breaker import OPEN, BreakerConfig
 from esper_rpc.config import Range, validate
 from esper_rpc.errors import ConfigError
-from esper_rpc.proto.leyline.v1 import CircuitState, MetricPoint
+from esper_rpc.proto.leyline.v1 import MetricPoint
 from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY
 
 from .breakers import TellingBreaker
@@ -87,7 +87,7 @@ class MemoryGovernor:
 
     def admits(self) -> bool:
         """Whether a seed may be planted. Half-open admits: the next look is what decides."""
-        return self.breaker.state != CircuitState.CIRCUIT_STATE_OPEN
+        return self.breaker.state != OPEN
 
     def ran_out(self) -> None:
         """Note that an allocation failed."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import structlog
 from torch import Tensor, nn
 
-from esper_rpc.breaker import BreakerConfig
+from esper_rpc.breaker import CLOSED, HALF_OPEN, OPEN, BreakerConfig
 from esper_rpc.proto.leyline.v1 import CircuitState, MetricPoint, SeedOperation
 from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.breakers import TellingBreaker
@@ -221,11 +221,11 @@ class Isolation:
         record.violations += 1
         self._violations += 1
         self._last_violation = self._clock()
-        was_open = self.breaker.state == CircuitState.CIRCUIT_STATE_OPEN
+        was_open = self.breaker.state == OPEN
         self.breaker.record_failure()
         if was_open:
             return
-        is_open = self.breaker.state == CircuitState.CIRCUIT_STATE_OPEN
+        is_open = self.breaker.state == OPEN
         self._tell(
             ISOLATION_VIOLATIONS, CRITICAL if is_open else WARNING, reason="gradients_overlap", seed_id=slot.seed_id,
             dot=record.dot or 0.0, count=record.violations,
@@ -235,14 +235,14 @@ class Isolation:
         """Let a step without a violation count for the breaker."""
         if self._violations:
             return
-        is_half_open = self.breaker.state == CircuitState.CIRCUIT_STATE_HALF_OPEN
+        is_half_open = self.breaker.state == HALF_OPEN
         is_long_ago = self._clock() - self._last_violation >= FORGOTTEN_SECONDS
         if is_half_open or (self.breaker.consecutive_failures and is_long_ago):
             self.breaker.record_success()
 
     def _of_all(self, before: CircuitState.ValueType) -> Iterator[MetricPoint]:
         # Half-open, it may have closed in this step, which has to be shown too.
-        is_well = before == self.breaker.state == CircuitState.CIRCUIT_STATE_CLOSED
+        is_well = before == self.breaker.state == CLOSED
         if is_well and all(record.dot is None for record in self._records.values()):
             return
         yield MetricPoint(name="kasmina.isolation.violations", value=float(self._violations))

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from esper_rpc.breaker import CircuitBreaker
-from esper_rpc.proto.leyline.v1 import CircuitState, HealthStatus, SystemHealth
+from esper_rpc.breaker import OPEN, CircuitBreaker
+from esper_rpc.proto.leyline.v1 import HealthStatus, SystemHealth
 from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.seed_slot import SeedSlot
 
@@ -28,7 +28,7 @@ class HostHealth:
     def of(self, seeds: Iterable[SeedSlot]) -> SystemHealth:
         """Return the health, with what speaks against it by name."""
         live = [slot for slot in seeds if slot.stage in lifecycle.LIVE]
-        is_open = [name for name, breaker in self._breakers.items() if breaker.state == CircuitState.CIRCUIT_STATE_OPEN]
+        is_open = [name for name, breaker in self._breakers.items() if breaker.state == OPEN]
         unhealthy = {
             "breaker_open": is_open,
             "violations": [slot.seed_id for slot in live if self._violations_of(slot.seed_id)],

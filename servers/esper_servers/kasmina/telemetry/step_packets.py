@@ -3,9 +3,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from esper_rpc.proto.leyline.v1 import MetricPoint, SystemHealth, TelemetryEvent, TelemetryLevel, TelemetryPacket
+from esper_rpc.proto.leyline.v1 import MetricPoint, SystemHealth, TelemetryEvent, TelemetryPacket
 from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.seed_slot import SeedSlot
+
+from .notices import INFO
 
 MetricsOf = Callable[[SeedSlot], Iterable[MetricPoint]]
 SEED_METRICS = ("stage", "alpha", "alpha_steps", "kernel_attached", "last_kernel_latency_ms", "fallback_used")
@@ -63,6 +65,4 @@ def _point(name: str, value: float, seed_id: str) -> MetricPoint:
 
 
 def _packet(packet_id: str, *metrics: MetricPoint) -> TelemetryPacket:
-    return TelemetryPacket(
-        packet_id=packet_id, source_subsystem="kasmina", level=TelemetryLevel.TELEMETRY_LEVEL_INFO, metrics=metrics
-    )
+    return TelemetryPacket(packet_id=packet_id, source_subsystem="kasmina", level=INFO, metrics=metrics)

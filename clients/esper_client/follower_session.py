@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from esper_rpc.proto.leyline.v1 import CommandOutcome
@@ -42,6 +42,8 @@ class FollowerSession(QuietSession):
         super().__init__(run_id)
         self.host = host
         self._loss: Loss | None = None
+        self.on_close: Callable[[], None] = lambda: None
+        """Called when the session is closed."""
 
     def step(self, loss: Loss, **options: Any) -> list[CommandOutcome]:
         """End a training step as the first rank does; raises OutOfStep when the ranks have come apart."""
@@ -85,3 +87,7 @@ class FollowerSession(QuietSession):
     def export(self) -> Any:
         """Return the model without the mesh."""
         return self.host.export()
+
+    def close(self) -> None:
+        """Follow the first rank no more. The model stays as it is."""
+        self.on_close()

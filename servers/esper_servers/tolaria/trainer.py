@@ -183,6 +183,7 @@ class Trainer:
         metrics: Mapping[str, float] | None = None,
     ) -> list[CommandOutcome]:
         """End a training step, after optimizer.step(): measure, ask the mesh, answer an emergency of the run itself."""
+        self.hold()
         self.begin_step(loss, samples=samples, gradient_norm=gradient_norm, metrics=metrics)
         return self.finish_step()
 
@@ -200,7 +201,7 @@ class Trainer:
         """
         if self._begun is not None:
             self.finish_step()
-        self.hold()
+        self._hold_apart()
         value = read_loss(loss)
         norm = self._gradient_norm if gradient_norm is None else gradient_norm
         found = self._safely(lambda: self._measure(value, norm), {})
@@ -218,7 +219,7 @@ class Trainer:
         self.judge()
         if self.profiler is not None:
             self._safely(self.profiler.next_step, None)
-        self.hold()
+        self._hold_apart()
         return outcomes
 
     def judge(self) -> None:
@@ -250,7 +251,7 @@ class Trainer:
 
         The controller is asked beside the training; what it commands in time is carried out in the next step.
         """
-        self.hold()
+        self._hold_apart()
         has_failed = failed or self._epoch_failed
         report = self._close_epoch(accuracy, "failed" if has_failed else "")
         self._epoch_failed = False
@@ -260,7 +261,7 @@ class Trainer:
             self._safely(lambda: show({"tolaria.training.accuracy": accuracy}), None)
         self._safely(lambda: self._judge_epoch(has_failed, accuracy), None)
         self._session.start_epoch(self._session.epoch + 1)
-        self.hold()
+        self._hold_apart()
         return report
 
     def _time_epoch(self) -> None:
@@ -292,6 +293,11 @@ class Trainer:
 
     def _hold(self) -> None:
         self.hold()
+
+    def _hold_apart(self) -> None:
+        """Hold where no other rank waits in a collective of the loop's own, as in the backward of the next step."""
+        if not self._leads_ranks:
+            self.hold()
 
     def _measure(self, loss: float, gradient_norm: float | None) -> dict[str, float]:
         self.metrics.gradient_conflict_rate = self._conflict_rate()

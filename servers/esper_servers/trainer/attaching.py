@@ -30,7 +30,7 @@ from .arguments import check_arguments
 from .checkpoints import follow_checkpoints, keep_run_checkpoints
 from .detached import DetachedSession
 from .membership import Membership, TolariaSettings
-from .orchestration import make_tolaria
+from .orchestration import follow_halt, make_tolaria
 from .routing import breakers_of, route_commands
 from .seed_host import make_seed_host
 from .serving import serve_host
@@ -71,7 +71,9 @@ def attach(
         return attach_here()
     if not isinstance(learning_rate, UnifiedLRController | None):
         raise ConfigError("Only a UnifiedLRController can set the learning rates of several ranks.")
-    return _lead(attach_here, ranks) if ranks.is_first else _follow(model, optimizer, learning_rate, ranks)
+    if ranks.is_first:
+        return _lead(attach_here, ranks)
+    return _follow(model, optimizer, learning_rate, ranks, mesh=mesh, environ=environ)
 
 
 def _attach(
@@ -176,7 +178,13 @@ def _lead(attach_here: Callable[..., TrainingSession | DetachedSession], ranks: 
 
 
 def _follow(
-    model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: UnifiedLRController | None, ranks: Ranks
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    learning_rate: UnifiedLRController | None,
+    ranks: Ranks,
+    *,
+    mesh: MeshAddress | None,
+    environ: Mapping[str, str],
 ) -> Session:
     """Attach on another rank: it opens no connection, and serves nothing."""
     told = orjson.loads(ranks.share())
@@ -194,6 +202,7 @@ def _follow(
     )  # fmt: skip
     session = FollowerSession(host, told["run_id"])
     follow_checkpoints(model, optimizer, session, host, CacheConfig(**told["snapshots"]))
+    follow_halt(session, host, mesh, environ)
     return session
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import structlog
 import torch
 
-from esper_client.discovery import home_directory
+from esper_client.discovery import MeshAddress, find_mesh, home_directory
 from esper_client.follower_session import FollowerSession
 from esper_client.session import TrainingSession
+from esper_rpc.errors import EsperError
 from esper_servers.kasmina.host import InProcessSeedHost
 from esper_servers.kasmina.learning_rate import LearningRateAuthority
+from esper_servers.kasmina.ranks.following_host import FollowingSeedHost
 from esper_servers.kasmina.ranks.leading_host import LeadingSeedHost
 from esper_servers.optim.controller import UnifiedLRController
 from esper_servers.tolaria.aggregation.aggregator import GradientAggregator
@@ -23,6 +25,7 @@ from esper_servers.tolaria.checkpoints.step_end import StepEnd
 from esper_servers.tolaria.conservative_mode import ConservativeMode
 from esper_servers.tolaria.emergency.emergencies import SWITCHED_OFF, Emergencies
 from esper_servers.tolaria.emergency.escalation import called_for_by
+from esper_servers.tolaria.emergency.followed_halt import FollowedHalt
 from esper_servers.tolaria.emergency.shared_signal import SharedSignal, place_for
 from esper_servers.tolaria.epoch_guard import EpochGuard
 from esper_servers.tolaria.metrics.feed import MetricsFeed
@@ -138,6 +141,8 @@ def make_tolaria(
     step_end: StepEnd = session.checkpoints.step_end
     session.halt.meanwhile(host.reach_safe_point)
     session.halt.meanwhile(partial(_reach, step_end, host))
+    if isinstance(host, LeadingSeedHost):
+        session.halt.meanwhile(host.stand)
     guard = EpochGuard(mode=mode, config=settings.epoch_guard)
     servicer = TolariaServicer(session, emergencies, at_safe_point=step_end.submit, mode=mode, feed=feed, guard=guard)
     if keeper is not None:
@@ -147,6 +152,23 @@ def make_tolaria(
         servicer, emergencies, mode, guard, settings.metrics, keeper, GrowingSeeds(host),
         member.trace_directory(session.run_id), learning_rates,
     )  # fmt: skip
+
+
+def follow_halt(
+    session: FollowerSession, host: FollowingSeedHost, mesh: MeshAddress | None, environ: Mapping[str, str]
+) -> None:
+    """Have another rank stand still at once with the first; without the mesh's files, or elsewhere, where they meet."""
+    session.halt.meanwhile(host.stand)
+    place = place_for(session.run_id, home=home_directory(environ))
+    try:
+        found = mesh or find_mesh(environ)
+        if found is None or not place.exists():
+            return
+        shared = SharedSignal(place, run_id=session.run_id, keyring=Membership.read(found, environ).keyring)
+    except (EsperError, OSError) as error:
+        log.info("halt_not_followed_at_once", rank=host.ranks.rank, problem=str(error))
+        return
+    session.on_close = FollowedHalt(shared, session.halt, f"rank {host.ranks.rank}").close
 
 
 def _keep_scale(checkpoints: Any, train_step: TrainStep) -> None:

@@ -24,8 +24,6 @@ class QuietTrainer:
     It trains, aggregates and traces alike; what a step came to is not told.
     """
 
-    is_halted = False
-
     def __init__(
         self,
         session: DetachedSession | FollowerSession,
@@ -40,20 +38,28 @@ class QuietTrainer:
         self.train_step = train_step
         self.aggregator = aggregator or GradientAggregator()
         self._session = session
+        if isinstance(session, FollowerSession):
+            optimizer.register_step_pre_hook(lambda *_: self._hold())
+
+    @property
+    def is_halted(self) -> bool:
+        """Whether the first rank halted this one, which it does where they share memory."""
+        return self._session.halted
 
     def hold(self, timeout: float | None = None) -> bool:
-        """Go on: nobody halts it; where the first rank stands still, this one waits for it in its step."""
-        return True
+        """Stay here while this rank is halted; whether it may go on."""
+        return self._session.hold(timeout)
 
     def on_halt(self, callback: Callable[[bool, str], None]) -> Callable[[], None]:
-        """Do nothing; the function is never called."""
-        return lambda: None
+        """Call a function with whether this rank stands still, and why, at each change; returns how to stop."""
+        return self._session.halt.listen(callback)
 
     def release(self, reason: str) -> None:
         """Do nothing."""
 
     def step(self, loss: Any, **what: Any) -> list[Any]:
         """End a training step."""
+        self._hold()
         self.begin_step(loss, **what)
         return self.finish_step()
 
@@ -85,3 +91,6 @@ class QuietTrainer:
     ) -> Aggregated:
         """Take the place of loss.backward() where seeds have losses of their own."""
         return backward(self.aggregator, loss, seeds, parameters, host_samples=samples)
+
+    def _hold(self) -> None:
+        self.hold()

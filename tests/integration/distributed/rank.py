@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import os
+import threading
 import time
 import uuid
 from concurrent.futures import Future
@@ -25,8 +26,10 @@ from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.cli.bench import ddp
 from esper_servers.cli.home import Home
 from esper_servers.kasmina.kernels.library import Kernel
+from esper_servers.kasmina.ranks import lockstep
 from esper_servers.optim.controller import UnifiedLRController
 from esper_servers.optim.schedules import Cosine
+from esper_servers.tolaria.emergency.levels import HALT, NOTICE
 from esper_servers.trainer import orchestrate
 
 PATIENCE_SECONDS = 60.0
@@ -39,7 +42,7 @@ LIFE = {
 class Training:
     """A classifier under DistributedDataParallel; every rank draws images of its own."""
 
-    def __init__(self, rank, address, schedule=None, **options):
+    def __init__(self, rank, address, schedule=None, run_id="ranks", **options):
         torch.manual_seed(0)
         self.rank = rank
         self.model = nn.Sequential(
@@ -50,7 +53,7 @@ class Training:
         if schedule is not None:
             options["learning_rate"] = UnifiedLRController(self.optimizer, schedule=schedule)
         self.session = esper_client.attach(
-            self.model, self.optimizer, mesh=address, run_id="ranks", sites=["0", "3"], **options
+            self.model, self.optimizer, mesh=address, run_id=run_id, sites=["0", "3"], **options
         )
         self.session_step = self.session.step
         self.wrapped = DistributedDataParallel(self.model)
@@ -338,6 +341,43 @@ def emergency(rank, directory):
         training.step()
         training.save(directory, kept=kept, exploded=exploded, later=later, again=picture(training))
         training.session.close()
+
+
+def halted(rank, directory):
+    """A HALT while both are amid a step: each stands still before its next update, and both go on when it ends."""
+    lockstep.BEAT_SECONDS = 0.01
+    with mesh_of(rank, directory) as (_, address):
+        nobody = "127.0.0.1:1"
+        identity_dir = directory / "fake" / "identities" / "trainer-local"
+        address = address or esper_client.MeshAddress(tamiyo=nobody, urza=nobody, identity_dir=identity_dir)
+        # Its name is that of a file which all tests of this machine share.
+        training = Training(rank, address, run_id=f"halted-{uuid.uuid5(uuid.NAMESPACE_URL, str(directory))}")
+        session = training.session
+        trainer = orchestrate(session, training.optimizer)
+        training.session_step = trainer.step
+        updates, stood = [], []
+        training.optimizer.register_step_post_hook(lambda *_: updates.append(training.steps_done))
+        trainer.on_halt(lambda is_halted, _reason: stood.append((is_halted, len(updates))))
+        beats, begin = [], session.host.ranks.begin_total
+        session.host.ranks.begin_total = lambda told: beats.append(told) or begin(told)
+        training.step()
+        if rank == 0:
+            session.tolaria.emergencies.alarm(HALT, "test")
+            threading.Thread(target=lower_when_all_stand, args=(session.tolaria.emergencies, beats)).start()
+        for _ in range(4):
+            training.step()
+        training.save(directory, stood=stood, beats=len(beats))
+        session.close()
+
+
+def lower_when_all_stand(emergencies, beats):
+    """As an operator, when the other rank has seen it and this one has told often that it stands still."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not emergencies._shared.acks(emergencies._shared.current.generation) or len(beats) < 3:
+        if time.monotonic() > deadline:
+            os._exit(8)
+        time.sleep(0.001)
+    emergencies.lower(NOTICE, "test")
 
 
 def dies_in_rollback(rank, directory):

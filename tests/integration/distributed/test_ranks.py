@@ -154,6 +154,15 @@ def test_all_ranks_go_back_when_the_first_sees_an_emergency(ranks, tmp_path):
         assert result["again"]["steps"] == 10
 
 
+def test_all_ranks_stand_still_at_a_halt_and_go_on_together(ranks, tmp_path):
+    results = ranks.run("halted", tmp_path)
+    for result in results:
+        # One update was done, and none began before the release.
+        assert result["stood"] == [(True, 1), (False, 1)]
+    assert results[0]["beats"] >= 3
+    assert_alike(results)
+
+
 def test_a_rank_that_dies_in_a_rollback_ends_the_others_amid_their_step(ranks, tmp_path):
     (first,) = ranks.run("dies_in_rollback", tmp_path, lost=(1,))
     assert first["said"].startswith("OutOfStep: The ranks of this training have come apart")

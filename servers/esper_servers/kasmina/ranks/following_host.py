@@ -15,7 +15,7 @@ from esper_servers.kasmina.seed_slot import SeedSlot
 from esper_servers.kasmina.site import Site
 
 from .lockstep import Lockstep, trained_tensors
-from .mirroring import Mirror
+from .mirroring import STANDING, Mirror
 from .ranks import Ranks, together
 
 
@@ -50,8 +50,13 @@ class FollowingSeedHost:
         with together():
             self._progress.observe(self._lockstep.meet(loss), global_step)
             if self._mirror.follow(self.ranks.share()):
-                while order := self.ranks.share():
-                    self.carry_out(orjson.loads(order))
+                while told := self.ranks.share():
+                    if (order := orjson.loads(told)) != STANDING:
+                        self.carry_out(order)
+
+    def stand(self) -> None:
+        """Keep the other ranks waiting while this one stands still; to be called again and again. Raises OutOfStep."""
+        self._lockstep.stand()
 
     def trained_tensors(self) -> Iterator[Tensor]:
         """Every number that must be the same on all ranks."""

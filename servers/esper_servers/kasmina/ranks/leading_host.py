@@ -15,7 +15,7 @@ from esper_servers.kasmina.host import InProcessSeedHost
 from esper_servers.kasmina.learning_rate import RankAuthority
 
 from .lockstep import Lockstep, trained_tensors
-from .mirroring import Announcer, RecordedAuthority
+from .mirroring import STANDING, Announcer, RecordedAuthority
 from .ranks import Ranks, together
 
 log = structlog.get_logger(__name__)
@@ -95,6 +95,13 @@ class LeadingSeedHost(InProcessSeedHost):
             if not self._has_told:
                 self._tell(is_last=False)
             self.ranks.share(orjson.dumps(order))
+
+    def stand(self) -> None:
+        """Keep the other ranks waiting while the run stands still; to be called again and again. Raises OutOfStep."""
+        if not self.is_heard:
+            self._lockstep.stand()
+        elif self._lockstep.must_beat():
+            self.order(STANDING)
 
     def trained_tensors(self) -> Iterator[Tensor]:
         """Every number that must be the same on all ranks."""

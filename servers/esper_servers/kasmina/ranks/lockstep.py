@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import math
+import time
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,26 @@ from esper_servers.kasmina import lifecycle
 from esper_servers.kasmina.learning_rate import RankAuthority
 from esper_servers.kasmina.seed_slot import SeedSlot
 
-from .ranks import Ranks, together
+from .ranks import Ranks, Summing, together
 
 FAILED_ELSEWHERE = "failed on another rank"
+BEAT_SECONDS = 1.0
+"""How often a rank that stands still tells the others, who would give it up in time."""
 
 
 class Lockstep:
     """What all ranks do at once at the start of a step, whether they have the module of a seed or not."""
 
-    def __init__(self, ranks: Ranks, seeds: Mapping[str, SeedSlot], learning_rate: RankAuthority) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        seeds: Mapping[str, SeedSlot],
+        learning_rate: RankAuthority,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._beat: Summing | None = None
+        self._beats_at = 0.0
         self._ranks = ranks
         self._seeds = seeds
         self._learning_rate = learning_rate
@@ -38,7 +50,7 @@ class Lockstep:
             own = float(zlib.crc32(repr((self.layout, self._learning_rate.rates)).encode()))
             count, observed = self._learning_rate.take_observed()
             told = [loss, own, float(count), observed, *map(float, failed)]
-            loss_sum, layouts, counts, observed, *failures = self._ranks.total(told)
+            loss_sum, layouts, counts, observed, *failures = self._total(told)
             if layouts != own * self._ranks.size:
                 raise OutOfStep(
                     "The ranks hold different seeds or learning rates; a checkpoint must be restored, and a controller"
@@ -51,6 +63,37 @@ class Lockstep:
                     slot.site.failure = FAILED_ELSEWHERE
             self._average()
             return loss_sum / self._ranks.size
+
+    def stand(self) -> None:
+        """Keep the others waiting while this rank stands still amid a step; to be called again and again meanwhile.
+
+        Returns at once. Raises OutOfStep when another rank is gone.
+        """
+        if self._beat is not None:
+            if self._beat.is_done:
+                self._end_beat()
+        elif self.must_beat():
+            self._beat = self._ranks.begin_total([1.0, *[0.0] * (4 + len(self._seeds))])
+
+    def must_beat(self) -> bool:
+        """Whether it is time to tell the others again; they count as told then."""
+        if self._clock() < self._beats_at:
+            return False
+        self._beats_at = self._clock() + BEAT_SECONDS
+        return True
+
+    def _total(self, told: list[float]) -> list[float]:
+        """Add up what the ranks tell, when none of them stands still any more."""
+        self._end_beat()
+        are_standing = 1.0
+        while are_standing:
+            are_standing, *sums = self._ranks.total([0.0, *told])
+        return sums
+
+    def _end_beat(self) -> None:
+        beat, self._beat = self._beat, None
+        if beat is not None:
+            beat.wait()
 
     def measure(self) -> None:
         """Take the layout from the seeds as they are here."""

@@ -27,6 +27,8 @@ from .lockstep import Lockstep, sizes_of
 log = structlog.get_logger(__name__)
 
 HEADER_BYTES = 8
+STANDING: Mapping[str, Any] = {"do": "stand"}
+"""An order to wait for the next one: the first rank stands still."""
 SCALE, ADOPT, RELEASE = "scale", "adopt", "release"
 NOTHING_NEW: Mapping[str, Any] = {"is_last": True, "rates": [], "seeds": {}, "gone": [], "layout": {}}
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,12 @@ class Ranks:
             dist.all_reduce(sums, group=self._control)
         added: list[float] = sums.tolist()
         return added
+
+    def begin_total(self, values: Sequence[float]) -> Summing:
+        """Begin to add up the values of all ranks, and return at once."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        with together():
+            return Summing(dist.all_reduce(sums, group=self._control, async_op=True))
 
     def each(self, value: float) -> list[float]:
         """Return the values of all ranks, in their order."""
@@ -71,6 +78,23 @@ class Ranks:
         with together():
             dist.all_reduce(flat, group=None if flat.is_cuda else self._control)
         return flat / self.size
+
+
+class Summing:
+    """A total that other ranks have yet to give their part of."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    @property
+    def is_done(self) -> bool:
+        """Whether they have, or one of them is gone."""
+        return bool(self._work.is_completed())
+
+    def wait(self) -> None:
+        """Wait until they have; raises OutOfStep."""
+        with together():
+            self._work.wait()
 
 
 @contextlib.contextmanager

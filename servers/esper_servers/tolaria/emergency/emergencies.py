@@ -149,6 +149,9 @@ class Emergencies:
             listener(None)
         self._listeners.clear()
         with self._lock:
+            # Who has it open would stand still for ever.
+            if self.level == HALT:
+                self._write(NONE, "the run is over")
             if self._shared is not None:
                 self._shared.remove()
                 self._shared = None

@@ -44,11 +44,26 @@ class Room:
         self.given = [None] * size
 
 
+class Pending:
+    """What `begin_total` returns."""
+
+    def __init__(self, future):
+        self._future = future
+
+    @property
+    def is_done(self):
+        return self._future.done()
+
+    def wait(self):
+        self._future.result()
+
+
 class ThreadRanks:
     """A rank as `Ranks` is, but a thread."""
 
     def __init__(self, room, rank):
         self._room, self.rank, self.size, self.is_first = room, rank, room.size, rank == 0
+        self._beside = ThreadPoolExecutor(1)
 
     def _meet(self, value):
         with together():
@@ -60,6 +75,9 @@ class ThreadRanks:
 
     def total(self, values):
         return [sum(each) for each in zip(*self._meet(list(values)), strict=True)]
+
+    def begin_total(self, values):
+        return Pending(self._beside.submit(self.total, values))
 
     def each(self, value):
         return self._meet(value)

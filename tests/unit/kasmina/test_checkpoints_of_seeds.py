@@ -168,6 +168,33 @@ def test_a_seed_that_is_resumed_has_what_its_gates_and_its_payload_go_by(make_ri
     assert dict(second.host.rollback_payload(second.seed_id).payload)["step"] == grafted_at
 
 
+KNOWN = {
+    "risk": 0.25, "steps_in_stage": 9, "age_epochs": 3, "updates": 7, "violations": 1, "gradient_norm": 0.5,
+    "loss_at_graft": 1.5, "grafted_at": 11, "is_fine_tuning": True, "alpha_band": 1, "fallback_used": True,
+    "blueprint_id": "residual_mlp",
+}  # fmt: skip
+
+
+def test_all_that_is_known_of_a_seed_is_known_after_a_resume(make_rig):
+    first, second = make_rig(), make_rig()
+    first.grow(lifecycle.PROBATIONARY)
+    for name, value in KNOWN.items():
+        setattr(first.slot, name, value)
+    second.host.load_state_dict(first.host.state_dict())
+    assert {name: getattr(second.slot, name) for name in KNOWN} == KNOWN
+
+
+def test_a_seed_that_is_resumed_on_probation_is_judged_by_the_loss_before_its_graft(make_rig):
+    first, second = make_rig(), make_rig()
+    first.grow(lifecycle.PROBATIONARY)
+    first.train()
+    second.model.load_state_dict(first.model.state_dict())
+    second.host.load_state_dict(first.host.state_dict())
+    for step in range(50):
+        second.host.observe(1e3, step)
+    assert second.do("FOSSILIZE").reason == "g4_system_impact"
+
+
 def test_a_seed_that_cannot_be_built_any_more_stands_in_the_way_and_nothing_changes(make_run, monkeypatch):
     run = make_run()
     run.rig.grow(lifecycle.TRAINING)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -11,6 +12,17 @@ from esper_rpc.testing import TemporaryMesh
 os.environ["ESPER_PLAN_COMPILE"] = "false"
 # Tests run side by side: threads of torch that wait for each other's cores are a hundred times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    # What is imported and collected lives as long as the run: looking through it again and again frees nothing.
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

@@ -78,3 +78,10 @@ def test_a_command_for_a_seed_that_was_culled_meanwhile_changes_nothing(rig, unc
     assert (second.result, second.reason) == (REJECTED, "illegal_transition")
     assert rig.slot.stage == lifecycle.CULLED
     assert rig.slot.site.seed is None
+
+
+def test_work_that_waits_for_a_safe_point_is_given_up_when_the_host_closes(make_rig):
+    rig = make_rig(options={"has_training_thread": True})
+    waiting = rig.host.at_safe_point(lambda: "done")
+    rig.host.close()
+    assert waiting.cancelled()

@@ -247,3 +247,16 @@ def test_whether_it_runs_under_autocast_is_shown(precision, shown):
     TrainStep(model, sgd(model), loss_of, config=TrainStepConfig(precision=precision))
     found = REGISTRY.get_sample_value("esper_tolaria_train_amp_enabled")
     assert found == shown
+
+
+@pytest.mark.parametrize(("precision", "scale"), [("float32", 1.0), ("bfloat16", 1.0), ("float16", 2.0**16)])
+def test_the_loss_is_scaled_in_float16_alone_and_gradients_are_unscaled_before_they_are_measured(precision, scale):
+    model = build()
+    step = TrainStep(model, sgd(model), loss_of, config=TrainStepConfig(precision=precision))
+    found = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda each: found.append(each.grad.clone()))
+    result = step(batch_of(0))
+    norm = float(torch.cat([each.flatten() for each in found]).norm())
+    assert result.has_updated
+    assert norm == pytest.approx(scale * result.gradient_norm, rel=1e-4)

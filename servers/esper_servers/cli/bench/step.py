@@ -93,7 +93,6 @@ class StepBench:
     """A session on the benchmark's run, with one guard."""
 
     def __init__(self, home: Home, tamiyo: str, budget_ms: float) -> None:
-        self._budget_ms = budget_ms
         self._turn = 0
         self.session = TrainingSession(
             host=BenchHost(home),

@@ -11,7 +11,7 @@ import typer
 from esper_rpc.blending import BLEND_MODES, CHANNEL, CONVEX, MAP_CEILING
 from esper_servers.cli.console import JsonOption
 
-from .measure import in_turn, machine, median_interval, rounds_for, show
+from .measure import in_turn, machine, median_interval, one_thread, rounds_for, show
 
 if TYPE_CHECKING:
     import torch
@@ -28,14 +28,8 @@ SecondsOption = Annotated[float, typer.Option("--seconds", min=0.1, help="How lo
 
 def blend(seconds: SecondsOption = 18.0, as_json: JsonOption = False) -> None:
     """Measure what each way of blending costs a training step, against CONVEX."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         document = {name: _compared(Scene(name), seconds) for name in ("cnn", "transformer", "mlp")}
-    finally:
-        torch.set_num_threads(threads)
     show("blend", {"blend": document, "machine": machine()}, as_json=as_json)
 
 

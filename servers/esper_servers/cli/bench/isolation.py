@@ -9,7 +9,7 @@ import typer
 
 from esper_servers.cli.console import JsonOption
 
-from .measure import machine, show
+from .measure import machine, one_thread, show
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +29,8 @@ def isolation(rounds: RoundsOption = 10, model: ModelsOption = None, as_json: Js
     names = model or list(_MODELS)
     if unknown := set(names) - set(_MODELS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; choose of {', '.join(_MODELS)}.")
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         found = {name: compared(Scene(name), rounds) for name in names}
-    finally:
-        torch.set_num_threads(threads)
     show("isolation", {"isolation": found, "steps": rounds * BLOCK, "machine": machine()}, as_json=as_json)
 
 

@@ -35,6 +35,19 @@ def scratch_home() -> Iterator[Home]:
         yield home
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch compute on the calling thread alone, so that what others do on the machine counts less."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def timed_ms(work: Callable[[], object], count: int, *, warm_up: int = WARM_UP) -> list[float]:
     """Time each of `count` calls, after some that are not counted."""
     for _ in range(warm_up):

@@ -13,6 +13,7 @@ from esper_servers.cli.bench import emergency, growth, overhead
 from esper_servers.cli.bench.growth import Size
 from esper_servers.cli.bench.measure import at_once
 from esper_servers.cli.bench.step import StepBench
+from esper_servers.cli.bench.timed_training import StepTime
 
 WIDE_GUARD_MS = 1000.0
 """No step is missed because the machine is busy."""
@@ -87,7 +88,7 @@ def test_overhead_is_told_as_a_share_of_the_plain_step():
         "ahead": [11.5, 23.0],
     }.items():
         for value in values:
-            times.add(kind, [overhead.StepTime(value, value / 10, value / 20)] * 3)
+            times.add(kind, [StepTime(value, value / 10, value / 20)] * 3)
     found = times.figures()
     assert found["overhead_percent"] == pytest.approx(11.25)
     assert found["overhead_interval"] == {"low": 10.0, "high": 12.5}

@@ -13,8 +13,9 @@ from esper_servers.cli.home import Home
 from esper_servers.cli.processes import Supervisor
 
 from .measure import machine, rounds_for, scratch_home, show
-from .overhead import LEAST_ROUNDS, SHARES, Training, batch_for, in_turns, row
+from .overhead import LEAST_ROUNDS, SHARES, in_turns, row
 from .served_plan import COMPILED, PlanOption, serving_plan
+from .timed_training import Training, batch_for
 from .urza import seed
 
 LENGTHS_MS = [50]

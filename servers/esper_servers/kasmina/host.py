@@ -11,13 +11,11 @@ import orjson
 from torch import Tensor, nn
 
 from esper_client.seed_host import RunDescription
-from esper_rpc import verdict
 from esper_rpc.breaker import CircuitBreaker
 from esper_rpc.envelope import Keyring, Verifier
 from esper_rpc.errors import FailedPrecondition, NotFound
 from esper_rpc.proto.kasmina.v1 import RollbackPayload
 from esper_rpc.proto.leyline.v1 import (
-    AdaptationCommand,
     CommandOutcome,
     CommandType,
     SeedLifecycleStage,
@@ -32,10 +30,11 @@ from esper_servers.blueprints.extras import describe_module
 from . import lifecycle
 from .boundary import Boundary
 from .checkpoint import Checkpoint
+from .commands import Commands, Route
 from .export import without_sites
 from .gatekeeper import Gatekeeper
 from .host_config import SeedHostConfig
-from .inbox import CommandInbox, Queued
+from .inbox import CommandInbox
 from .isolation.isolation import Isolation
 from .kernels.background import Work
 from .kernels.germination import Nursery
@@ -51,21 +50,19 @@ from .progress import Progress
 from .safe_point import SafePoint
 from .seed_slot import SeedSlot
 from .site import Site
-from .surgery import Route, Surgeon
+from .surgery import Surgeon
 from .telemetry import step_packets
 from .telemetry.events import Listener, SeedEvents
 from .telemetry.health import HostHealth
-from .telemetry.notices import WARNING, Notices
+from .telemetry.notices import Notices
 from .upkeep import Upkeep
-
-ROLLED_BACK = "rolled_back"
 
 
 class InProcessSeedHost:
     """Seeds in a model of this process. `submit` may be called from any thread, the rest from the training thread.
 
-    It holds the lock and the order of a step; what arrives is the inbox's, what a command changes the surgeon's,
-    what the end of a step changes the upkeep's.
+    It holds the lock and the order of a step. What arrives goes by inbox, commands and surgeon; what the end of a step
+    does to seeds is the upkeep's.
     """
 
     def __init__(
@@ -124,7 +121,6 @@ class InProcessSeedHost:
             boundary=boundary,
             governor=self._governor,
             live=self._live,
-            pauses=self._pauses,
             learning_rate=learning_rate,
             limits=config.limits,
             events=self._events,
@@ -134,6 +130,10 @@ class InProcessSeedHost:
         self._upkeep = Upkeep(
             surgeon=self._surgeon, gatekeeper=gatekeeper, boundary=boundary, pauses=self._pauses, clock=clock, tell=tell
         )
+        self._commands = Commands(
+            inbox=self._inbox, seeds=self.seeds, surgeon=self._surgeon, nursery=self._nursery, pauses=self._pauses,
+            learning_rate=learning_rate, limits=config.limits, events=self._events, progress=self._progress, tell=tell,
+        )  # fmt: skip
         self._checkpoint = Checkpoint(
             seeds=self.seeds, factories=factories, learning_rate=learning_rate, progress=self._progress,
             on_restored=self._recount,
@@ -217,8 +217,7 @@ class InProcessSeedHost:
     def apply_pending(self) -> list[CommandOutcome]:
         """Carry out what is queued, at the safe point."""
         with self._lock:
-            waiting = range(len(self._inbox))
-            outcomes = [outcome for _ in waiting if (outcome := self._settle(self._inbox.take())) is not None]
+            outcomes = self._commands.carry_out_waiting()
         self._safe_point.reach()
         return outcomes
 
@@ -362,8 +361,7 @@ class InProcessSeedHost:
 
     def route(self, command_type: CommandType.ValueType, carry_out: Route) -> None:
         """Have commands of a type carried out by somebody else, at the safe point; call it before the first step."""
-        self._surgeon.routes[command_type] = carry_out
-        self._inbox.supported.add(command_type)
+        self._commands.route(command_type, carry_out)
 
     def export(self) -> nn.Module:
         """Return a plain copy: each site is its host, followed by its seed if that is fossilised."""
@@ -380,36 +378,6 @@ class InProcessSeedHost:
         if slot is None:
             raise NotFound(f"There is no seed {seed_id!r}.")
         return slot
-
-    def _settle(self, queued: Queued) -> CommandOutcome | None:
-        begun = time.perf_counter()
-        what = verdict.failed(ROLLED_BACK) if self._is_outdated(queued) else self._surgeon.carry_out(queued)
-        self._tell_if_late(queued.command, (time.perf_counter() - begun) * 1e3)
-        if what is None:
-            self._inbox.put_back(queued)
-            return None
-        if what.result == CommandOutcome.RESULT_REJECTED:
-            self.verifier.count(what.reason)
-        command = queued.command
-        outcome = what.on(command.command_id, self.global_step, command)
-        self.verifier.record_outcome(command.command_id, outcome)
-        self._nursery.forget(command.command_id)
-        return self._events.settled(outcome)
-
-    def _tell_if_late(self, command: AdaptationCommand, took_ms: float) -> None:
-        # In a pause the deadline is how long it lasts.
-        if command.command_type == CommandType.COMMAND_TYPE_PAUSE or not command.execution_deadline_ms:
-            return
-        if took_ms > command.execution_deadline_ms:
-            self._notices.tell(
-                "deadline_violation", WARNING, reason="slow_command", seed_id=command.target_seed_id,
-                command_id=command.command_id, took_ms=round(took_ms, 3), deadline_ms=command.execution_deadline_ms,
-            )  # fmt: skip
-
-    def _is_outdated(self, queued: Queued) -> bool:
-        """Whether a rollback came after it was verified; what is not for seeds may be the rollback itself."""
-        is_routed = queued.command.command_type in self._surgeon.routes
-        return not is_routed and queued.receiver_epoch != self.verifier.receiver_epoch
 
     def _let_go(self) -> int:
         """Empty the caches, and take out what a seed left that grows no more."""

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import structlog
 
 from esper_rpc import verdict
 from esper_rpc.envelope import reasons
-from esper_rpc.proto.leyline.v1 import AdaptationCommand, CommandType, SeedLifecycleGate, SeedLifecycleStage
+from esper_rpc.proto.leyline.v1 import AdaptationCommand, SeedLifecycleGate, SeedLifecycleStage
 from esper_rpc.verdict import Verdict
 from esper_servers.blueprints.out_of_memory import OUT_OF_MEMORY, describe
 
@@ -25,7 +25,6 @@ from .limits import LocalLimits
 from .live_seeds import LiveSeeds
 from .memory import MemoryGovernor
 from .patience import Patience
-from .pausing import UNKNOWN_SEED, Pauses
 from .progress import Progress
 from .rollback_payloads import NO_GATE, RollbackPayloads
 from .seed_slot import SeedSlot
@@ -41,14 +40,10 @@ COMMANDED = "commanded"
 TERMINATED = "terminated"
 INVALID_BLEND_CONFIG = "invalid_blend_config"
 NOTHING = Prepared()
-_MULTIPLIER = "learning_rate_multiplier"
-
-Route = Callable[[Queued], Verdict | None]
-"""Carries a command out at the safe point; None puts it off to the next one, where it is asked again."""
 
 
 class Surgeon:
-    """Carries out commands, and takes seeds from stage to stage. Works at the safe point only."""
+    """Takes seeds from stage to stage, as commands say or at the end of a step. Works at the safe point only."""
 
     def __init__(
         self,
@@ -59,7 +54,6 @@ class Surgeon:
         boundary: Boundary,
         governor: MemoryGovernor,
         live: LiveSeeds,
-        pauses: Pauses,
         learning_rate: LearningRateAuthority,
         limits: LocalLimits,
         events: SeedEvents,
@@ -72,7 +66,6 @@ class Surgeon:
         self._boundary = boundary
         self._governor = governor
         self._live = live
-        self._pauses = pauses
         self._learning_rate = learning_rate
         self._limits = limits
         self._events = events
@@ -80,21 +73,16 @@ class Surgeon:
         self._tell = tell
         self.patience = Patience(config=gatekeeper.config, progress=progress)
         self.rollback_payloads = RollbackPayloads()
-        self.routes: dict[CommandType.ValueType, Route] = {}
-        """Who carries out the commands of a type that are not for seeds."""
 
-    def carry_out(self, queued: Queued) -> Verdict | None:
-        """Do what a command says; None when its kernel is still on its way."""
-        command = queued.command
-        elsewhere = self.routes.get(command.command_type)
-        if elsewhere is not None:
-            return elsewhere(queued)
-        if command.command_type == CommandType.COMMAND_TYPE_PAUSE:
-            return self._pauses.hold(queued, self._seeds.values())
-        if command.command_type == CommandType.COMMAND_TYPE_OPTIMIZER:
-            return self._adjust_optimizer(command)
-        slot = self._seeds.get(command.target_seed_id)
-        return self._operate_or_fail(slot, queued) if slot is not None else verdict.failed(UNKNOWN_SEED)
+    def operate(self, slot: SeedSlot, queued: Queued) -> Verdict | None:
+        """Do what a command says to its seed; None when its kernel is still on its way."""
+        try:
+            return self._operate(slot, queued)
+        except Exception as error:  # Seeds and the user's optimizer are foreign code: no command ends the user's step.
+            log.error("command_failed", seed_id=slot.seed_id, exc_info=error)
+            if slot.stage in lifecycle.LIVE:
+                slot.site.failure = describe(error)
+            return verdict.failed(SEED_FAILED)
 
     def move(self, slot: SeedSlot, target: SeedLifecycleStage.ValueType, reason: str, command_id: str = "") -> None:
         """Let a seed begin a stage, or begin to learn in the one it is in."""
@@ -132,15 +120,6 @@ class Surgeon:
             self._learning_rate.release(slot.site.seed)
         self._take_out(slot, lifecycle.TERMINATED, TERMINATED)
         slot.reset()
-
-    def _operate_or_fail(self, slot: SeedSlot, queued: Queued) -> Verdict | None:
-        try:
-            return self._operate(slot, queued)
-        except Exception as error:  # Seeds and the user's optimizer are foreign code: no command ends the user's step.
-            log.error("command_failed", seed_id=slot.seed_id, exc_info=error)
-            if slot.stage in lifecycle.LIVE:
-                slot.site.failure = describe(error)
-            return verdict.failed(SEED_FAILED)
 
     def _operate(self, slot: SeedSlot, queued: Queued) -> Verdict | None:
         command = queued.command
@@ -239,13 +218,3 @@ class Surgeon:
         self._boundary.release(slot.seed_id)
         self._live.note(slot)
         self._events.moved(slot, before, reason, command_id, rollback)
-
-    def _adjust_optimizer(self, command: AdaptationCommand) -> Verdict:
-        wanted = command.optimizer_adjustment.hyperparameters
-        if set(wanted) != {_MULTIPLIER}:
-            return verdict.rejected(reasons.UNSUPPORTED)
-        multiplier = wanted[_MULTIPLIER]
-        least, most = self._limits.learning_rate_multiplier
-        if not least <= multiplier <= most or not self._learning_rate.scale(multiplier):
-            return verdict.rejected(reasons.LOCAL_LIMIT)
-        return verdict.APPLIED

@@ -87,7 +87,7 @@ class TrainingSession:
         self.features: tuple[str, ...] = FEATURES
         """What Tamiyo may ask for; set before the first step."""
         self.checkpoints: Any = None
-        """What keeps checkpoints of this run, where the trainer runtime does: esper_servers.tolaria.Checkpoints."""
+        """What keeps checkpoints of this run, where the trainer runtime does: its Checkpoints."""
         self.after_step: Callable[[], None] = lambda: None
         """Called by the training thread when a step is done; what it raises ends in the log."""
         self.kasmina_address = ""

@@ -67,9 +67,14 @@ class Identity:
         return x509.load_pem_x509_certificate(self.chain_pem).not_valid_after_utc
 
     @property
+    def not_before(self) -> datetime:
+        """When the leaf begins; later than now where the clock was ahead when it was issued."""
+        return x509.load_pem_x509_certificate(self.chain_pem).not_valid_before_utc
+
+    @property
     def renewal_due(self) -> datetime:
         """When two thirds of the leaf's life have passed."""
-        issued = x509.load_pem_x509_certificate(self.chain_pem).not_valid_before_utc + BACKDATING
+        issued = self.not_before + BACKDATING
         return issued + (self.not_after - issued) * 2 / 3
 
     def with_leaf(self, chain_pem: bytes, key_pem: bytes) -> Identity:

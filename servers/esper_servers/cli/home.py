@@ -160,7 +160,10 @@ class Home:
             Authority.renew_intermediate(self.pki)
 
     def renew_leaves(self) -> list[str]:
-        """Issue again the local leaves that no process renewed, because there is none or the machine slept."""
+        """Issue again the local leaves that no process renewed, because there is none or the machine slept.
+
+        Also those that have not begun, because the clock of the machine was set back: peers refuse them.
+        """
         overdue = [role for role in MEMBERS if self._is_overdue(role)]
         for role in overdue:
             self.issue_identity(SpiffeId(role, INSTANCE))
@@ -172,12 +175,14 @@ class Home:
         except ConfigError:
             return True
         # Halfway between the time when its process should have renewed it and its end.
-        return utc_now() > identity.renewal_due + (identity.not_after - identity.renewal_due) / 2
+        late = identity.renewal_due + (identity.not_after - identity.renewal_due) / 2
+        return not identity.not_before <= utc_now() <= late
 
     def _needs_leaf(self, role: str) -> bool:
         if not (self.identity_dir(role) / "cert.pem").exists():
             return True
         try:
-            return self.identity(role).not_after - utc_now() < RENEWAL_MARGIN
+            identity = self.identity(role)
         except ConfigError:
             return True
+        return identity.not_before > utc_now() or identity.not_after - utc_now() < RENEWAL_MARGIN

@@ -74,6 +74,17 @@ def test_an_adaptive_schedule_goes_by_the_mean_of_what_the_ranks_observe(make_co
     crew.assert_alike()
 
 
+def test_a_loss_that_one_rank_observes_is_held_against_the_mean_of_all(make_controlled):
+    crew = make_controlled(Adaptive(patience=0))
+    for rank in crew.ranks:
+        rank.authority.observe(1.0)
+    crew.train()
+    # No more than the sum of both, and more than their mean.
+    crew.other.authority.observe(1.5)
+    crew.train()
+    assert rates(crew) == pytest.approx([0.01])
+
+
 def test_a_kept_seed_learns_apart_by_gradients_that_are_averaged(make_controlled):
     crew = make_controlled(StepDecay(every=1000))
     crew.grow(*KEEP[:-1])

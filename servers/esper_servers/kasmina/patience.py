@@ -59,27 +59,38 @@ class Patience:
         is_known = self._has_new_loss()
         # While it is paused the host stands alone, and the loss says nothing of the seed.
         taking_part = [slot for slot in grafted if not slot.site.paused]
-        for slot in taking_part:
-            self._count(slot, is_known=is_known)
+        # Each is counted, also after one that is over its patience.
+        is_over = [self._count(slot, is_known=is_known) for slot in taking_part]
+        if True not in is_over:
+            return None
         return self._stayed_too_long(taking_part) or self._made_worse(taking_part)
 
     def _forget_those_gone(self, grafted: Sequence[SeedSlot]) -> None:
-        gone = self._counts.keys() - {slot.seed_id for slot in grafted}
-        for seed_id in gone:
+        known = {slot.seed_id for slot in grafted}
+        if self._counts.keys() <= known:
+            return
+        for seed_id in self._counts.keys() - known:
             del self._counts[seed_id]
         # What the loss was until now may have been their doing.
-        for count in self._counts.values() if gone else ():
+        for count in self._counts.values():
             count.worse = 0
 
     def _has_new_loss(self) -> bool:
         before, self._losses = self._losses, self._progress.losses
         return self._losses != before and math.isfinite(self._progress.loss)
 
-    def _count(self, slot: SeedSlot, *, is_known: bool) -> None:
-        count = self._counts.setdefault(slot.seed_id, _Count(begun=self._looks))
+    def _count(self, slot: SeedSlot, *, is_known: bool) -> bool:
+        """Count a step; return whether the seed has stayed, or the loss has been worse, for too long."""
+        count = self._counts.get(slot.seed_id)
+        if count is None:
+            count = self._counts[slot.seed_id] = _Count(begun=self._looks)
         count.in_stage += 1
-        if not is_known:
-            return
+        if is_known:
+            self._hold_the_loss_against(slot, count)
+        config = self._config
+        return 0 < config.stage_patience < count.in_stage or 0 < config.loss_patience <= count.worse
+
+    def _hold_the_loss_against(self, slot: SeedSlot, count: _Count) -> None:
         is_worse = not system_impact.keeps_the_loss(slot, self._config, loss=self._progress.loss)
         count.worse = count.worse + 1 if is_worse else 0
         if count.worse == 1:

@@ -63,6 +63,7 @@ def orchestrate(
     session: TrainingSession | FollowerSession | DetachedSession,
     optimizer: torch.optim.Optimizer,
     *,
+    environ: Mapping[str, str] = os.environ,
     checkpoints: CheckpointKeeper | None = None,
     train_step: TrainStep | None = None,
     aggregator: GradientAggregator | None = None,
@@ -75,12 +76,12 @@ def orchestrate(
     `finish_step` after the optimizer; or, with a `train_step`, only `train`. `checkpoints` is what CreateCheckpoint,
     Rollback and emergencies use instead of those of the session, `aggregator` what `backward` puts the losses of single
     seeds together with, `traces` where `profiler.request` has traces written: without it `state/trainer/traces` of the
-    home. Settings come from [tolaria], [emergency] and [epoch_guard].
+    home, which `environ` tells where there is no mesh. Settings come from [tolaria], [emergency] and [epoch_guard].
     """
     if train_step is not None:
         _keep_scale(getattr(session, "checkpoints", None), train_step)
     if isinstance(session, (DetachedSession, FollowerSession)):
-        profiler = StepProfiler(traces or home_directory(os.environ) / TRACES)
+        profiler = StepProfiler(traces or home_directory(environ) / TRACES)
         return QuietTrainer(
             session, optimizer, profiler=profiler, train_step=train_step, aggregator=aggregator
         )  # fmt: skip

@@ -47,6 +47,11 @@ def test_a_loop_that_is_orchestrated_trains_on_without_a_mesh(model, tmp_path):
     assert path.exists()
 
 
+def test_traces_without_a_mesh_lie_in_the_home_of_the_environment(model, tmp_path):
+    trainer = orchestrate(DetachedSession(model), sgd(model), environ={"ESPER_HOME": str(tmp_path)})
+    assert trainer.profiler.request().is_relative_to(tmp_path / "state" / "trainer" / "traces")
+
+
 def test_the_parts_of_a_step_are_there_without_a_mesh(model, tmp_path):
     trainer = orchestrate(DetachedSession(model), sgd(model), traces=tmp_path)
     assert (trainer.begin_step(1.0), trainer.finish_step(gradient_norm=1.0), trainer.step(1.0)) == (None, [], [])

@@ -48,11 +48,12 @@ def package(tmp_path_factory):
     """A package that a server built while it served, and that it found again at its next start."""
     if not plan_package.has_compiler():
         pytest.skip("there is no C++ compiler")
-    home = Home(tmp_path_factory.mktemp("home"))
+    home, scratch = Home(tmp_path_factory.mktemp("home")), tmp_path_factory.mktemp("scratch")
     home.prepare()
-    with Supervisor(home, COMPILING) as mesh:
+    with Supervisor(home, {**COMPILING, "TMPDIR": str(scratch)}) as mesh:
         assert asyncio.run(plan_of(home, mesh.addresses["tamiyo"], "eager")) == "eager"
         assert asyncio.run(plan_of(home, mesh.addresses["tamiyo"], "compiled")) == "compiled"
+    assert list(scratch.glob("torchinductor*")) == []
     (path,) = (home.state_dir("tamiyo") / "plans").iterdir()
     built_at = path.stat().st_mtime_ns
     with Supervisor(home, COMPILING) as mesh:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 
 from esper_rpc.proto.leyline.v1 import MetricPoint, SystemHealth, TelemetryEvent, TelemetryPacket
 from esper_servers.kasmina import lifecycle
@@ -53,15 +54,21 @@ def _metrics_of(slot: SeedSlot) -> Mapping[str, float]:
 
 
 def _of_seed(slot: SeedSlot, step_index: int, metrics_of: MetricsOf) -> TelemetryPacket:
-    points = [_point(f"kasmina.seed.{name}", value, slot.seed_id) for name, value in _metrics_of(slot).items()]
-    return _packet(f"{slot.seed_id}-{step_index}", *points, *metrics_of(slot))
+    packet, known = TelemetryPacket(), _metrics_of(slot)
+    # To build the points anew takes three times as long.
+    packet.CopyFrom(_form(slot.seed_id))
+    packet.packet_id = f"{slot.seed_id}-{step_index}"
+    for name, point in zip(SEED_METRICS, packet.metrics, strict=True):
+        point.value = known[name]
+    packet.metrics.extend(metrics_of(slot))
+    return packet
 
 
-def _point(name: str, value: float, seed_id: str) -> MetricPoint:
-    point = MetricPoint(name=name, value=value)
-    # A map that is handed over in the call takes as long again as all the rest.
-    point.attributes["seed_id"] = seed_id
-    return point
+@cache
+def _form(seed_id: str) -> TelemetryPacket:
+    """Return the packet of a seed without what changes from step to step, to be copied."""
+    attributes = {"seed_id": seed_id}
+    return _packet("", *(MetricPoint(name=f"kasmina.seed.{name}", attributes=attributes) for name in SEED_METRICS))
 
 
 def _packet(packet_id: str, *metrics: MetricPoint) -> TelemetryPacket:

@@ -32,6 +32,23 @@ def test_a_packet_of_a_seed_has_each_metric_with_the_name_of_the_seed(rig):
     assert overall.metrics[0].value == 1
 
 
+def test_each_packet_is_its_own(rig):
+    rig.grow(lifecycle.BLENDING)
+    rig.seed_id = rig.seed_ids[0]
+    rig.grow(lifecycle.TRAINING)
+    rig.host.advance_alphas()
+    kept = rig.host.finalize_step(98)
+    before = [metrics_of(packet) for packet in kept]
+    rig.host.advance_alphas()
+    after = rig.host.finalize_step(99)
+    assert [packet.packet_id for packet in after] == [f"{name}-99" for name in (*rig.seed_ids, "global")]
+    assert [{point.attributes["seed_id"] for point in packet.metrics} for packet in after[:-1]] == [
+        {seed_id} for seed_id in rig.seed_ids
+    ]
+    assert metrics_of(after[1])["alpha_steps"] == before[1]["alpha_steps"] + 1
+    assert [metrics_of(packet) for packet in kept] == before
+
+
 def test_a_metric_that_is_no_number_is_missed(rig):
     rig.grow(lifecycle.TRAINING)
     assert step_packets.untold(rig.slot) == []

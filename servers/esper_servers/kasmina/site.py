@@ -33,7 +33,8 @@ _SHARED_WITH_HOST = (
 )  # fmt: skip
 _OWN = frozenset({
     "training", "stage", "alpha", "is_fine_tuning", "paused", "failure", "is_classifier", "input_shape",
-    "output_shape", "dtype", "device", "_version", "_alpha", "_saw_non_finite", "_strength", "hook_ms",
+    "output_shape", "dtype", "device", "_version", "_alpha", "_saw_non_finite", "_strength", "hook_ms", "_branches",
+    "_foreign", "_own", "around_backward", "keeps_graph",
 })  # fmt: skip
 
 
@@ -301,7 +302,8 @@ class Site(nn.Module):
         return f"host={type(self._host).__name__}, stage={SeedLifecycleStage.Name(self.stage)}"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # A host may have parameters of these names, which nn.Module would refuse to see overwritten.
+        # A host may have parameters of these names, which nn.Module would refuse to see overwritten; and to change what
+        # changes in each step costs less here.
         if name in _OWN:
             object.__setattr__(self, name, value)
         else:

@@ -208,6 +208,18 @@ def test_batch_norm_statistics_survive_a_site_around_them():
     assert torch.equal(model(x), expected(x))
 
 
+def test_a_host_may_have_parameters_of_the_names_that_a_site_uses():
+    host = nn.Linear(4, 4)
+    names = vars(Site(nn.Linear(4, 4))).keys() - vars(nn.Linear(4, 4)).keys() - {"_host", "_seed", "_blend", "_version"}
+    for name in names:
+        host.register_parameter(name, nn.Parameter(torch.ones(1)))
+    site = Site(host)
+    site.hold(nn.Linear(4, 4))
+    assert {"_foreign", "around_backward", "hook_ms"} < names
+    assert site.state_dict().keys() == {"weight", "bias", *names}
+    assert site.take_foreign() == []
+
+
 def test_a_site_shows_the_attributes_of_its_host(rig):
     assert rig.model[0].in_features == 6
     assert rig.model[0].weight is rig.sites["0"].host.weight

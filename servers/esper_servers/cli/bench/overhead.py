@@ -8,9 +8,9 @@ import typer
 
 from esper_servers.cli.console import JsonOption, environ_of
 from esper_servers.cli.home import Home
-from esper_servers.cli.processes import Supervisor
 
 from .measure import in_turn, machine, median_interval, percentiles, rounds_for, scratch_home, show
+from .mesh_beside import mesh_beside
 from .served_plan import COMPILED, PlanOption, serving_plan
 from .timed_training import StepTime, Training, batch_for
 from .urza import seed
@@ -41,7 +41,7 @@ def overhead(
     """
     with scratch_home() as home:
         seed(home)
-        with Supervisor(home, serving_plan(plan, home, environ_of(context))):
+        with mesh_beside(home, serving_plan(plan, home, environ_of(context))):
             rows = {f"{length}ms": measure(home, length, seconds) for length in step_ms}
     document = {
         **{share: {name: row[share] for name, row in rows.items()} for share in SHARES},

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from datetime import timedelta
@@ -26,6 +27,7 @@ from esper_servers.blueprints.catalogue import load_factories
 from esper_servers.trainer import attaching  # noqa: F401  # For the forks.
 
 SIZE = 2
+LONGEST_SECONDS = 300
 
 
 def serve():
@@ -51,6 +53,8 @@ def _fork(scenario, rank, directory):
     child = os.fork()
     if child:
         return child
+    # Where the test was killed nobody else ends it.
+    signal.alarm(LONGEST_SECONDS)
     code = 1
     try:
         said = os.open(directory / f"said-{rank}", os.O_WRONLY | os.O_CREAT)

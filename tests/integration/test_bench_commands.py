@@ -12,6 +12,7 @@ from esper_rpc.proto.tamiyo.v1 import StepLedger
 from esper_servers.cli.bench import emergency, growth, overhead
 from esper_servers.cli.bench.growth import Size
 from esper_servers.cli.bench.measure import at_once
+from esper_servers.cli.bench.memory_share import memory_share
 from esper_servers.cli.bench.step import StepBench
 from esper_servers.cli.bench.timed_training import StepTime
 
@@ -77,6 +78,13 @@ def test_overhead_compares_blocks_of_four_kinds(mesh, monkeypatch):
     assert (found["seeds"], found["rounds"]) == (4, 2)
     assert all(found[kind]["p50_ms"] > found["session"].get(kind, {"p50_ms": 0})["p50_ms"] for kind in overhead.KINDS)
     assert all(found["session"][kind]["processor"]["p50_ms"] > 0 for kind in (overhead.ASKING, overhead.AHEAD))
+
+
+def test_what_a_mesh_adds_to_the_memory_of_a_trainer_is_told(mesh):
+    found = memory_share(mesh.home, os.environ, steps=3, width=64)
+    assert found["percent"] == pytest.approx(100 * found["added_mb"] / found["plain_mb"], abs=0.01)
+    assert found["added_mb"] > 0
+    assert found["answered"] >= 1
 
 
 def test_overhead_is_told_as_a_share_of_the_plain_step():

@@ -26,6 +26,8 @@ def test_germinations_are_measured_by_windows_of_seeds():
         assert [window["to_seed"] for window in windows] == list(range(2, 17, 2))
         assert document[kind]["p95_ratio"] == pytest.approx(windows[-1]["p95_ms"] / windows[0]["p95_ms"], abs=1e-3)
         assert document[kind]["p50_ms"] > 0
+    cached = document["cached_kernel"]
+    assert 0 < cached["p50_ms"] <= cached["p95_ms"] <= cached["max_ms"]
 
 
 def test_a_host_that_is_measured_among_nonces_remembers_them():

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Any
+import statistics
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from esper_rpc.errors import NotFound
 from esper_servers.cli.console import JsonOption
 from esper_servers.cli.home import Home
 
 from .apply import HostBench
-from .measure import machine, percentiles, scratch_home, show
+from .measure import machine, percentiles, scratch_home, show, timed_ms
+
+if TYPE_CHECKING:
+    from esper_servers.kasmina.kernels.library import Kernel
 
 WINDOWS = 8
 WARM_UP = 100
@@ -25,6 +30,7 @@ def germinate(seeds: SeedsOption = 2_000, as_json: JsonOption = False) -> None:
             "seeds": seeds,
             "beside": _summary(_plant_each(home, seeds)),
             "in_turn": _summary(_plant_in_turn(home, seeds)),
+            "cached_kernel": _look_up_cached(),
             "machine": machine(),
         }
     show("germinate", document, as_json=as_json)
@@ -44,6 +50,25 @@ def _plant_in_turn(home: Home, seeds: int) -> list[float]:
         bench.apply("CULL")
         bench.rest()
     return times
+
+
+def _look_up_cached() -> dict[str, float]:
+    """Look up each kernel of a cache that is full of them, as a germination does."""
+    from esper_rpc.proto.leyline.v1 import BlueprintDescriptor
+    from esper_rpc.proto.urza.v1 import Blueprint
+    from esper_servers.kasmina.kernels.library import Kernel, KernelLibrary
+
+    library = KernelLibrary(_fetch_nothing, lambda _work: None)
+    names = [f"kernel-{number}" for number in range(library.config.entries)]
+    for name in names:
+        library.add(Kernel(Blueprint(descriptor=BlueprintDescriptor(blueprint_id=name))))
+    order = itertools.cycle(names)
+    times = timed_ms(lambda: library.get(next(order)), len(names))
+    return {**percentiles(times), "mean_ms": round(statistics.fmean(times), 4), "max_ms": round(max(times), 4)}
+
+
+async def _fetch_nothing(blueprint_id: str) -> Kernel:
+    raise NotFound(blueprint_id)
 
 
 def _summary(times_ms: list[float]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from esper_servers.cli.console import JsonOption, environ_of
 from esper_servers.cli.home import Home
 
 from .measure import in_turn, machine, median_interval, percentiles, rounds_for, scratch_home, show
+from .memory_share import memory_share
 from .mesh_beside import mesh_beside
 from .served_plan import COMPILED, PlanOption, serving_plan
 from .timed_training import StepTime, Training, batch_for
@@ -34,17 +35,21 @@ def overhead(
     plan: PlanOption = COMPILED,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what a whole mesh adds to training steps of 10, 50 and 200 ms.
+    """Measure what a whole mesh adds to training steps of 10, 50 and 200 ms, and to the memory of a trainer.
 
     Blocks of a plain model, of one with sites and seeds that asks nobody, and of the same one that asks at the end of
     every step, or before its backward pass, take turns in one process, so that a noisy minute hits all of them.
     """
     with scratch_home() as home:
         seed(home)
-        with mesh_beside(home, serving_plan(plan, home, environ_of(context))):
+        environ = serving_plan(plan, home, environ_of(context))
+        with mesh_beside(home, environ):
             rows = {f"{length}ms": measure(home, length, seconds) for length in step_ms}
+            memory = memory_share(home, environ)
     document = {
         **{share: {name: row[share] for name, row in rows.items()} for share in SHARES},
+        "memory_percent": memory["percent"],
+        "memory": memory,
         "steps": rows,
         "machine": machine(),
     }

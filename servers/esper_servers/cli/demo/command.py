@@ -28,7 +28,10 @@ def demo(
     home: Annotated[Path, typer.Option(help="Where certificates, keys, logs and the report go.")] = Path("var/demo"),
     steps: Annotated[int, typer.Option(min=20, help="Training steps, with the mesh and without.")] = 1500,
     batch: Annotated[int, typer.Option(min=16, help="Images a step.")] = 4096,
-    budget_ms: Annotated[float, typer.Option(min=2, max=50, help="How long a step may wait for its decision.")] = 5.0,
+    budget_ms: Annotated[
+        float,
+        typer.Option(min=2, max=50, help="How long a step may wait; more than the 5 of a session, for slow machines."),
+    ] = 20.0,
     seed: Annotated[int, typer.Option(help="Of the model and the data.")] = 7,
     as_json: JsonOption = False,
 ) -> None:

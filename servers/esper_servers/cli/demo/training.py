@@ -38,7 +38,7 @@ class TrainingConfig:
     seed: int = 7
     evaluate_every: int = 100
     report_every: int = 10
-    step_budget_ms: float = 5.0
+    step_budget_ms: float = 20.0
     run_id: str = "demo"
 
 

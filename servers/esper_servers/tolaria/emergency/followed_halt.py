@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+
 import structlog
 
 from esper_client.halt import HaltSwitch
@@ -34,9 +36,10 @@ class FollowedHalt:
 
     def close(self) -> None:
         """Follow no more."""
-        if self._shared is not None:
-            self._shared.close()
-            self._shared = None
+        shared, self._shared = self._shared, None
+        with contextlib.suppress(OSError):
+            if shared is not None:
+                shared.close()
         self._halt.release("the run is not followed any more")
 
     def _follow(self, halts: bool, reason: str) -> None:

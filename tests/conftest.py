@@ -8,7 +8,7 @@ import structlog
 
 from esper_rpc.testing import TemporaryMesh
 
-# Building takes half a minute of a core for each mesh; tests/integration/test_compiled_plan.py does it once.
+# Building takes a minute or two of a core for each mesh; tests/integration/test_compiled_plan.py does it once.
 os.environ["ESPER_PLAN_COMPILE"] = "false"
 # Tests run side by side: threads of torch that wait for each other's cores are a hundred times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -28,7 +28,7 @@ from esper_servers.tamiyo.plans import plan_switch
 from esper_servers.tamiyo.plans.plan_check import sample_inputs
 from esper_servers.tamiyo.plans.plan_switch import PlanConfig, PlanSwitch
 
-# A build takes half a minute of an idle core; anything that takes this long hangs.
+# A build takes a minute or two of an idle core; anything that takes this long hangs.
 PATIENCE_SECONDS = 400.0
 COMPILING = {**os.environ, "ESPER_PLAN_COMPILE": "true"}
 

@@ -24,7 +24,7 @@ def plan() -> None:
 
 @app.command(epilog="Example: esper plan build")
 def build(context: typer.Context, home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """Build the plan now, so that Tamiyo serves it from its next start on; half a minute of one core.
+    """Build the plan now, so that Tamiyo serves it from its next start on; a minute or two of one core.
 
     Tamiyo builds it by itself when it is missing, and serves the eager plan meanwhile.
     """

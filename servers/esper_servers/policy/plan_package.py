@@ -51,7 +51,7 @@ def has_compiler() -> bool:
 
 
 def build(output: Path) -> None:
-    """Compile the plan of a network and write its package; about half a minute of one core."""
+    """Compile the plan of a network and write its package; a minute or two of one core."""
     from torch._inductor import aoti_compile_and_package
 
     torch.set_num_threads(1)  # As it is served: the code holds no parallel loops then.

@@ -72,7 +72,7 @@ def _environ_with_plan(home: Home, environ: Mapping[str, str], console: Console)
     """The compiled plan now: built beside the training it would take a core from it."""
     if environ.get("ESPER_PLAN_COMPILE", "true") in ("false", "0"):
         return dict(environ)
-    console.print("Compiling the policy's plan, once on this machine; that takes about half a minute")
+    console.print("Compiling the policy's plan, once on this machine; that takes a minute or two")
     try:
         return with_plan(home, environ)
     except ConfigError as error:
